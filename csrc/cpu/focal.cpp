@@ -1,0 +1,422 @@
+// Focal losses on the CPU: tiles of pixels on PyTorch's threads, registered for the schemas in veerloss/ops.py.
+//
+// Forward reads logits and target once; backward reads them once more and writes the gradient. Nothing in between is kept.
+// Each tile's sum is a float64, and the tiles are added in order, so the loss does not depend on the number of threads.
+
+#include "../focal.h"
+
+#include <tuple>
+#include <vector>
+
+#include "tensor.h"
+#include "vecmath.h"
+
+namespace veerloss {
+
+template <class T>
+struct SigmoidParams {
+  T alpha_positive, alpha_negative, gamma;
+};
+
+// Per-pixel rows of a tile, each [n]: what FocalTiles::softmax gives and needs.
+template <class T>
+struct SoftmaxRows {
+  T *maximum, *rest, *log_p, *q, *inverse_sum;
+};
+
+}  // namespace veerloss
+
+#define VEERLOSS_TILES "focal_tiles.h"
+#include "for_each_target.h"
+
+namespace veerloss {
+namespace {
+
+// Logits of one tile, all classes, in bytes.
+constexpr int64_t tile_bytes = 1 << 16;
+
+int64_t tile_length(int64_t rows, size_t element) {
+  const int64_t fit = tile_bytes / static_cast<int64_t>(element) / std::max<int64_t>(rows, 1) / 64 * 64;
+  return std::clamp<int64_t>(fit, 64, 1024);
+}
+
+// f(std::bool_constant<gamma is 2>): the default needs no logarithm.
+template <class F>
+auto with_square(double gamma, const F& f) {
+  return gamma == 2.0 ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// What one tile adds to the loss, and to the number of valid elements.
+struct Partial {
+  double sum = 0;
+  int64_t valid = 0;
+};
+
+// From the tiles' sums to the loss (unless it holds one value per element), and the factor that the sum was multiplied with:
+// 1 / valid for "mean", else factor or factor / normalizer.
+template <class T>
+std::tuple<Tensor, Tensor> finish(const Tensor& logits, Tensor loss, const std::vector<Partial>& partials, Reduction reduction,
+                                  double factor, const std::optional<Tensor>& normalizer) {
+  Partial all;
+  for (const Partial& p : partials) {
+    all.sum += p.sum;
+    all.valid += p.valid;
+  }
+  double scale = normalizer ? factor / read_scalar(*normalizer) : factor;
+  if (reduction == Reduction::mean) scale = all.valid > 0 ? 1.0 / static_cast<double>(all.valid) : 0.0;
+  // Nothing valid: 0, and not 0 times what the caller divides by.
+  if (reduction != Reduction::none) write_element(loss, 0, all.valid > 0 ? all.sum * scale : 0.0);
+  Tensor scale_tensor = torch::stable::new_empty(logits, {}, scalar_type_of<T>());
+  write_element(scale_tensor, 0, scale);
+  return {loss, scale_tensor};
+}
+
+// The gradient that reaches each element: one number for a reduced loss, rows of grad for reduction "none".
+template <class T>
+class IncomingGradient {
+ public:
+  IncomingGradient(const Tensor& grad, const Tensor& scale, Reduction reduction)
+      : per_element_(reduction == Reduction::none), view_{}, scaled_(0) {
+    if (per_element_)
+      view_ = view_of(grad);
+    else
+      scaled_ = static_cast<T>(read_scalar(grad) * read_scalar(scale));
+  }
+
+  void load(T* out, const Geometry& g, int64_t channel, Run run) const {
+    if (per_element_)
+      load_row(out, view_, g, channel, run);
+    else
+      std::fill_n(out, run.count, scaled_);
+  }
+
+ private:
+  bool per_element_;
+  View view_;
+  T scaled_;
+};
+
+// f(k, run) for tile k of the flattened pixels; `make_rows` gives each thread its buffers.
+template <class MakeRows, class F>
+void for_each_tile(const Geometry& g, int64_t tile, const MakeRows& make_rows, const F& f) {
+  const int64_t pixels = g.images * g.pixels;
+  parallel_for((pixels + tile - 1) / tile, [&](int64_t begin, int64_t end) {
+    auto rows = make_rows();
+    for (int64_t k = begin; k < end; ++k) f(k, Run{k * tile, std::min(tile, pixels - k * tile)}, rows);
+  });
+}
+
+int64_t tile_count(const Geometry& g, int64_t tile) {
+  return (g.images * g.pixels + tile - 1) / tile;
+}
+
+// ---- sigmoid
+
+template <class T>
+struct SigmoidRows {
+  explicit SigmoidRows(int64_t tile) : label(tile), storage(4 * tile) {
+    x = storage.data();
+    t = x + tile;
+    weight = t + tile;
+    out = weight + tile;
+  }
+  std::vector<int32_t> label;
+  T *x, *t, *weight, *out;
+
+ private:
+  std::vector<T> storage;
+};
+
+template <class T>
+class SigmoidFocal {
+ public:
+  SigmoidFocal(const Tensor& logits, const Tensor& target, std::optional<double> alpha, const std::optional<Tensor>& class_alpha,
+               double gamma, const std::optional<Tensor>& weight, std::optional<int64_t> ignore_index)
+      : g(geometry_of(logits)),
+        tile(tile_length(8, sizeof(T))),
+        logits_(view_of(logits)),
+        target_(view_of(target)),
+        weight_(weight ? view_of(*weight) : View{}),
+        has_weight_(weight.has_value()),
+        one_hot_(target.dim() == 2),
+        rule_{one_hot_ ? g.channels : 1, ignore_index.has_value(), ignore_index.value_or(0)},
+        gamma_(static_cast<T>(gamma)),
+        alpha_(alpha),
+        class_alpha_(class_alpha ? static_cast<const T*>(class_alpha->data_ptr()) : nullptr) {
+    check_like(target, g, !one_hot_, "target");
+    if (weight) check_like(*weight, g, true, "weight");
+    if (class_alpha && (class_alpha->numel() != g.channels || class_alpha->scalar_type() != scalar_type_of<T>()))
+      throw std::invalid_argument("veerloss: class_alpha needs one value per channel, in the arithmetic type");
+  }
+
+  const Geometry g;
+  const int64_t tile;
+
+  SigmoidParams<T> params(int64_t channel) const {
+    if (!class_alpha_ && !alpha_) return {T(1), T(1), gamma_};
+    const double alpha = class_alpha_ ? static_cast<double>(class_alpha_[channel]) : *alpha_;
+    return {static_cast<T>(alpha), static_cast<T>(1.0 - alpha), gamma_};
+  }
+
+  void load_tile_labels(Run run, SigmoidRows<T>& rows) {
+    if (one_hot_) load_labels(rows.label.data(), target_, g, rule_, run, bad_);
+  }
+
+  // x, t and weight of one channel; the number of valid elements.
+  int64_t load_channel(int64_t c, Run run, SigmoidRows<T>& r) {
+    load_row(r.x, logits_, g, c, run);
+    if (has_weight_)
+      load_row(r.weight, weight_, g, c, run);
+    else
+      std::fill_n(r.weight, run.count, T(1));
+    if (one_hot_) {
+      VEERLOSS_DISPATCH(FocalTiles::one_hot(r.t, r.weight, r.x, r.label.data(), run.count, static_cast<int32_t>(c)));
+      return VEERLOSS_DISPATCH(FocalTiles::count_valid(r.label.data(), run.count));
+    }
+    load_row(r.t, target_, g, c, run);
+    bool in_range = true;
+    const int64_t valid = VEERLOSS_DISPATCH(FocalTiles::mask_dense(r.t, r.weight, r.x, run.count, rule_, &in_range));
+    for (int64_t i = 0; !in_range && i < run.count; ++i)
+      if (r.t[i] < T(0) || r.t[i] > T(1)) bad_.at(c, run.first + i, g.channels);
+    return valid;
+  }
+
+  void raise_if_bad() const {
+    if (one_hot_) return bad_.raise_if_any(target_, g, expected_labels(rule_));
+    std::string text = "values in [0, 1]";
+    if (rule_.has_ignore) text += " or ignore_index=" + std::to_string(rule_.ignore);
+    bad_.raise_if_any(target_, g, text, g.channels);
+  }
+
+ private:
+  View logits_, target_, weight_;
+  bool has_weight_, one_hot_;
+  TargetRule rule_;
+  T gamma_;
+  std::optional<double> alpha_;
+  const T* class_alpha_;
+  BadTarget bad_;
+};
+
+std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Tensor& target, std::optional<double> alpha,
+                                                 std::optional<Tensor> class_alpha, double gamma, std::optional<Tensor> weight,
+                                                 std::optional<int64_t> ignore_index, int64_t reduction_, double factor,
+                                                 std::optional<Tensor> normalizer) {
+  return with_arithmetic_type(logits, [&](auto zero) {
+    using T = decltype(zero);
+    const auto reduction = static_cast<Reduction>(reduction_);
+    SigmoidFocal<T> in(logits, target, alpha, class_alpha, gamma, weight, ignore_index);
+    const bool none = reduction == Reduction::none;
+    Tensor loss = none ? torch::stable::empty_like(logits) : torch::stable::new_empty(logits, {});
+    const View out = none ? view_of(loss) : View{};
+    std::vector<Partial> partials(tile_count(in.g, in.tile));
+    with_square(gamma, [&](auto square) {
+      for_each_tile(
+          in.g, in.tile, [&] { return SigmoidRows<T>(in.tile); },
+          [&](int64_t k, Run run, SigmoidRows<T>& r) {
+            in.load_tile_labels(run, r);
+            for (int64_t c = 0; c < in.g.channels; ++c) {
+              partials[k].valid += in.load_channel(c, run, r);
+              partials[k].sum += VEERLOSS_DISPATCH(
+                  FocalTiles::sigmoid_forward<T, decltype(square)::value>(r.x, r.t, r.weight, run.count, in.params(c), r.out));
+              if (none) store_row(r.out, out, in.g, c, run);
+            }
+          });
+    });
+    in.raise_if_bad();
+    return finish<T>(logits, loss, partials, reduction, factor, normalizer);
+  });
+}
+
+Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, std::optional<double> alpha,
+                              std::optional<Tensor> class_alpha, double gamma, std::optional<Tensor> weight,
+                              std::optional<int64_t> ignore_index, int64_t reduction, const Tensor& scale) {
+  return with_arithmetic_type(logits, [&](auto zero) {
+    using T = decltype(zero);
+    SigmoidFocal<T> in(logits, target, alpha, class_alpha, gamma, weight, ignore_index);
+    const IncomingGradient<T> incoming(grad, scale, static_cast<Reduction>(reduction));
+    Tensor grad_logits = torch::stable::empty_like(logits);
+    const View out = view_of(grad_logits);
+    with_square(gamma, [&](auto square) {
+      for_each_tile(
+          in.g, in.tile, [&] { return SigmoidRows<T>(in.tile); },
+          [&](int64_t, Run run, SigmoidRows<T>& r) {
+            in.load_tile_labels(run, r);
+            for (int64_t c = 0; c < in.g.channels; ++c) {
+              in.load_channel(c, run, r);
+              incoming.load(r.out, in.g, c, run);
+              VEERLOSS_DISPATCH(
+                  FocalTiles::sigmoid_backward<T, decltype(square)::value>(r.x, r.t, r.weight, run.count, in.params(c), r.out));
+              store_row(r.out, out, in.g, c, run);
+            }
+          });
+    });
+    in.raise_if_bad();
+    return grad_logits;
+  });
+}
+
+// ---- softmax
+
+template <class T>
+struct SoftmaxTile {
+  SoftmaxTile(int64_t tile, int64_t classes, bool smoothing)
+      : label(tile), storage(tile * (classes * (smoothing ? 3 : 1) + 9)) {
+    x = storage.data();
+    logits = smoothing ? x + tile * classes : nullptr;
+    slope = smoothing ? logits + tile * classes : nullptr;
+    T* next = storage.data() + tile * classes * (smoothing ? 3 : 1);
+    for (T** row : {&rows.maximum, &rows.rest, &rows.log_p, &rows.q, &rows.inverse_sum, &alpha, &loss, &slopes, &grad}) {
+      *row = next;
+      next += tile;
+    }
+  }
+  std::vector<int32_t> label;
+  T *x, *logits, *slope;  // [classes][tile]; the last two with label smoothing only
+  SoftmaxRows<T> rows;
+  T *alpha, *loss, *slopes, *grad;  // [tile]
+
+ private:
+  std::vector<T> storage;
+};
+
+template <class T>
+class SoftmaxFocal {
+ public:
+  SoftmaxFocal(const Tensor& logits, const Tensor& target, double alpha, const std::optional<Tensor>& class_alpha, double gamma,
+               double smoothing, std::optional<int64_t> ignore_index)
+      : g(geometry_of(logits)),
+        tile(tile_length(g.channels * (smoothing > 0 ? 3 : 1), sizeof(T))),
+        logits_(view_of(logits)),
+        target_(view_of(target)),
+        rule_{g.channels, ignore_index.has_value(), ignore_index.value_or(0)},
+        gamma_(static_cast<T>(gamma)),
+        smoothing_(static_cast<T>(smoothing)),
+        one_alpha_(static_cast<T>(alpha)),
+        alpha_(class_alpha ? static_cast<const T*>(class_alpha->data_ptr()) : &one_alpha_),
+        alpha_step_(class_alpha ? 1 : 0) {
+    check_like(target, g, false, "target");
+    if (class_alpha && (class_alpha->numel() != g.channels || class_alpha->scalar_type() != scalar_type_of<T>()))
+      throw std::invalid_argument("veerloss: class_alpha needs one value per class, in the arithmetic type");
+  }
+
+  const Geometry g;
+  const int64_t tile;
+
+  SoftmaxTile<T> make_tile() const { return SoftmaxTile<T>(tile, g.channels, smoothing_ > T(0)); }
+
+  // Loads a tile and takes its softmax; t.loss is filled. Returns the tile's sum. `out_slopes` only with label smoothing.
+  template <bool square>
+  double forward(Run run, SoftmaxTile<T>& t) {
+    const int64_t n = run.count;
+    const int32_t* label = t.label.data();
+    load_labels(t.label.data(), target_, g, rule_, run, bad_);
+    for (int64_t c = 0; c < g.channels; ++c) load_row(t.x + c * tile, logits_, g, c, run);
+    if (smoothing_ > T(0)) return forward_smooth<square>(run, t);
+    VEERLOSS_DISPATCH(FocalTiles::softmax(t.x, g.channels, tile, n, label, t.rows));
+    VEERLOSS_DISPATCH(FocalTiles::gather_alpha(t.alpha, alpha_, alpha_step_, label, n));
+    return VEERLOSS_DISPATCH(FocalTiles::softmax_forward<T, square>(t.rows.log_p, t.rows.q, t.alpha, n, gamma_, t.loss));
+  }
+
+  // After forward: t.x becomes the gradient of the logits, from t.grad, that of each pixel's loss.
+  template <bool square>
+  void backward(Run run, SoftmaxTile<T>& t) const {
+    const int64_t n = run.count;
+    const int32_t* label = t.label.data();
+    if (smoothing_ == T(0))
+      return VEERLOSS_DISPATCH(
+          FocalTiles::softmax_backward<T, square>(t.x, g.channels, tile, n, label, t.alpha, gamma_, t.rows, t.grad));
+    for (int64_t c = 0; c < g.channels; ++c)
+      VEERLOSS_DISPATCH(FocalTiles::smooth_backward(t.x + c * tile, t.slope + c * tile, t.slopes, t.rows.inverse_sum, label, n, t.grad));
+  }
+
+  void raise_if_bad() const { bad_.raise_if_any(target_, g, expected_labels(rule_)); }
+
+ private:
+  template <bool square>
+  double forward_smooth(Run run, SoftmaxTile<T>& t) const {
+    const int64_t n = run.count;
+    const int32_t* label = t.label.data();
+    std::copy_n(t.x, g.channels * tile, t.logits);
+    std::fill_n(t.loss, n, T(0));
+    std::fill_n(t.slopes, n, T(0));
+    VEERLOSS_DISPATCH(FocalTiles::smooth_softmax(t.x, g.channels, tile, n, t.rows));
+    const T share = smoothing_ / static_cast<T>(g.channels);
+    for (int64_t c = 0; c < g.channels; ++c) {
+      const int64_t row = c * tile;
+      VEERLOSS_DISPATCH(FocalTiles::smooth_terms<T, square>(t.x + row, t.logits + row, n, label, static_cast<int32_t>(c), share,
+                                                            smoothing_, alpha_[c * alpha_step_], gamma_, t.rows, t.loss, t.slopes,
+                                                            t.slope + row));
+    }
+    VEERLOSS_DISPATCH(FocalTiles::keep_valid(t.loss, label, n));
+    return VEERLOSS_DISPATCH(FocalTiles::sum(t.loss, n));
+  }
+
+  View logits_, target_;
+  TargetRule rule_;
+  T gamma_, smoothing_, one_alpha_;
+  const T* alpha_;
+  int64_t alpha_step_;
+  BadTarget bad_;
+};
+
+std::tuple<Tensor, Tensor> softmax_focal_forward(const Tensor& logits, const Tensor& target, double alpha,
+                                                 std::optional<Tensor> class_alpha, double gamma, double label_smoothing,
+                                                 std::optional<int64_t> ignore_index, int64_t reduction_, double factor,
+                                                 std::optional<Tensor> normalizer) {
+  return with_arithmetic_type(logits, [&](auto zero) {
+    using T = decltype(zero);
+    const auto reduction = static_cast<Reduction>(reduction_);
+    SoftmaxFocal<T> in(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index);
+    const bool none = reduction == Reduction::none;
+    Tensor loss = none ? torch::stable::new_empty(logits, {logits.size(0), logits.size(2)}) : torch::stable::new_empty(logits, {});
+    const View out = none ? view_of(loss) : View{};
+    std::vector<Partial> partials(tile_count(in.g, in.tile));
+    with_square(gamma, [&](auto square) {
+      for_each_tile(
+          in.g, in.tile, [&] { return in.make_tile(); },
+          [&](int64_t k, Run run, SoftmaxTile<T>& t) {
+            partials[k].sum = in.template forward<decltype(square)::value>(run, t);
+            partials[k].valid = VEERLOSS_DISPATCH(FocalTiles::count_valid(t.label.data(), run.count));
+            if (none) store_row(t.loss, out, in.g, 0, run);
+          });
+    });
+    in.raise_if_bad();
+    return finish<T>(logits, loss, partials, reduction, factor, normalizer);
+  });
+}
+
+Tensor softmax_focal_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, double alpha,
+                              std::optional<Tensor> class_alpha, double gamma, double label_smoothing,
+                              std::optional<int64_t> ignore_index, int64_t reduction, const Tensor& scale) {
+  return with_arithmetic_type(logits, [&](auto zero) {
+    using T = decltype(zero);
+    SoftmaxFocal<T> in(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index);
+    const IncomingGradient<T> incoming(grad, scale, static_cast<Reduction>(reduction));
+    Tensor grad_logits = torch::stable::empty_like(logits);
+    const View out = view_of(grad_logits);
+    with_square(gamma, [&](auto square) {
+      for_each_tile(
+          in.g, in.tile, [&] { return in.make_tile(); },
+          [&](int64_t, Run run, SoftmaxTile<T>& t) {
+            in.template forward<decltype(square)::value>(run, t);
+            incoming.load(t.grad, in.g, 0, run);
+            in.template backward<decltype(square)::value>(run, t);
+            for (int64_t c = 0; c < in.g.channels; ++c) store_row(t.x + c * in.tile, out, in.g, c, run);
+          });
+    });
+    in.raise_if_bad();
+    return grad_logits;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(veerloss, CPU, m) {
+  m.impl("sigmoid_focal_forward", TORCH_BOX(&sigmoid_focal_forward));
+  m.impl("sigmoid_focal_backward", TORCH_BOX(&sigmoid_focal_backward));
+  m.impl("softmax_focal_forward", TORCH_BOX(&softmax_focal_forward));
+  m.impl("softmax_focal_backward", TORCH_BOX(&softmax_focal_backward));
+}
+
+}  // namespace veerloss

@@ -1,0 +1,227 @@
+// The focal losses over one tile of pixels. Included once per instruction set by for_each_target.h: no include guard.
+//
+// Every loop runs over pixels with no dependence between them, so that the compiler vectorises it; classes are the outer loop.
+// x holds a tile of logits as [classes][stride], where stride >= n is the tile's row length.
+
+struct FocalTiles {
+  // ---- sigmoid: one row, that is one channel of the tile. Ignored elements have weight 0 and a finite logit.
+
+  template <class T, bool Square>
+  static double sigmoid_forward(const T* __restrict x, const T* __restrict t, const T* __restrict weight, int64_t n, SigmoidParams<T> p,
+                                T* __restrict loss) {
+    for (int64_t i = 0; i < n; ++i)
+      loss[i] = weight[i] * sigmoid_focal<VecMath<T>, Square>(x[i], t[i], p.alpha_positive, p.alpha_negative, p.gamma).value;
+    return sum(loss, n);
+  }
+
+  // grad holds the gradient of the loss of each element on entry, that of each logit on return.
+  template <class T, bool Square>
+  static void sigmoid_backward(const T* __restrict x, const T* __restrict t, const T* __restrict weight, int64_t n, SigmoidParams<T> p,
+                               T* __restrict grad) {
+    for (int64_t i = 0; i < n; ++i)
+      grad[i] *= weight[i] * sigmoid_focal<VecMath<T>, Square>(x[i], t[i], p.alpha_positive, p.alpha_negative, p.gamma).slope;
+  }
+
+  // t and weight of channel c from class indices: the one-hot row that is never stored.
+  template <class T>
+  static void one_hot(T* __restrict t, T* __restrict weight, T* __restrict x, const int32_t* __restrict label, int64_t n, int32_t c) {
+    for (int64_t i = 0; i < n; ++i) {
+      const bool valid = label[i] >= 0;
+      t[i] = label[i] == c ? T(1) : T(0);
+      weight[i] = valid ? weight[i] : T(0);
+      x[i] = valid ? x[i] : T(0);
+    }
+  }
+
+  // Takes ignored elements of a dense target out. Returns how many are valid, and whether all of these lie in [0, 1] (or are NaN).
+  template <class T>
+  static int64_t mask_dense(T* __restrict t, T* __restrict weight, T* __restrict x, int64_t n, const TargetRule& rule, bool* in_range) {
+    const T ignore = static_cast<T>(rule.ignore);
+    const bool has_ignore = rule.has_ignore;
+    int32_t valid_count = 0, outside = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool valid = !(has_ignore & (t[i] == ignore));
+      valid_count += valid;
+      outside += valid & ((t[i] < T(0)) | (t[i] > T(1)));
+      weight[i] = valid ? weight[i] : T(0);
+      x[i] = valid ? x[i] : T(0);
+      t[i] = valid ? t[i] : T(0);
+    }
+    *in_range = outside == 0;
+    return valid_count;
+  }
+
+  // ---- softmax
+
+  // From x = logits to x = exp(logits - max), and per pixel log p and q = 1 - p of its class. Ignored pixels: log p = q = 0.
+  // inverse_sum is 1 / sum of the exponentials. Scratch: maximum, rest, each [n].
+  template <class T>
+  static void softmax(T* __restrict x, int64_t classes, int64_t stride, int64_t n, const int32_t* __restrict label, SoftmaxRows<T> r) {
+    T* __restrict maximum = r.maximum;
+    T* __restrict rest = r.rest;
+    T* __restrict log_p = r.log_p;
+    T* __restrict q = r.q;
+    T* __restrict inverse_sum = r.inverse_sum;
+    row_maximum(x, classes, stride, n, maximum);
+    for (int64_t i = 0; i < n; ++i) {
+      rest[i] = 0;
+      q[i] = 0;      // becomes exp(x_y - max)
+      log_p[i] = 0;  // becomes x_y - max
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      T* __restrict row = x + c * stride;
+      for (int64_t i = 0; i < n; ++i) {
+        const T d = row[i] - maximum[i];
+        const T e = VecMath<T>::exp_neg(d);
+        const bool mine = label[i] == static_cast<int32_t>(c);
+        rest[i] += mine ? T(0) : e;
+        q[i] = mine ? e : q[i];
+        log_p[i] = mine ? d : log_p[i];
+        row[i] = e;
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const T e = q[i];
+      const T sum = rest[i] + e;
+      const T inverse = T(1) / sum;
+      // Above p = 1/2, ln p = -ln(1 + rest / e) keeps the digits that (x - max) - ln(sum) loses.
+      const bool sure = rest[i] <= e;
+      const T sure_log = -VecMath<T>::log1p_unit(sure ? rest[i] / e : T(1));
+      const T rare_log = log_p[i] - VecMath<T>::log(sum);
+      const bool valid = label[i] >= 0;
+      log_p[i] = valid ? (sure ? sure_log : rare_log) : T(0);
+      q[i] = valid ? rest[i] * inverse : T(0);
+      inverse_sum[i] = inverse;
+    }
+  }
+
+  template <class T, bool Square>
+  static double softmax_forward(const T* __restrict log_p, const T* __restrict q, const T* __restrict alpha, int64_t n, T gamma,
+                                T* __restrict loss) {
+    for (int64_t i = 0; i < n; ++i) loss[i] = softmax_focal<VecMath<T>, Square>(log_p[i], q[i], alpha[i], gamma).value;
+    return sum(loss, n);
+  }
+
+  // grad: on entry the gradient of the loss of each pixel, on return that of log p. x: from exponentials to the gradient of the logits.
+  template <class T, bool Square>
+  static void softmax_backward(T* __restrict x, int64_t classes, int64_t stride, int64_t n, const int32_t* __restrict label,
+                               const T* __restrict alpha, T gamma, SoftmaxRows<T> r, T* __restrict grad) {
+    const T* __restrict q = r.q;
+    const T* __restrict inverse_sum = r.inverse_sum;
+    for (int64_t i = 0; i < n; ++i) {
+      const T slope = grad[i] * softmax_focal<VecMath<T>, Square>(r.log_p[i], q[i], alpha[i], gamma).slope;
+      grad[i] = label[i] >= 0 ? slope : T(0);
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      T* __restrict row = x + c * stride;
+      for (int64_t i = 0; i < n; ++i) {
+        const T other = -grad[i] * (row[i] * inverse_sum[i]);
+        const T dz = label[i] == static_cast<int32_t>(c) ? grad[i] * q[i] : other;
+        row[i] = label[i] >= 0 ? dz : T(0);  // an ignored pixel may hold NaN
+      }
+    }
+  }
+
+  template <class T>
+  static void gather_alpha(T* __restrict out, const T* __restrict alpha, int64_t alpha_step, const int32_t* __restrict label, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) out[i] = label[i] >= 0 ? alpha[label[i] * alpha_step] : T(0);
+  }
+
+  // ---- softmax with label smoothing: sum over classes of target_c * FL_c, target_c = smoothing / C + (1 - smoothing) [c = y]
+
+  // From x = logits to x = exp(logits - max). r.rest becomes the sum without one of the largest, whose exponential is 1 exactly;
+  // r.log_p the logarithm of the whole sum. Scratch: r.q.
+  template <class T>
+  static void smooth_softmax(T* __restrict x, int64_t classes, int64_t stride, int64_t n, SoftmaxRows<T> r) {
+    T* __restrict maximum = r.maximum;
+    T* __restrict rest = r.rest;
+    T* __restrict largest = r.q;  // how many classes share the maximum
+    T* __restrict log_sum = r.log_p;
+    T* __restrict inverse_sum = r.inverse_sum;
+    row_maximum(x, classes, stride, n, maximum);
+    for (int64_t i = 0; i < n; ++i) {
+      rest[i] = 0;
+      largest[i] = 0;
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      T* __restrict row = x + c * stride;
+      for (int64_t i = 0; i < n; ++i) {
+        const T e = VecMath<T>::exp_neg(row[i] - maximum[i]);
+        rest[i] += e == T(1) ? T(0) : e;
+        largest[i] += e == T(1) ? T(1) : T(0);
+        row[i] = e;
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      rest[i] += largest[i] - T(1);
+      const T sum = T(1) + rest[i];
+      inverse_sum[i] = T(1) / sum;
+      const bool sure = rest[i] <= T(1);
+      log_sum[i] = sure ? VecMath<T>::log1p_unit(sure ? rest[i] : T(0)) : VecMath<T>::log(sum);
+    }
+  }
+
+  // The terms of class c: x, logits and out are its rows. loss and slopes add up over the classes; out, if wanted, is the slope.
+  template <class T, bool Square>
+  static void smooth_terms(const T* __restrict x, const T* __restrict logits, int64_t n, const int32_t* __restrict label, int32_t c,
+                           T share, T smoothing, T alpha, T gamma, SoftmaxRows<T> r, T* __restrict loss, T* __restrict slopes,
+                           T* __restrict out) {
+    const T* __restrict maximum = r.maximum;
+    const T* __restrict rest = r.rest;
+    const T* __restrict log_sum = r.log_p;
+    const T* __restrict inverse_sum = r.inverse_sum;
+    for (int64_t i = 0; i < n; ++i) {
+      const T p = x[i] * inverse_sum[i];
+      const T q = x[i] == T(1) ? rest[i] * inverse_sum[i] : T(1) - p;
+      const T weight = alpha * (label[i] == c ? share + (T(1) - smoothing) : share);
+      const auto term = softmax_focal<VecMath<T>, Square>((logits[i] - maximum[i]) - log_sum[i], q, weight, gamma);
+      loss[i] += term.value;
+      slopes[i] += term.slope;
+      out[i] = term.slope;
+    }
+  }
+
+  // x: from exponentials to the gradient of the logits of one class, given its slope and the sum of all slopes.
+  template <class T>
+  static void smooth_backward(T* __restrict x, const T* __restrict slope, const T* __restrict slopes, const T* __restrict inverse_sum,
+                              const int32_t* __restrict label, int64_t n, const T* __restrict grad) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T dz = grad[i] * (slope[i] - x[i] * inverse_sum[i] * slopes[i]);
+      x[i] = label[i] >= 0 ? dz : T(0);
+    }
+  }
+
+  // ---- shared
+
+  template <class T>
+  static void keep_valid(T* __restrict values, const int32_t* __restrict label, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) values[i] = label[i] >= 0 ? values[i] : T(0);
+  }
+
+  static int64_t count_valid(const int32_t* __restrict label, int64_t n) {
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += label[i] >= 0;
+    return count;
+  }
+
+  // In float64 and a fixed order, eight sums side by side.
+  template <class T>
+  static double sum(const T* __restrict values, int64_t n) {
+    double lanes[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+      for (int64_t l = 0; l < 8; ++l) lanes[l] += static_cast<double>(values[i + l]);
+    for (; i < n; ++i) lanes[i % 8] += static_cast<double>(values[i]);
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  }
+
+ private:
+  template <class T>
+  static void row_maximum(const T* __restrict x, int64_t classes, int64_t stride, int64_t n, T* __restrict maximum) {
+    for (int64_t i = 0; i < n; ++i) maximum[i] = x[i];
+    for (int64_t c = 1; c < classes; ++c) {
+      const T* __restrict row = x + c * stride;
+      for (int64_t i = 0; i < n; ++i) maximum[i] = row[i] > maximum[i] ? row[i] : maximum[i];
+    }
+  }
+};

@@ -1,0 +1,137 @@
+// Between PyTorch's stable ABI and the kernels: views, errors, threads. The only header of the CPU code that knows torch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "rows.h"
+
+namespace veerloss {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };  // as in ops.py
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Long: return DType::i64;
+    case ScalarType::Int: return DType::i32;
+    case ScalarType::Short: return DType::i16;
+    case ScalarType::Char: return DType::i8;
+    case ScalarType::Byte:
+    case ScalarType::Bool: return DType::u8;
+    default: throw std::invalid_argument("veerloss: unsupported dtype; expected a float, integer or bool tensor");
+  }
+}
+
+// A tensor [images, channels, pixels] or, without channels, [images, pixels]. A single pixel per image becomes one image of many.
+inline View view_of(const Tensor& t) {
+  const int64_t dim = t.dim();
+  if (dim != 2 && dim != 3) throw std::invalid_argument("veerloss: operators take [N, C, P] and [N, P] tensors");
+  View v{static_cast<char*>(t.data_ptr()), dtype_of(t), t.stride(0), dim == 3 ? t.stride(1) : 0, t.stride(dim - 1)};
+  if (t.size(dim - 1) == 1) v.stride_pixel = v.stride_image;
+  return v;
+}
+
+inline Geometry geometry_of(const Tensor& logits) {
+  if (logits.dim() != 3) throw std::invalid_argument("veerloss: operators take logits [N, C, P]");
+  const int64_t images = logits.size(0), pixels = logits.size(2);
+  if (pixels == 1) return {1, logits.size(1), images};
+  return {images, logits.size(1), pixels};
+}
+
+inline void check_like(const Tensor& t, const Geometry& g, bool channels, const char* name) {
+  const int64_t expected = g.images * g.pixels * (channels ? g.channels : 1);
+  if (t.numel() != expected || t.dim() != (channels ? 3 : 2) || !t.is_cpu())
+    throw std::invalid_argument(std::string("veerloss: ") + name + " does not match the shape or device of logits");
+}
+
+// Arithmetic is in float32, or float64 for float64 logits.
+template <class F>
+auto with_arithmetic_type(const Tensor& logits, const F& f) {
+  return dtype_of(logits) == DType::f64 ? f(double{}) : f(float{});
+}
+
+template <class T>
+constexpr ScalarType scalar_type_of() {
+  return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline View element_view(const Tensor& t) {
+  return View{static_cast<char*>(t.data_ptr()), dtype_of(t), 0, 0, 1};
+}
+
+// The value of a tensor of one element, of any type.
+inline double read_scalar(const Tensor& t) {
+  if (t.numel() != 1) throw std::invalid_argument("veerloss: expected a tensor of one element");
+  double value;
+  load_row(&value, element_view(t), {1, 1, 1}, 0, {0, 1});
+  return value;
+}
+
+// Element i of a contiguous tensor takes a value, rounded to its type.
+inline void write_element(const Tensor& t, int64_t i, double value) {
+  store_row(&value, element_view(t), {1, 1, t.numel()}, 0, {i, 1});
+}
+
+// f(first, last) over parts of [0, count), on PyTorch's own threads.
+template <class F>
+void parallel_for(int64_t count, const F& f) {
+  if (count == 1) return f(int64_t{0}, int64_t{1});
+  if (count > 0) torch::stable::parallel_for(0, count, 1, f);
+}
+
+// The first bad target that any thread meets, so that the error names the same one every time. Exceptions do not cross threads.
+class BadTarget {
+ public:
+  void at(int64_t channel, int64_t flat_pixel, int64_t channels = 1) {
+    const int64_t index = flat_pixel * channels + channel;
+    int64_t seen = first_.load();
+    while (index < seen && !first_.compare_exchange_weak(seen, index)) {
+    }
+  }
+
+  // IndexError: pybind11 maps std::out_of_range to it.
+  void raise_if_any(const View& target, const Geometry& g, const std::string& expected, int64_t channels = 1) const {
+    const int64_t index = first_.load();
+    if (index == none) return;
+    const int64_t flat = index / channels;
+    double value;
+    load_row(&value, target, g, index % channels, {flat, 1});
+    std::ostringstream message;
+    message << "target holds " << value << " (image " << flat / g.pixels << ", pixel " << flat % g.pixels << "), expected " << expected;
+    throw std::out_of_range(message.str());
+  }
+
+ private:
+  static constexpr int64_t none = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> first_{none};
+};
+
+inline void load_labels(int32_t* out, const View& target, const Geometry& g, const TargetRule& rule, Run run, BadTarget& bad) {
+  if (load_labels(out, target, g, rule, run)) return;
+  for (int64_t i = 0; i < run.count; ++i)
+    if (out[i] == label_bad) return bad.at(0, run.first + i);
+}
+
+inline std::string expected_labels(const TargetRule& rule) {
+  std::string text = "class indices in [0, " + std::to_string(rule.classes) + ")";
+  return rule.has_ignore ? text + " or ignore_index=" + std::to_string(rule.ignore) : text;
+}
+
+}  // namespace veerloss

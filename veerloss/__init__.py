@@ -1,0 +1,18 @@
+"""Fused Focal and Lovász losses for PyTorch."""
+
+from .focal import SigmoidFocalLoss, SoftmaxFocalLoss, sigmoid_focal_loss, softmax_focal_loss
+from .lovasz import LovaszHingeLoss, LovaszSoftmaxLoss, lovasz_hinge_loss, lovasz_softmax_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LovaszHingeLoss",
+    "LovaszSoftmaxLoss",
+    "SigmoidFocalLoss",
+    "SoftmaxFocalLoss",
+    "__version__",
+    "lovasz_hinge_loss",
+    "lovasz_softmax_loss",
+    "sigmoid_focal_loss",
+    "softmax_focal_loss",
+]

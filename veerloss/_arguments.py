@@ -1,0 +1,153 @@
+"""Checks of public arguments, and the choice of a backend. Each error names the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._extension import native_missing
+
+REDUCTIONS = ("none", "mean", "sum")
+BACKENDS = ("auto", "native", "triton", "reference")
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def missing_reason(backend: str, device: torch.device) -> str | None:
+    """None where ``backend`` can run on ``device``, else why not."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return "the Triton kernels are not part of this version"
+    if device.type in ("meta", "cpu"):
+        return native_missing["cpu"]
+    return native_missing.get(device.type, f"there is no compiled library for device type {device.type!r}")
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that runs; an explicit name never falls back."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "auto":
+        return next(b for b in ("native", "triton", "reference") if missing_reason(b, device) is None)
+    reason = missing_reason(backend, device)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} cannot run on device {str(device)!r}: {reason}")
+    return backend
+
+
+def check_logits(logits: Tensor, least_dim: int, shape: str) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a Tensor, got {type(logits).__name__}")
+    if logits.dtype not in _FLOATS:
+        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+    if logits.dim() < least_dim:
+        raise ValueError(f"logits must have the shape {shape}, got {list(logits.shape)}")
+
+
+def check_target(target: Tensor, logits: Tensor) -> None:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    if target.device != logits.device:
+        raise ValueError(f"target must be on the device of logits, {str(logits.device)!r}, got {str(target.device)!r}")
+    if target.dtype not in (*_FLOATS, *_INTEGERS, torch.bool):
+        raise TypeError(f"target must be a float, integer or bool tensor, got {target.dtype}")
+    if target.requires_grad:
+        raise ValueError("target must not require a gradient: no loss here is differentiable in it; pass target.detach()")
+
+
+def check_index_target(target: Tensor, logits: Tensor) -> None:
+    """Class indices [N, *] for logits [N, C, *] ([] for [C])."""
+    check_target(target, logits)
+    expected = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else logits.shape[:0]
+    if target.shape != expected:
+        raise ValueError(
+            f"target must have the shape {list(expected)} (class indices for logits {list(logits.shape)}), got {list(target.shape)}"
+        )
+    if target.dtype not in _INTEGERS:
+        raise TypeError(f"target must hold class indices as uint8, int8, int16, int32 or int64, got {target.dtype}")
+    if logits.size(min(logits.dim(), 2) - 1) == 0:
+        raise ValueError(f"logits must have at least one class, got the shape {list(logits.shape)}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    if isinstance(value, bool | Tensor) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    inside = (low < value if open_low else low <= value) and value <= high and value < math.inf
+    if not inside:
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{name} must be in {interval}, got {value!r}")
+
+
+def check_ignore_index(ignore_index: object) -> None:
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_constant(name: str, value: Tensor, logits: Tensor) -> None:
+    """A tensor argument that is a constant of the loss."""
+    if value.device != logits.device:
+        raise ValueError(f"{name} must be on the device of logits, {str(logits.device)!r}, got {str(value.device)!r}")
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: it is a constant of the loss; pass {name}.detach()")
+    if value.dtype.is_complex:
+        raise TypeError(f"{name} must be real, got {value.dtype}")
+
+
+def check_per_class(name: str, value: Tensor, logits: Tensor, classes: int) -> None:
+    check_constant(name, value, logits)
+    if value.shape != (classes,):
+        raise ValueError(f"{name} must have the shape [{classes}] (one value per class), got {list(value.shape)}")
+
+
+def check_normalizer(normalizer: object, reduction: str, logits: Tensor) -> None:
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"normalizer replaces the divisor of reduction='mean', got reduction={reduction!r}")
+    if isinstance(normalizer, Tensor):
+        check_constant("normalizer", normalizer, logits)
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer must be a number or a tensor of one element, got the shape {list(normalizer.shape)}")
+    else:
+        check_number("normalizer", normalizer, 0, open_low=True)
+
+
+def check_label_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
+    """For the reference: the kernels check their targets themselves. Skipped in compiled graphs, which cannot branch on data."""
+    if torch.compiler.is_compiling() or target.numel() == 0 or target.is_meta:
+        return
+    bad = (target < 0) | (target >= classes)
+    if target.dtype.is_floating_point:
+        bad |= target != target.round()
+    if ignore_index is not None:
+        bad &= target != ignore_index
+    if bad.any():
+        also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise IndexError(f"target holds {target[bad][0].item()}, expected class indices in [0, {classes}){also}")
+
+
+def as_pixels(logits: Tensor) -> Tensor:
+    """[N, C, *] as [N, C, P]: a view for every layout whose pixels have one stride (NCHW, channels_last), else a copy."""
+    if logits.dim() == 1:
+        return logits[None, :, None]
+    n, c = logits.shape[:2]
+    return logits.reshape(n, c, math.prod(logits.shape[2:]))
+
+
+def arithmetic_dtype(logits: Tensor) -> torch.dtype:
+    """What kernels compute in: float32, or float64 for float64 logits."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -1,0 +1,280 @@
+"""Focal losses: public functions and modules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import _arguments as arguments
+from . import ops, reference
+from ._module import LossModule
+
+
+def sigmoid_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float | Tensor | None = None,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Binary focal loss of every logit: multilabel, one-vs-rest, or dense detection.
+
+    .. math:: \alpha_t\, \mathrm{bce}(x, t)\, (1 - p_t)^\gamma, \quad 1 - p_t = p (1 - t) + (1 - p) t, \quad p = \sigma(x)
+
+    (Lin et al., ICCV 2017, arXiv 1708.02002, eq. 5; for soft targets the formula of torchvision.) Finite, with a finite
+    gradient, for every finite logit and every gamma >= 0. An infinite logit gives NaN.
+
+    Args:
+        logits: [N, C, \*] or any shape; float32, float64, bfloat16 or float16 (arithmetic in float32 for the last two).
+        target: the shape of ``logits``, bool, integer (0 or 1) or float in [0, 1]; or integer class indices [N, \*] for
+            logits [N, C, \*], each channel then being its class against the rest.
+        alpha: weight of positives, 1 - alpha being that of negatives: a number in [0, 1], or a tensor [C]. None: 1 for both.
+        gamma: focusing exponent, >= 0.
+        weight: factor of each element: a tensor [C] for logits [N, C, \*], or one that broadcasts to ``logits``.
+        ignore_index: target value that takes no part.
+        reduction: "none" (the shape of ``logits``), "mean" over the valid elements, or "sum".
+        normalizer: divisor of "mean" instead of the number of valid elements, such as the number of positives: a number > 0 or
+            a tensor of one element.
+        backend: "auto", "native" or "reference". An explicit name never falls back.
+
+    Returns:
+        A tensor of the type of ``logits``: 0-d, or the shape of ``logits`` for "none". 0 where nothing is valid.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
+        IndexError: target holds a value out of range.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 4, requires_grad=True)
+        >>> loss = sigmoid_focal_loss(logits, torch.ones(2, 4, dtype=torch.long), alpha=0.25)
+        >>> loss.backward()
+    """
+    arguments.check_logits(logits, 0, "[N, C, *]")
+    arguments.check_target(target, logits)
+    one_vs_rest = target.shape != logits.shape
+    if one_vs_rest:
+        if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
+            raise ValueError(
+                f"target must have the shape of logits, {list(logits.shape)}, or hold class indices [N, *] for logits [N, C, *], "
+                f"got {list(target.shape)}"
+            )
+        if logits.size(1) == 1:
+            raise ValueError(
+                f"target without a channel is ambiguous for one-channel logits {list(logits.shape)}, got {list(target.shape)}; "
+                "expected target.unsqueeze(1)"
+            )
+        arguments.check_index_target(target, logits)
+    arguments.check_number("gamma", gamma, 0)
+    alpha = _checked_alpha(alpha, logits, logits.size(1) if logits.dim() > 1 else 1, 1)
+    if weight is not None:
+        weight = _element_weight(weight, logits)
+    arguments.check_ignore_index(ignore_index)
+    arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
+    arguments.check_normalizer(normalizer, reduction, logits)
+
+    if arguments.choose_backend(backend, logits.device) == "reference":
+        if one_vs_rest:
+            arguments.check_label_range(target, logits.size(1), ignore_index)
+        else:
+            _check_soft_range(target, ignore_index)
+        return reference.sigmoid_focal_loss(
+            logits, target, alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index, reduction=reduction, normalizer=normalizer
+        )  # fmt: skip
+    x, t, w, restore = _elements(logits, target, weight, isinstance(alpha, Tensor))
+    class_alpha = _class_alpha(alpha, logits)
+    loss = ops.sigmoid_focal(
+        x, t, alpha if class_alpha is None else None, class_alpha, gamma, w, ignore_index, reduction, normalizer
+    )  # fmt: skip
+    return restore(loss) if reduction == "none" else loss
+
+
+def softmax_focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float | Tensor | None = None,
+    gamma: float = 2.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Multiclass focal loss of every pixel.
+
+    .. math:: -\alpha_y (1 - p_y)^\gamma \log p_y, \quad p = \mathrm{softmax}(x)
+
+    (Lin et al., ICCV 2017, arXiv 1708.02002, with the softmax of all classes.) gamma = 0 is
+    :func:`torch.nn.functional.cross_entropy` with ``alpha`` as its weight, but for what "mean" divides by. 1 - p is the sum of
+    the other probabilities, so that confident pixels keep their digits.
+
+    Args:
+        logits: [N, C, \*] or [C]; float32, float64, bfloat16 or float16 (arithmetic in float32 for the last two).
+        target: class indices [N, \*] (or 0-d), uint8, int8, int16, int32 or int64.
+        alpha: factor of each pixel's loss: a number >= 0, or a tensor [C] of values >= 0, one per class.
+        gamma: focusing exponent, >= 0.
+        label_smoothing: in [0, 1]: the target puts 1 - label_smoothing on the class and label_smoothing / C on every class;
+            the loss is the sum over classes of target times that class's focal loss.
+        ignore_index: target value that takes no part; None for none.
+        reduction: "none" (the shape of ``target``), "mean" over the valid pixels (not weighted by alpha), or "sum".
+        normalizer: divisor of "mean" instead of the number of valid pixels: a number > 0 or a tensor of one element.
+        backend: "auto", "native" or "reference". An explicit name never falls back.
+
+    Returns:
+        A tensor of the type of ``logits``: 0-d, or the shape of ``target`` for "none". 0 where no pixel is valid. As in
+        cross_entropy, -inf masks a class out, and NaN or +inf gives NaN.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
+        IndexError: target holds a value that is neither a class nor ``ignore_index``.
+
+    Example:
+        >>> logits = torch.zeros(2, 3, 4, requires_grad=True)
+        >>> loss = softmax_focal_loss(logits, torch.ones(2, 4, dtype=torch.long), gamma=2.0)
+        >>> loss.backward()
+    """
+    arguments.check_logits(logits, 1, "[N, C, *] or [C]")
+    arguments.check_index_target(target, logits)
+    arguments.check_number("gamma", gamma, 0)
+    arguments.check_number("label_smoothing", label_smoothing, 0, 1)
+    classes = logits.size(1) if logits.dim() > 1 else logits.size(0)
+    alpha = _checked_alpha(alpha, logits, classes, math.inf)
+    arguments.check_ignore_index(ignore_index)
+    arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
+    arguments.check_normalizer(normalizer, reduction, logits)
+
+    if arguments.choose_backend(backend, logits.device) == "reference":
+        arguments.check_label_range(target, classes, ignore_index)
+        return reference.softmax_focal_loss(
+            logits, target, alpha=alpha, gamma=gamma, label_smoothing=label_smoothing, ignore_index=ignore_index,
+            reduction=reduction, normalizer=normalizer,
+        )  # fmt: skip
+    x = arguments.as_pixels(logits)
+    class_alpha = _class_alpha(alpha, logits)
+    number_alpha = 1.0 if alpha is None or class_alpha is not None else alpha
+    loss = ops.softmax_focal(
+        x, target.reshape(x.size(0), x.size(2)), number_alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer
+    )  # fmt: skip
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _checked_alpha(alpha: float | Tensor | None, logits: Tensor, classes: int, high: float) -> float | Tensor | None:
+    """A number as it is; a tensor as one value per class."""
+    if alpha is None:
+        return None
+    if not isinstance(alpha, Tensor):
+        arguments.check_number("alpha", alpha, 0, high)
+        return alpha
+    if alpha.dim() == 0:
+        alpha = alpha.expand(classes)
+    arguments.check_per_class("alpha", alpha, logits, classes)
+    return alpha
+
+
+def _class_alpha(alpha: float | Tensor | None, logits: Tensor) -> Tensor | None:
+    return alpha.to(arguments.arithmetic_dtype(logits)).contiguous() if isinstance(alpha, Tensor) else None
+
+
+def _element_weight(weight: Tensor, logits: Tensor) -> Tensor:
+    """``weight`` expanded to the shape of ``logits``; a 1-d weight goes by channel."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__}")
+    arguments.check_constant("weight", weight, logits)
+    if weight.dim() == 1 and logits.dim() > 1:
+        arguments.check_per_class("weight", weight, logits, logits.size(1))
+        weight = weight.reshape(-1, *[1] * (logits.dim() - 2))
+    try:
+        return weight.expand(logits.shape)
+    except RuntimeError:
+        raise ValueError(f"weight must broadcast to logits, {list(logits.shape)}, got {list(weight.shape)}") from None
+
+
+def _check_soft_range(target: Tensor, ignore_index: int | None) -> None:
+    if torch.compiler.is_compiling() or target.numel() == 0 or target.is_meta or target.dtype == torch.bool:
+        return
+    bad = (target < 0) | (target > 1)
+    if ignore_index is not None:
+        bad &= target != ignore_index
+    if bad.any():
+        also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise IndexError(f"target holds {target[bad][0].item()}, expected values in [0, 1]{also}")
+
+
+def _elements(logits: Tensor, target: Tensor, weight: Tensor | None, by_channel: bool):
+    """The tensors as [N, C, P] for the kernels, and how to give a loss of that shape the shape of ``logits``.
+
+    Where every element is treated alike and all tensors lie in memory the same way, that is one long row.
+    """
+    shape = logits.shape
+    if target.shape == shape and not by_channel:
+        tensors = [logits, target] + ([weight] if weight is not None else [])
+        for from_dim, to_dim in ((0, 0), (1, -1)):  # as it is, or channels_last
+            if from_dim >= logits.dim():
+                break
+            moved = [t.movedim(from_dim, to_dim) for t in tensors]
+            if all(t.is_contiguous() for t in moved):
+                rows = [t.reshape(1, 1, logits.numel()) for t in moved]
+                shape = moved[0].shape
+                restore = lambda v: v.reshape(shape).movedim(to_dim, from_dim)  # noqa: E731, B023
+                return rows[0], rows[1], rows[2] if weight is not None else None, restore
+    if logits.dim() < 2:
+        logits, target = logits.reshape(1, -1), target.reshape(1, -1)
+        weight = None if weight is None else weight.reshape(1, -1)
+    n, c = logits.shape[:2]
+    pixels = math.prod(logits.shape[2:])
+    t = target.reshape(n, pixels) if target.dim() < logits.dim() else target.reshape(n, c, pixels)
+    w = None if weight is None else weight.reshape(n, c, pixels)
+    return logits.reshape(n, c, pixels), t, w, lambda v: v.reshape(shape)
+
+
+class SigmoidFocalLoss(LossModule):
+    """Module of :func:`sigmoid_focal_loss`, with the same arguments; tensors among them are buffers."""
+
+    def __init__(
+        self,
+        *,
+        alpha: float | Tensor | None = None,
+        gamma: float = 2.0,
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        reduction: str = "mean",
+        normalizer: float | Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index, reduction=reduction, normalizer=normalizer,
+            backend=backend,
+        )  # fmt: skip
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return sigmoid_focal_loss(logits, target, **self.options())
+
+
+class SoftmaxFocalLoss(LossModule):
+    """Module of :func:`softmax_focal_loss`, with the same arguments; tensors among them are buffers."""
+
+    def __init__(
+        self,
+        *,
+        alpha: float | Tensor | None = None,
+        gamma: float = 2.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        normalizer: float | Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            alpha=alpha, gamma=gamma, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
+            normalizer=normalizer, backend=backend,
+        )  # fmt: skip
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return softmax_focal_loss(logits, target, **self.options())

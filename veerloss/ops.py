@@ -1,0 +1,186 @@
+"""Every operator: its schema, its fake kernel, its autograd. Kernels for the CPU are in csrc/cpu.
+
+Logits are [N, C, P] in any strides; targets are class indices [N, P] or, for sigmoid focal, values [N, C, P]. ``scale`` is the factor
+between the sum that a kernel takes and the loss that it returns; the backward operators use it again.
+Importing this module registers the schemas and then loads the compiled library, whose kernels they need.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: As ``Reduction`` in csrc/cpu/tensor.h.
+NONE, MEAN, SUM = 0, 1, 2
+_REDUCTION = {"none": NONE, "mean": MEAN, "sum": SUM}
+
+_SIGMOID = "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int? ignore_index, int reduction"
+_SOFTMAX = "float alpha, Tensor? class_alpha, float gamma, float label_smoothing, int? ignore_index, int reduction"
+_SCHEMAS = {
+    "sigmoid_focal_forward": f"(Tensor logits, Tensor target, {_SIGMOID}, float factor, Tensor? normalizer) -> (Tensor loss, Tensor scale)",
+    "sigmoid_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SIGMOID}, Tensor scale) -> Tensor",
+    "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, float factor, Tensor? normalizer) -> (Tensor loss, Tensor scale)",
+    "softmax_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SOFTMAX}, Tensor scale) -> Tensor",
+    # With selected null every class takes part; `present` leaves out those without foreground. class_weight and scale have one
+    # value per segment row; weights are the signed weights of the errors, empty unless `keep`.
+    "lovasz_softmax_forward": "(Tensor logits, Tensor target, Tensor? selected, bool present, bool per_image, Tensor? class_weight, "
+    "int? ignore_index, bool from_logits, int reduction, bool keep) -> (Tensor loss, Tensor scale, Tensor weights)",
+    "lovasz_softmax_backward": "(Tensor grad, Tensor logits, Tensor weights, Tensor scale, bool per_image, bool from_logits, int reduction) "
+    "-> Tensor",
+    "lovasz_hinge_forward": "(Tensor logits, Tensor target, bool per_image, int? ignore_index, int reduction, bool keep) "
+    "-> (Tensor loss, Tensor scale, Tensor weights)",
+    "lovasz_hinge_backward": "(Tensor grad, Tensor logits, Tensor weights, Tensor scale, bool per_image, int reduction) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"veerloss::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+from . import _extension  # noqa: E402, F401  (loads the kernels for the schemas above)
+
+
+def _arithmetic(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+# ---- focal
+
+
+def sigmoid_focal(logits, target, alpha, class_alpha, gamma, weight, ignore_index, reduction, normalizer) -> Tensor:
+    options = (alpha, class_alpha, float(gamma), weight, ignore_index, *_divisor(reduction, normalizer))
+    return torch.ops.veerloss.sigmoid_focal_forward(logits, target, *options)[0]
+
+
+def softmax_focal(
+    logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer
+) -> Tensor:
+    options = (float(alpha), class_alpha, float(gamma), float(label_smoothing), ignore_index, *_divisor(reduction, normalizer))
+    return torch.ops.veerloss.softmax_focal_forward(logits, target, *options)[0]
+
+
+def _divisor(reduction: str, normalizer: float | Tensor | None) -> tuple[int, float, Tensor | None]:
+    """(reduction, factor, normalizer) for a kernel: a normaliser turns "mean" into a scaled sum."""
+    if normalizer is None:
+        return _REDUCTION[reduction], 1.0, None
+    if isinstance(normalizer, Tensor):
+        return SUM, 1.0, normalizer
+    return SUM, 1.0 / normalizer, None
+
+
+@torch.library.register_fake("veerloss::sigmoid_focal_forward")
+def _(logits, target, alpha, class_alpha, gamma, weight, ignore_index, reduction, factor, normalizer):
+    loss = torch.empty_like(logits) if reduction == NONE else logits.new_empty(())
+    return loss, logits.new_empty((), dtype=_arithmetic(logits))
+
+
+@torch.library.register_fake("veerloss::softmax_focal_forward")
+def _(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, factor, normalizer):
+    n, _, p = logits.shape
+    return logits.new_empty((n, p) if reduction == NONE else ()), logits.new_empty((), dtype=_arithmetic(logits))
+
+
+def _fake_focal_backward(grad, logits, *args):
+    return torch.empty_like(logits)
+
+
+def _save_focal(ctx, inputs, output) -> None:
+    logits, target, alpha, class_alpha, gamma, fifth, ignore_index, reduction, _, _ = inputs
+    # The fifth option is a tensor for sigmoid (weight), a number for softmax (label_smoothing).
+    tensor = fifth if isinstance(fifth, Tensor) else None
+    ctx.save_for_backward(logits, target, class_alpha, tensor, output[1])
+    ctx.options = (alpha, gamma, None if tensor is not None else fifth, ignore_index, reduction)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _focal_backward(op: str):
+    def backward(ctx, grad, _):
+        logits, target, class_alpha, tensor, scale = ctx.saved_tensors
+        alpha, gamma, fifth, ignore_index, reduction = ctx.options
+        fifth = fifth if tensor is None else tensor
+        kernel = getattr(torch.ops.veerloss, op)
+        grad_logits = kernel(grad, logits, target, alpha, class_alpha, gamma, fifth, ignore_index, reduction, scale)
+        return grad_logits, *[None] * 9
+
+    return backward
+
+
+# ---- Lovász
+
+
+def lovasz_softmax(
+    logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction
+) -> Tensor:
+    keep = torch.is_grad_enabled() and logits.requires_grad
+    return torch.ops.veerloss.lovasz_softmax_forward(
+        logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, _REDUCTION[reduction], keep
+    )[0]  # fmt: skip
+
+
+def lovasz_hinge(logits, target, per_image, ignore_index, reduction) -> Tensor:
+    keep = torch.is_grad_enabled() and logits.requires_grad
+    return torch.ops.veerloss.lovasz_hinge_forward(
+        logits, target, per_image, ignore_index, _REDUCTION[reduction], keep
+    )[0]
+
+
+@torch.library.register_fake("veerloss::lovasz_softmax_forward")
+def _(logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction, keep):
+    n, c, p = logits.shape
+    shape = (n, c) if per_image else (c,)
+    dtype = _arithmetic(logits)
+    weights = logits.new_empty((c, n, p) if keep else (0,), dtype=dtype)
+    return logits.new_empty(shape if reduction == NONE else ()), logits.new_empty(shape, dtype=dtype), weights
+
+
+@torch.library.register_fake("veerloss::lovasz_hinge_forward")
+def _(logits, target, per_image, ignore_index, reduction, keep):
+    n, c, p = logits.shape
+    shape = (n,) if per_image else ()
+    dtype = _arithmetic(logits)
+    weights = logits.new_empty((c, n, p) if keep else (0,), dtype=dtype)
+    return logits.new_empty(shape if reduction == NONE else ()), logits.new_empty(shape, dtype=dtype), weights
+
+
+def _save_softmax(ctx, inputs, output) -> None:
+    logits, _, _, _, per_image, _, _, from_logits, reduction, _ = inputs
+    _, scale, weights = output
+    ctx.save_for_backward(logits, weights, scale)
+    ctx.options = (per_image, from_logits, reduction)
+    ctx.mark_non_differentiable(scale, weights)
+
+
+def _softmax_backward(ctx, grad, *_):
+    return torch.ops.veerloss.lovasz_softmax_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 9
+
+
+def _save_hinge(ctx, inputs, output) -> None:
+    logits, _, per_image, _, reduction, _ = inputs
+    _, scale, weights = output
+    ctx.save_for_backward(logits, weights, scale)
+    ctx.options = (per_image, reduction)
+    ctx.mark_non_differentiable(scale, weights)
+
+
+def _hinge_backward(ctx, grad, *_):
+    return torch.ops.veerloss.lovasz_hinge_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 5
+
+
+# ---- registration
+
+_AUTOGRAD = {
+    "sigmoid_focal": (_focal_backward("sigmoid_focal_backward"), _save_focal),
+    "softmax_focal": (_focal_backward("softmax_focal_backward"), _save_focal),
+    "lovasz_softmax": (_softmax_backward, _save_softmax),
+    "lovasz_hinge": (_hinge_backward, _save_hinge),
+}
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "veerloss: the kernels have no second derivative; use backend='reference' for it (the focal losses are twice "
+        "differentiable there, the Lovász losses are piecewise linear in their errors)"
+    )
+
+
+for _loss, (_backward, _save) in _AUTOGRAD.items():
+    torch.library.register_autograd(f"veerloss::{_loss}_forward", _backward, setup_context=_save)
+    torch.library.register_fake(f"veerloss::{_loss}_backward", _fake_focal_backward)
+    torch.library.register_autograd(f"veerloss::{_loss}_backward", _no_second_derivative)

@@ -1,0 +1,126 @@
+"""Lovász losses (Berman, Triki, Blaschko, CVPR 2018, arXiv 1705.08790) with weights in closed form from integer counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def lovasz_weights(errors: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
+    """The weight of each pixel: the step that it makes in the Jaccard loss, in descending order of errors.
+
+    Args:
+        errors: [..., P] float, >= 0. Equal errors rank in the order of their pixels.
+        foreground: [..., P] bool.
+        valid: [..., P] bool; other pixels take no part.
+
+    Returns:
+        [..., P], the type of ``errors``; sums to 1 in every segment with a valid pixel. With F, B the foreground and
+        background pixels before a pixel and G all foreground pixels, the Jaccard loss 1 - (G - F) / (G + B) steps by
+        1 / (G + B) at a foreground pixel and by (G - F) / ((G + B)(G + B + 1)) at a background pixel. Where G = 0 the
+        first pixel takes it from 0 to 1.
+    """
+    ranked = torch.where(valid, errors.detach(), errors.new_tensor(-1.0))
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    fg = (foreground & valid).gather(-1, order).long()
+    bg = (~foreground & valid).gather(-1, order).long()
+    total = fg.sum(-1, keepdim=True)
+    fg_before = fg.cumsum(-1) - fg
+    union = (total + bg.cumsum(-1) - bg).double()
+    at_fg = 1 / union
+    at_bg = (total - fg_before) / (union * (union + 1))
+    first = (torch.arange(errors.size(-1), device=errors.device) == 0).double()
+    weights = torch.where(total > 0, torch.where(fg == 1, at_fg, at_bg), first)
+    weights = torch.where((fg + bg) == 1, weights, torch.zeros_like(weights)).to(errors.dtype)
+    return torch.zeros_like(errors).scatter(-1, order, weights)
+
+
+def lovasz_softmax_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    classes: str | Sequence[int] = "present",
+    per_image: bool = False,
+    class_weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    from_logits: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """Lovász-Softmax; arguments as in :func:`veerloss.lovasz_softmax_loss`."""
+    n, c = logits.shape[:2]
+    x = _arithmetic(logits).reshape(n, c, -1 if logits.numel() else 0)
+    labels = target.long().reshape(n, 1, x.size(2))
+    valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    foreground = (labels == torch.arange(c, device=x.device)[:, None]) & valid
+    x = torch.where(valid, x, torch.zeros_like(x))
+    if from_logits:
+        p = x.softmax(1)
+        others = torch.where(foreground, torch.zeros_like(p), p).sum(1, keepdim=True)
+        errors = torch.where(foreground, others, p)
+    else:
+        errors = (foreground.to(x.dtype) - x).abs()
+    values, has_foreground, has_valid = _segment_values(errors, foreground, valid.expand_as(errors), per_image)
+
+    selected = has_valid
+    if isinstance(classes, str):
+        if classes == "present":
+            selected = selected & has_foreground
+    else:
+        ids = torch.as_tensor(list(classes), device=x.device)
+        selected = selected & (torch.arange(c, device=x.device)[:, None] == ids).any(-1)
+    if class_weight is not None:
+        values = values * class_weight.to(values)
+    values = torch.where(selected, values, torch.zeros_like(values))
+    if reduction == "none":
+        loss = values if per_image else values[0]
+    elif reduction == "sum":
+        loss = values.sum()
+    else:
+        per_row = values.sum(1) / selected.sum(1).clamp_min(1)
+        loss = per_row.sum() / max(per_row.numel(), 1)
+    return loss.to(logits.dtype)
+
+
+def lovasz_hinge_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    per_image: bool = True,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Binary Lovász hinge; arguments as in :func:`veerloss.lovasz_hinge_loss`."""
+    n = logits.size(0)
+    x = _arithmetic(logits).reshape(n, 1, -1 if logits.numel() else 0)
+    labels = target.reshape(n, 1, x.size(2))
+    valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    foreground = (labels == 1) & valid
+    x = torch.where(valid, x, torch.zeros_like(x))
+    sign = torch.where(foreground, 1.0, -1.0).to(x.dtype)
+    errors = torch.relu(1 - sign * x) + (x - x).detach()  # an infinite logit: NaN
+    values, _, _ = _segment_values(errors, foreground, valid, per_image)
+    values = values[:, 0]
+    if reduction == "none":
+        loss = values if per_image else values[0]
+    elif reduction == "sum":
+        loss = values.sum()
+    else:
+        loss = values.sum() / max(values.numel(), 1)
+    return loss.to(logits.dtype)
+
+
+def _segment_values(
+    errors: Tensor, foreground: Tensor, valid: Tensor, per_image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors [N, C, P] to one value per segment, [N, C] or [1, C], and whether it has foreground and valid pixels."""
+    if not per_image:
+        errors, foreground, valid = (t.transpose(0, 1).reshape(1, t.size(1), -1) if t.numel() else t.reshape(1, t.size(1), 0) for t in (errors, foreground, valid))
+    weights = lovasz_weights(errors, foreground, valid)
+    values = (weights * torch.where(valid, errors, torch.zeros_like(errors))).sum(-1)
+    return values, foreground.any(-1), valid.any(-1)
+
+
+def _arithmetic(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
