@@ -32,14 +32,6 @@ struct SoftmaxRows {
 namespace veerloss {
 namespace {
 
-// Logits of one tile, all classes, in bytes.
-constexpr int64_t tile_bytes = 1 << 16;
-
-int64_t tile_length(int64_t rows, size_t element) {
-  const int64_t fit = tile_bytes / static_cast<int64_t>(element) / std::max<int64_t>(rows, 1) / 64 * 64;
-  return std::clamp<int64_t>(fit, 64, 1024);
-}
-
 // f(std::bool_constant<gamma is 2>): the default needs no logarithm.
 template <class F>
 auto with_square(double gamma, const F& f) {

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <limits>
@@ -87,6 +88,13 @@ inline double read_scalar(const Tensor& t) {
 // Element i of a contiguous tensor takes a value, rounded to its type.
 inline void write_element(const Tensor& t, int64_t i, double value) {
   store_row(&value, element_view(t), {1, 1, t.numel()}, 0, {i, 1});
+}
+
+// How many pixels make a tile of `rows` rows: the tile fits in L2 with room to spare, and is a multiple of every vector length.
+inline int64_t tile_length(int64_t rows, size_t element_size) {
+  constexpr int64_t tile_bytes = 1 << 16;
+  const int64_t fit = tile_bytes / static_cast<int64_t>(element_size) / std::max<int64_t>(rows, 1) / 64 * 64;
+  return std::clamp<int64_t>(fit, 64, 1024);
 }
 
 // f(first, last) over parts of [0, count), on PyTorch's own threads.
