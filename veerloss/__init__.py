@@ -1,9 +1,8 @@
 """Fused Focal and Lovász losses for PyTorch."""
 
+from ._version import __version__
 from .focal import SigmoidFocalLoss, SoftmaxFocalLoss, sigmoid_focal_loss, softmax_focal_loss
 from .lovasz import LovaszHingeLoss, LovaszSoftmaxLoss, lovasz_hinge_loss, lovasz_softmax_loss
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LovaszHingeLoss",

@@ -253,12 +253,12 @@ Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Te
 template <class T>
 struct SoftmaxTile {
   SoftmaxTile(int64_t tile, int64_t classes, bool smoothing)
-      : label(tile), storage(tile * (classes * (smoothing ? 3 : 1) + 9)) {
+      : label(tile), storage(tile * (classes * (smoothing ? 3 : 1) + 10)) {
     x = storage.data();
     logits = smoothing ? x + tile * classes : nullptr;
     slope = smoothing ? logits + tile * classes : nullptr;
     T* next = storage.data() + tile * classes * (smoothing ? 3 : 1);
-    for (T** row : {&rows.maximum, &rows.rest, &rows.log_p, &rows.q, &rows.inverse_sum, &alpha, &loss, &slopes, &grad}) {
+    for (T** row : {&rows.maximum, &rows.rest, &rows.log_p, &rows.q, &rows.inverse_sum, &alpha, &loss, &top, &low, &grad}) {
       *row = next;
       next += tile;
     }
@@ -266,7 +266,7 @@ struct SoftmaxTile {
   std::vector<int32_t> label;
   T *x, *logits, *slope;  // [classes][tile]; the last two with label smoothing only
   SoftmaxRows<T> rows;
-  T *alpha, *loss, *slopes, *grad;  // [tile]
+  T *alpha, *loss, *top, *low, *grad;  // [tile]
 
  private:
   std::vector<T> storage;
@@ -297,7 +297,7 @@ class SoftmaxFocal {
 
   SoftmaxTile<T> make_tile() const { return SoftmaxTile<T>(tile, g.channels, smoothing_ > T(0)); }
 
-  // Loads a tile and takes its softmax; t.loss is filled. Returns the tile's sum. `out_slopes` only with label smoothing.
+  // Loads a tile and takes its softmax; t.loss is filled. Returns the tile's sum.
   template <bool square>
   double forward(Run run, SoftmaxTile<T>& t) {
     const int64_t n = run.count;
@@ -319,7 +319,7 @@ class SoftmaxFocal {
       return VEERLOSS_DISPATCH(
           FocalTiles::softmax_backward<T, square>(t.x, g.channels, tile, n, label, t.alpha, gamma_, t.rows, t.grad));
     for (int64_t c = 0; c < g.channels; ++c)
-      VEERLOSS_DISPATCH(FocalTiles::smooth_backward(t.x + c * tile, t.slope + c * tile, t.slopes, t.rows.inverse_sum, label, n, t.grad));
+      VEERLOSS_DISPATCH(FocalTiles::smooth_backward(t.x + c * tile, t.slope + c * tile, t.top, t.low, t.rows, label, n, t.grad));
   }
 
   void raise_if_bad() const { bad_.raise_if_any(target_, g, expected_labels(rule_)); }
@@ -331,14 +331,15 @@ class SoftmaxFocal {
     const int32_t* label = t.label.data();
     std::copy_n(t.x, g.channels * tile, t.logits);
     std::fill_n(t.loss, n, T(0));
-    std::fill_n(t.slopes, n, T(0));
+    std::fill_n(t.top, n, T(0));
+    std::fill_n(t.low, n, T(0));
     VEERLOSS_DISPATCH(FocalTiles::smooth_softmax(t.x, g.channels, tile, n, t.rows));
     const T share = smoothing_ / static_cast<T>(g.channels);
     for (int64_t c = 0; c < g.channels; ++c) {
       const int64_t row = c * tile;
       VEERLOSS_DISPATCH(FocalTiles::smooth_terms<T, square>(t.x + row, t.logits + row, n, label, static_cast<int32_t>(c), share,
-                                                            smoothing_, alpha_[c * alpha_step_], gamma_, t.rows, t.loss, t.slopes,
-                                                            t.slope + row));
+                                                            smoothing_, alpha_[c * alpha_step_], gamma_, t.rows, t.loss, t.slope + row,
+                                                            t.top, t.low));
     }
     VEERLOSS_DISPATCH(FocalTiles::keep_valid(t.loss, label, n));
     return VEERLOSS_DISPATCH(FocalTiles::sum(t.loss, n));

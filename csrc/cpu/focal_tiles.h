@@ -161,11 +161,12 @@ struct FocalTiles {
     }
   }
 
-  // The terms of class c: x, logits and out are its rows. loss and slopes add up over the classes; out, if wanted, is the slope.
+  // The terms of class c: x, logits and slope are its rows. loss adds up over the classes, and so do the slopes: those of the most
+  // probable classes (exponential 1) in `top`, the others in `low`.
   template <class T, bool Square>
   static void smooth_terms(const T* __restrict x, const T* __restrict logits, int64_t n, const int32_t* __restrict label, int32_t c,
-                           T share, T smoothing, T alpha, T gamma, SoftmaxRows<T> r, T* __restrict loss, T* __restrict slopes,
-                           T* __restrict out) {
+                           T share, T smoothing, T alpha, T gamma, SoftmaxRows<T> r, T* __restrict loss, T* __restrict slope,
+                           T* __restrict top, T* __restrict low) {
     const T* __restrict maximum = r.maximum;
     const T* __restrict rest = r.rest;
     const T* __restrict log_sum = r.log_p;
@@ -176,18 +177,24 @@ struct FocalTiles {
       const T weight = alpha * (label[i] == c ? share + (T(1) - smoothing) : share);
       const auto term = softmax_focal<VecMath<T>, Square>((logits[i] - maximum[i]) - log_sum[i], q, weight, gamma);
       loss[i] += term.value;
-      slopes[i] += term.slope;
-      out[i] = term.slope;
+      slope[i] = term.slope;
+      top[i] += x[i] == T(1) ? term.slope : T(0);
+      low[i] += x[i] == T(1) ? T(0) : term.slope;
     }
   }
 
-  // x: from exponentials to the gradient of the logits of one class, given its slope and the sum of all slopes.
+  // x: from the exponentials of one class to its gradient, slope - p (top + low). A confident pixel has p near 1 and slope = top:
+  // then slope - p top is q slope, which keeps the digits that the subtraction loses.
   template <class T>
-  static void smooth_backward(T* __restrict x, const T* __restrict slope, const T* __restrict slopes, const T* __restrict inverse_sum,
-                              const int32_t* __restrict label, int64_t n, const T* __restrict grad) {
+  static void smooth_backward(T* __restrict x, const T* __restrict slope, const T* __restrict top, const T* __restrict low,
+                              SoftmaxRows<T> r, const int32_t* __restrict label, int64_t n, const T* __restrict grad) {
+    const T* __restrict rest = r.rest;
+    const T* __restrict inverse_sum = r.inverse_sum;
     for (int64_t i = 0; i < n; ++i) {
-      const T dz = grad[i] * (slope[i] - x[i] * inverse_sum[i] * slopes[i]);
-      x[i] = label[i] >= 0 ? dz : T(0);
+      const T p = x[i] * inverse_sum[i];
+      const bool alone = (x[i] == T(1)) & (slope[i] == top[i]);
+      const T kept = alone ? slope[i] * rest[i] * inverse_sum[i] : slope[i] - p * top[i];
+      x[i] = label[i] >= 0 ? grad[i] * (kept - p * low[i]) : T(0);
     }
   }
 

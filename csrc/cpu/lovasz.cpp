@@ -3,6 +3,7 @@
 // Forward: a pass over tiles turns logits into error keys [C, N, P]; each segment is sorted and scanned (segment.h), which overwrites
 // its keys with the signed weights dL/dp. Backward: a pass over tiles takes weights and logits to the gradient.
 
+#include <atomic>
 #include <mutex>
 #include <tuple>
 #include <vector>
@@ -120,18 +121,18 @@ std::vector<double> segment_losses(typename ErrorKey<T>::Word* keys, const Segme
     else if (keep)
       std::fill_n(segment, s.length, typename ErrorKey<T>::Word(0));
   };
-  // Long segments one after the other with all threads, short ones side by side: a parallel region costs about 10 us.
-  constexpr int64_t long_segment = int64_t{1} << 17;
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  if (s.length >= long_segment || s.count() == 1) {
-    SegmentSorter<T> sorter(threads);
-    for (int64_t i = 0; i < s.count(); ++i) work(sorter, i);
-  } else {
-    parallel_for(s.count(), [&](int64_t begin, int64_t end) {
-      SegmentSorter<T> sorter(1);
-      for (int64_t i = begin; i < end; ++i) work(sorter, i);
-    });
-  }
+  // Segments side by side, each thread taking the next one: their lengths after pruning differ. What is left over of long segments is
+  // then worked on by all threads together; a parallel region costs about 10 us, so short segments are not worth that.
+  constexpr int64_t long_segment = int64_t{1} << 17;
+  const int64_t side_by_side = s.length < long_segment ? s.count() : s.count() / threads * threads;
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min(threads, side_by_side), [&](int64_t, int64_t) {
+    SegmentSorter<T> sorter(1);
+    for (int64_t i; (i = next++) < side_by_side;) work(sorter, i);
+  });
+  SegmentSorter<T> sorter(threads);
+  for (int64_t i = side_by_side; i < s.count(); ++i) work(sorter, i);
   return losses;
 }
 

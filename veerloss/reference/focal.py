@@ -112,4 +112,6 @@ def _reduce(loss: Tensor, valid: Tensor, reduction: str, normalizer: float | Ten
         return loss.sum()
     if normalizer is None:
         return loss.sum() / valid.sum().clamp_min(1)
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.reshape(())
     return torch.where(valid.any(), loss.sum() / normalizer, loss.sum())

@@ -1,0 +1,1 @@
+"""Speed, accuracy and memory of veerloss against its peers: run `python -m benchmarks`."""

@@ -1,0 +1,92 @@
+"""Peak resident memory of one forward + backward beyond the gradient, in multiples of the logits.
+
+A loss may take scratch space outside PyTorch's allocator, so the operating system is asked, in a
+fresh process per loss: its high-water mark VmHWM is reset, the loss runs once, and what the mark
+has risen by, less the gradient's bytes, is the result. Linux only.
+
+`python -m benchmarks.memory TASK NAME SIDE` is that process.
+"""
+
+import ctypes
+import gc
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from . import peers
+from .inputs import Inputs
+
+THREADS = 2
+# A loss of nothing: its only new memory is the gradient, so its row shows the error of the method.
+BASELINE = "nothing (error of the method)"
+
+
+def workload(task: str, side: int) -> Inputs:
+    """[4, 19, side, side], or for binary losses as many logits; at side 512, 80 MB in float32."""
+    return Inputs(task, (76, side, side) if task == "lovasz_hinge" else (4, 19, side, side))
+
+
+def _losses(task: str) -> dict:
+    return {**peers.TASKS[task](), BASELINE: lambda logits, target: (logits * 0.0).sum()}
+
+
+def _status(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)[1])
+
+
+def child(task: str, name: str, side: int) -> float:
+    """Extra peak over logits' bytes, measured in this process."""
+    torch.set_num_threads(THREADS)
+    loss = _losses(task)[name]
+    # The first call maps code, starts threads and compiles. A compiled loss needs its real shape
+    # for that; the others get a small one, so that scratch they keep for good counts below.
+    warm_side = side if "compile" in name else max(side // 8, 8)
+    logits, target = workload(task, warm_side).make()
+    for _ in range(2):
+        loss(logits, target).backward()
+        logits.grad = None
+    logits, target = workload(task, side).make()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed pages that the heap still holds would hide new ones
+
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
+    before = _status("VmRSS")
+    loss(logits, target).backward()
+    return (_status("VmHWM") - before - logits.grad.nbytes) / logits.nbytes
+
+
+def measure(task: str, name: str, side: int) -> dict:
+    """One row, from a child process; a child that dies is a row that says so."""
+    row = {"workload": str(workload(task, side)), "contestant": name}
+    command = [sys.executable, "-m", "benchmarks.memory", task, name, str(side)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return row | {"status": f"fails: exit code {done.returncode}"}
+    return row | json.loads(done.stdout.splitlines()[-1])
+
+
+def run(*, quick: bool, only: str, log) -> list[dict]:
+    """Rows {"workload", "contestant", "status", "extra"} for every task and contestant."""
+    side = 64 if quick else 512
+    rows = []
+    for task in peers.TASKS:
+        if only not in str(workload(task, side)):
+            continue
+        log(f"memory: {task}")
+        names = list(_losses(task))
+        rows += [measure(task, name, side) for name in (names[:1] if quick else names)]
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        result = {"status": "ok", "extra": child(sys.argv[1], sys.argv[2], int(sys.argv[3]))}
+    except Exception as error:
+        result = {"status": peers.problem(error)}
+    print(json.dumps(result))

@@ -1,0 +1,171 @@
+"""The machine, the bars and the tables."""
+
+import datetime
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import veerloss
+
+from . import peers
+
+# (workload prefix, contestant, least ratio to our time); medians of interleaved rounds.
+SPEED_BARS = [
+    (f"{task} [2, {c}, 512, 512] float32 random", contestant, least)
+    for c in (19, 5)
+    for task, contestant, least in (
+        ("lovasz_softmax", "segmentation-models-pytorch", 10.0),
+        ("lovasz_softmax", "Berman's formula", 10.0),
+        ("softmax_focal", "torch cross_entropy", 1.0),
+        ("softmax_focal", "kornia", 2.5),
+        ("sigmoid_focal", "torchvision", 15.0),
+        ("sigmoid_focal", "plain formula", 15.0),
+        ("sigmoid_focal", "torchvision, torch.compile", 1.3),
+        ("sigmoid_focal", "plain formula, torch.compile", 1.3),
+    )
+]
+LOVASZ_ERROR_BAR = 1e-5  # gradient against float64, 1M pixels per segment
+FOCAL_ERROR_BAR = 2.0  # of the float32 reference's own error
+MEMORY_BAR = 0.05  # of the logits, focal losses
+
+
+def machine(command: str, seconds: float) -> dict:
+    """What the numbers depend on: processor, threads, versions, date, load of the machine."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
+        cpu = models[0].split(":", 1)[1].strip() if models else cpu
+    return {
+        "cpu": cpu,
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": {
+            "veerloss": veerloss.__version__,
+            **{name: peers.version(name) for name in ("torch", *peers.PEERS)},
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
+        "seconds": round(seconds),
+    }
+
+
+def bars(results: dict) -> list[dict]:
+    """{"bar", "measured", "met"} for every bar whose rows were measured in this run."""
+    found = []
+
+    def add(what: str, measured: str, met: bool) -> None:
+        found.append({"bar": what, "measured": measured, "met": met})
+
+    speed = {(row["workload"], row["contestant"]): row for row in results.get("throughput", ())}
+    for workload, contestant, least in SPEED_BARS:
+        row = speed.get((workload, contestant))
+        if row:
+            what = f"{workload}: {contestant} takes >= {least:g}x our time"
+            ratio = row.get("ratio")
+            measured = f"{ratio:.2f}x" if ratio else f"no ratio ({row['status']})"
+            add(what, measured, ratio is not None and ratio >= least)
+
+    own: dict[str, dict[str, float]] = {}
+    for row in results.get("accuracy", ()):
+        if row["status"] == "ok":
+            value = float("inf") if row["error"] is None else row["error"]  # NaN meets no bar
+            own.setdefault(row["workload"], {})[row["contestant"]] = value
+    for workload, errors in own.items():
+        if "veerloss exact" in errors:
+            value = errors["veerloss exact"]
+            what = f"{workload}: exact gradient error <= {LOVASZ_ERROR_BAR:g}"
+            add(what, f"{value:.1e}", value <= LOVASZ_ERROR_BAR)
+        elif {"veerloss", "veerloss reference, float32"} <= errors.keys():
+            value = errors["veerloss"] / errors["veerloss reference, float32"]
+            what = f"{workload}: gradient error <= {FOCAL_ERROR_BAR:g}x float32 reference's"
+            add(what, f"{value:.2f}x", value <= FOCAL_ERROR_BAR)
+
+    for row in results.get("memory", ()):
+        if row["contestant"] == "veerloss" and row["status"] == "ok":
+            what = f"{row['workload']}: extra peak memory <= {MEMORY_BAR:g}x the logits"
+            add(what, f"{row['extra']:.3f}x", row["extra"] <= MEMORY_BAR)
+    return found
+
+
+def markdown(results: dict) -> str:
+    """Everything as Markdown tables."""
+    about = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = [
+        f"{about['cpu']} ({about['simd']}), {about['cores']} cores, {about['threads']} threads, "
+        f"load {about['load_average_1min']} at the start. {versions}, Python {about['python']}. "
+        f"{about['date']}, {about['seconds']} s, `{about['command']}`.",
+        "",
+    ]
+    if "throughput" in results:
+        lines += _throughput(results["throughput"])
+    if "accuracy" in results:
+        lines += [
+            "## Gradient error against float64 (relative, L2)",
+            "",
+            "The last column is the share of entries that come out as exactly 0 and should not.",
+            "",
+        ]
+        header = ("inputs", "loss", "error", "lost to 0")
+        lines += _table(header, results["accuracy"], _accuracy_cells)
+    if "memory" in results:
+        lines += ["## Extra peak memory beyond the gradient, in multiples of the logits", ""]
+        header = ("inputs", "loss", "extra")
+        lines += _table(header, results["memory"], lambda row: [f"{max(row['extra'], 0.0):.2f}x"])
+    if results["bars"]:
+        lines += ["## Bars", ""]
+        header = ("inputs and bar", "measured", "met")
+        rows = [(b["bar"], b["measured"], "yes" if b["met"] else "**no**") for b in results["bars"]]
+        lines += [_line(header), _line(["---"] * 3), *(_line(row) for row in rows), ""]
+    return "\n".join(lines)
+
+
+def _throughput(rows: list[dict]) -> list[str]:
+    copies = [row["copy_gb_s"] for row in rows if "copy_gb_s" in row] or [0.0]
+    return [
+        "## Forward + backward",
+        "",
+        "Milliseconds, median (20th to 80th percentile) of interleaved rounds, and that median "
+        "over ours. The floor is two reads and one write of the logits and two reads of the "
+        "targets, at the bandwidth (read + written) of a `copy_` in the same rounds, "
+        f"{min(copies):.0f} to {max(copies):.0f} GB/s. The copy's memory is mapped already; a "
+        "gradient's pages are not.",
+        "",
+        *_table(
+            ("inputs", "loss", "ms", "ratio to ours", "floor, ms", "share of floor"),
+            rows,
+            lambda row: [
+                f"{row['median_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})",
+                f"{row['ratio']:.2f}" if "ratio" in row else "",
+                f"{row['floor_ms']:.2f}",
+                f"{100 * row['floor_share']:.0f}%",
+            ],
+        ),
+    ]
+
+
+def _accuracy_cells(row: dict) -> list[str]:
+    error = "NaN" if row["error"] is None else f"{row['error']:.1e}"
+    return [error, f"{100 * row['lost']:.2g}%"]
+
+
+def _table(header: tuple[str, ...], rows: list[dict], cells) -> list[str]:
+    lines = [_line(header), _line(["---"] * len(header))]
+    before = None
+    for row in rows:
+        name = row["workload"] if row["workload"] != before else ""
+        before = row["workload"]
+        rest = cells(row) if row["status"] == "ok" else [row["status"]]
+        rest += [""] * (len(header) - 2 - len(rest))
+        lines.append(_line([name, row["contestant"], *rest]))
+    return [*lines, ""]
+
+
+def _line(cells) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,93 @@
+"""The benchmarks compare like with like, survive what is missing, and measure what they say."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import accuracy, memory, peers, timing
+from benchmarks.__main__ import main
+from benchmarks.inputs import Inputs
+
+# One image with every class present, where all conventions for averaging differ by a factor only.
+SMALL = {
+    task: Inputs(task, (1, 24, 24) if task == "lovasz_hinge" else (1, 5, 24, 24))
+    for task in peers.TASKS
+}
+CONTESTANTS = [
+    (task, name)
+    for task, losses in peers.TASKS.items()
+    for name in losses()
+    if "compile" not in name and name not in ("torch cross_entropy", "veerloss histogram")
+]
+
+
+@pytest.mark.parametrize(("task", "name"), CONTESTANTS)
+def test_contestants_compute_one_loss(task, name):
+    """Every gradient points the way of the first contestant's, ours."""
+    losses = peers.TASKS[task]()
+    logits, target = SMALL[task].make()
+    ours = accuracy.gradient(next(iter(losses.values())), logits, target)
+    try:
+        theirs = accuracy.gradient(losses[name], logits, target)
+    except peers.Missing as missing:
+        pytest.skip(str(missing))
+    # 1e-3: the peers' float32 Jaccard differences are off by about 1e-5 at this size.
+    torch.testing.assert_close(theirs / theirs.norm(), ours / ours.norm(), atol=1e-3, rtol=0)
+
+
+def test_a_peer_that_cannot_run_is_a_result():
+    """A missing package and an exception become words in the table; the others are timed."""
+
+    def broken():
+        raise RuntimeError
+
+    missing = peers._peer("no-such-distribution", "no_such_module", lambda module: module)
+    steps = {"missing": lambda: missing(None, None), "broken": broken, "works": lambda: None}
+    results = timing.interleave(steps, least=3, budget=0.0)
+    assert results["missing"] == "not installed"
+    assert results["broken"] == "fails: RuntimeError"
+    assert len(results["works"]) == 3
+
+
+def test_rounds_are_interleaved():
+    """A B A B, after one warm-up of each."""
+    calls = []
+    steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    timing.interleave(steps, least=2, budget=0.0)
+    assert "".join(calls) == "ababab"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("copies", [0, 3])
+def test_memory_sees_what_is_touched(monkeypatch, copies):
+    """A loss that fills `copies` buffers as large as the logits is charged for just these."""
+
+    def hungry(logits, target):
+        held = [torch.full_like(logits, 1.0) for _ in range(copies)]
+        return (logits * 0.0).sum() + 0.0 * len(held)
+
+    monkeypatch.setitem(peers.TASKS, "softmax_focal", lambda: {"hungry": hungry})
+    monkeypatch.setattr(memory, "THREADS", torch.get_num_threads())
+    # The peak is in the forward pass: the buffers and `logits * 0.0`, as large as the gradient.
+    extra = memory.child("softmax_focal", "hungry", 384)
+    assert extra == pytest.approx(copies, abs=0.1)
+
+
+def test_quick_run_writes_json_and_markdown(tmp_path):
+    """One filtered part from the command line to both files; partial runs need --output."""
+    output = tmp_path / "cpu"
+    arguments = ["--quick", "--only", "throughput", "--filter", "softmax_focal [2, 5"]
+    threads = torch.get_num_threads()
+    try:
+        assert main([*arguments, "--threads", str(threads), "--output", str(output)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads(output.with_suffix(".json").read_text())
+    rows = results["throughput"]
+    assert rows[0]["contestant"] == "veerloss"
+    assert rows[0]["status"] == "ok"
+    assert rows[0]["ratio"] == 1.0
+    assert rows[0]["p20_ms"] <= rows[0]["median_ms"] <= rows[0]["p80_ms"]
+    assert "| veerloss |" in output.with_suffix(".md").read_text()

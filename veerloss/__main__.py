@@ -1,0 +1,26 @@
+"""``python -m veerloss``: versions, the backends that are available, and why any other is not."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from . import __version__
+from ._arguments import BACKENDS, missing_reason
+
+
+def main() -> None:
+    print(f"veerloss {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    devices = ["cpu", "cuda"]
+    print(f"CUDA: {torch.version.cuda or 'not in this torch'}, {torch.cuda.device_count()} device(s)")
+    for device in devices:
+        for backend in BACKENDS[1:]:
+            reason = missing_reason(backend, torch.device(device))
+            if device == "cuda" and reason is None and not torch.cuda.is_available():
+                reason = "no CUDA device"
+            print(f"  {device:5} {backend:10} {'available' if reason is None else f'not available: {reason}'}")
+
+
+if __name__ == "__main__":
+    main()
