@@ -71,7 +71,7 @@ def test_memory_sees_what_is_touched(monkeypatch, copies):
     monkeypatch.setitem(peers.TASKS, "softmax_focal", lambda: {"hungry": hungry})
     monkeypatch.setattr(memory, "THREADS", torch.get_num_threads())
     # The peak is in the forward pass: the buffers and `logits * 0.0`, as large as the gradient.
-    extra = memory.child("softmax_focal", "hungry", 384)
+    extra = memory.child("softmax_focal", "hungry", 512)
     assert extra == pytest.approx(copies, abs=0.1)
 
 

@@ -103,9 +103,9 @@ def draw_page(curves: np.ndarray, rng: np.random.Generator) -> Page:
     """Draw ``curves[2, WIDTH]``, values in [0, 1]; the same generator state gives the same page."""
     skew = np.tan(np.radians(rng.uniform(-1, 1)))
     mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-    paper = rng.uniform(0.84, 0.97) + 0.02 * gaussian_filter(
-        rng.standard_normal((HEIGHT // 8, WIDTH // 8)), 1.5
-    ).repeat(8, axis=0).repeat(8, axis=1)
+    paper = rng.uniform(0.84, 0.97) + 0.02 * gaussian_filter(rng.standard_normal((HEIGHT // 8, WIDTH // 8)), 1.5).repeat(
+        8, axis=0
+    ).repeat(8, axis=1)
     clear = 1 - _grid(rng, skew)  # share of the light that the ink lets through
     for label in (2, 1):  # curve 1 last: it wins the crossings
         distance, along = _distance(rows_from_values(curves[label - 1], skew))

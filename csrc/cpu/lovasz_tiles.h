@@ -77,18 +77,22 @@ struct LovaszTiles {
 
   // The gradient of the logits from dL/dp: p_j (g_j - sum_c p_c g_c), x holding exponentials on entry, the gradient on return.
   // g is [classes][stride]. Taken relative to the g of a most probable class, the sum has no large term that cancels: for confident
-  // pixels float32 would otherwise keep no digit of it.
+  // pixels float32 would otherwise keep no digit of it. Where all g are 0 so is the gradient: an ignored pixel may hold NaN.
   template <class T>
   static void softmax_gradient(T* __restrict x, T* __restrict g, int64_t classes, int64_t stride, int64_t n, const T* __restrict inverse_sum,
-                               T* __restrict pivot, T* __restrict mean) {
+                               T* __restrict pivot, T* __restrict mean, int32_t* __restrict weighted) {
     for (int64_t i = 0; i < n; ++i) {
       pivot[i] = 0;
       mean[i] = 0;
+      weighted[i] = 0;
     }
     for (int64_t c = 0; c < classes; ++c) {
       const T* __restrict e = x + c * stride;
       const T* __restrict row = g + c * stride;
-      for (int64_t i = 0; i < n; ++i) pivot[i] = e[i] == T(1) ? row[i] : pivot[i];
+      for (int64_t i = 0; i < n; ++i) {
+        pivot[i] = e[i] == T(1) ? row[i] : pivot[i];
+        weighted[i] |= row[i] != T(0);
+      }
     }
     for (int64_t c = 0; c < classes; ++c) {
       const T* __restrict e = x + c * stride;
@@ -99,7 +103,10 @@ struct LovaszTiles {
     for (int64_t c = 0; c < classes; ++c) {
       T* __restrict e = x + c * stride;
       const T* __restrict row = g + c * stride;
-      for (int64_t i = 0; i < n; ++i) e[i] = e[i] * inverse_sum[i] * ((row[i] - pivot[i]) - mean[i]);
+      for (int64_t i = 0; i < n; ++i) {
+        const T dz = e[i] * inverse_sum[i] * ((row[i] - pivot[i]) - mean[i]);
+        e[i] = weighted[i] ? dz : T(0);
+      }
     }
   }
 

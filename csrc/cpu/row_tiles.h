@@ -30,6 +30,7 @@ struct RowTiles {
   // f(done, offset, n) for each part of `run` that lies in one image.
   template <class F>
   static void for_each_piece(const View& v, const Geometry& g, int64_t channel, Run run, const F& f) {
+    if (run.count == 0) return;  // of no pixels at all, perhaps
     int64_t image = run.first / g.pixels, pixel = run.first % g.pixels;
     for (int64_t done = 0; done < run.count;) {
       const int64_t n = run.count - done < g.pixels - pixel ? run.count - done : g.pixels - pixel;

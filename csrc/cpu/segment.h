@@ -107,15 +107,19 @@ double SegmentSorter<T>::loss_of(const Word* keys, int64_t n, const SegmentCount
   for_each_chunk(kept_, [&](int64_t k, int64_t begin, int64_t end) {
     int64_t fg = fg_before_[k], bg = begin - fg;
     double sum = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const bool is_fg = entries_[i].payload & fg_bit;
-      const double weight = is_fg ? jaccard_fg_weight(total, bg) : jaccard_bg_weight(total, fg, bg);
-      const T error = bit_cast<T>(static_cast<Word>(counts.largest - entries_[i].key));
-      sum += weight * static_cast<double>(error);
-      // The key has done its work: the weight takes its place.
-      entries_[i].key = bit_cast<Word>(static_cast<T>(is_fg ? -weight : weight));
-      fg += is_fg;
-      bg += !is_fg;
+    for (int64_t block = begin; block < end; block += 256) {  // blockwise, so that rounding does not grow with the chunk
+      double part = 0;
+      for (int64_t i = block; i < std::min(block + 256, end); ++i) {
+        const bool is_fg = entries_[i].payload & fg_bit;
+        const double weight = is_fg ? jaccard_fg_weight(total, bg) : jaccard_bg_weight(total, fg, bg);
+        const T error = bit_cast<T>(static_cast<Word>(counts.largest - entries_[i].key));
+        part += weight * static_cast<double>(error);
+        // The key has done its work: the weight takes its place.
+        entries_[i].key = bit_cast<Word>(static_cast<T>(is_fg ? -weight : weight));
+        fg += is_fg;
+        bg += !is_fg;
+      }
+      sum += part;
     }
     sums_[k] = sum;
   });

@@ -1,0 +1,184 @@
+"""Bad input: the error names the argument, its value and what was expected."""
+
+import math
+
+import pytest
+import torch
+
+import veerloss
+from veerloss import lovasz_hinge_loss, lovasz_softmax_loss, sigmoid_focal_loss, softmax_focal_loss
+
+X = torch.zeros(2, 3, 4)
+Y = torch.zeros(2, 4, dtype=torch.long)
+MULTICLASS = [sigmoid_focal_loss, softmax_focal_loss, lovasz_softmax_loss]
+ALL = [*MULTICLASS, lovasz_hinge_loss]
+
+
+def target_of(function):
+    return torch.zeros(2, 3, 4, dtype=torch.long) if function is lovasz_hinge_loss else Y
+
+
+@pytest.mark.parametrize("function", ALL)
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"reduction": "avg"}, ValueError, r"reduction must be one of .*'none'.*, got 'avg'"),
+        ({"backend": "gpu"}, ValueError, r"backend must be one of .*, got 'gpu'"),
+        ({"backend": "triton"}, RuntimeError, r"backend='triton' cannot run on device 'cpu': "),
+        ({"ignore_index": 1.5}, TypeError, r"ignore_index must be an int or None, got float"),
+    ],
+)
+def test_common_options(function, options, error, match):
+    with pytest.raises(error, match=match):
+        function(X, target_of(function), **options)
+
+
+@pytest.mark.parametrize("function", ALL)
+def test_tensors(function):
+    y = target_of(function)
+    with pytest.raises(TypeError, match="logits must be a Tensor, got list"):
+        function([1.0], y)
+    with pytest.raises(TypeError, match="target must be a Tensor, got int"):
+        function(X, 3)
+    with pytest.raises(TypeError, match=r"logits must be float32.*got torch.int64"):
+        function(X.long(), y)
+    with pytest.raises(TypeError, match=r"target must .*got torch.complex64"):
+        function(X, y.to(torch.complex64))
+    with pytest.raises(ValueError, match=r"target must be on the device of logits, 'cpu', got 'meta'"):
+        function(X, y.to("meta"))
+    with pytest.raises(ValueError, match=r"target must have the shape.*\[2, 5\]"):
+        function(X, Y.new_zeros(2, 5))
+    with pytest.raises(ValueError, match="target must not require a gradient"):
+        function(X, torch.zeros(2, 3, 4, requires_grad=True))
+
+
+@pytest.mark.parametrize("function", [softmax_focal_loss, lovasz_softmax_loss])
+def test_class_indices(function):
+    with pytest.raises(ValueError, match=r"target must have the shape \[2, 4\].*got \[2, 3, 4\]"):
+        function(X, torch.zeros(2, 3, 4, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"target must hold class indices as uint8.*got torch.float32"):
+        function(X, Y.float())
+    with pytest.raises(ValueError, match=r"at least one class, got the shape \[2, 0, 4\]"):
+        function(torch.zeros(2, 0, 4), Y)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("bad", [3, -1, 100])
+def test_targets_out_of_range(bad, dtype, backend):
+    y = Y.clone()
+    y[1, 2] = bad
+    y = y.to(dtype)
+    for function in MULTICLASS:
+        with pytest.raises(IndexError, match=rf"target holds {bad}.*expected class indices in \[0, 3\)"):
+            function(X, y, backend=backend)
+        function(X, y, ignore_index=bad, backend=backend)
+        with pytest.raises(IndexError, match=rf"target holds {bad}.*or ignore_index=17"):
+            function(X, y, ignore_index=17, backend=backend)
+    with pytest.raises(IndexError, match=rf"target holds {bad}.*expected class indices in \[0, 2\)"):
+        lovasz_hinge_loss(X[:, 0], y, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_first_bad_target_is_named(backend):
+    y = torch.zeros(3, 5000, dtype=torch.long)
+    y[1, 700], y[2, 5] = 8, 9
+    with pytest.raises(IndexError, match="target holds 8"):
+        softmax_focal_loss(torch.zeros(3, 4, 5000), y, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_values_out_of_range(backend):
+    for bad in (1.5, -0.25):
+        y = torch.zeros(2, 3, 4)
+        y[1, 1, 1] = bad
+        with pytest.raises(IndexError, match=rf"target holds {bad}.*expected values in \[0, 1\]"):
+            sigmoid_focal_loss(X, y, backend=backend)
+    for bad in (0.5, 2.0, math.nan):
+        with pytest.raises(IndexError, match=rf"target holds {bad:g}"):
+            lovasz_hinge_loss(X, torch.full((2, 3, 4), bad), backend=backend)
+
+
+def test_compiled_graphs_check_targets_too():
+    compiled = torch.compile(lambda x, y: softmax_focal_loss(x, y), backend="aot_eager", fullgraph=True)
+    with pytest.raises(IndexError, match="target holds 7"):
+        compiled(X, Y + 7)
+
+
+@pytest.mark.parametrize("function", [sigmoid_focal_loss, softmax_focal_loss])
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"gamma": -0.5}, ValueError, r"gamma must be in \[0, inf\), got -0.5"),
+        ({"gamma": math.nan}, ValueError, r"gamma must be in .*got nan"),
+        ({"gamma": math.inf}, ValueError, r"gamma must be in .*got inf"),
+        ({"gamma": "2"}, TypeError, r"gamma must be a number, got str"),
+        ({"alpha": -0.1}, ValueError, r"alpha must be in \[0, .*got -0.1"),
+        ({"alpha": torch.ones(4)}, ValueError, r"alpha must have the shape \[3\].*got \[4\]"),
+        ({"alpha": torch.ones(3, requires_grad=True)}, ValueError, r"alpha must not require a gradient"),
+        ({"alpha": torch.ones(3, device="meta")}, ValueError, r"alpha must be on the device of logits, 'cpu', got 'meta'"),
+        ({"normalizer": 0}, ValueError, r"normalizer must be in \(0, inf\), got 0"),
+        ({"normalizer": 2.0, "reduction": "sum"}, ValueError, r"normalizer replaces the divisor .*got reduction='sum'"),
+        ({"normalizer": torch.ones(2)}, ValueError, r"normalizer must be .*got the shape \[2\]"),
+    ],
+)
+def test_focal_options(function, options, error, match):
+    with pytest.raises(error, match=match):
+        function(X, Y, **options)
+
+
+def test_softmax_focal_options():
+    for bad in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=rf"label_smoothing must be in \[0, 1\], got {bad}"):
+            softmax_focal_loss(X, Y, label_smoothing=bad)
+
+
+def test_sigmoid_focal_options():
+    with pytest.raises(ValueError, match=r"alpha must be in \[0, 1\], got 1.5"):
+        sigmoid_focal_loss(X, Y, alpha=1.5)
+    with pytest.raises(ValueError, match=r"weight must broadcast to logits, \[2, 3, 4\], got \[5, 1\]"):
+        sigmoid_focal_loss(X, Y, weight=torch.ones(5, 1))
+    with pytest.raises(TypeError, match="weight must be a Tensor or None, got float"):
+        sigmoid_focal_loss(X, Y, weight=2.0)
+    with pytest.raises(ValueError, match=r"one-channel logits \[2, 1, 4\].*expected target.unsqueeze\(1\)"):
+        sigmoid_focal_loss(X[:, :1], Y)
+
+
+def test_lovasz_options():
+    for bad, error, match in (
+        ("some", ValueError, r"classes must be one of .*'present'.*got 'some'"),
+        (3, TypeError, r"classes must be .*got int"),
+        ([], ValueError, r"classes must hold at least one class id"),
+        ([0, 0], ValueError, r"each once, got \[0, 0\]"),
+        ([3], IndexError, r"classes holds 3, expected class ids in \[0, 3\)"),
+        ([0.0], TypeError, r"classes must hold ints, got 0.0"),
+    ):
+        with pytest.raises(error, match=match):
+            lovasz_softmax_loss(X, Y, classes=bad)
+    for function in (lovasz_softmax_loss, lovasz_hinge_loss):
+        y = target_of(function)
+        with pytest.raises(TypeError, match="per_image must be True or False, got 1"):
+            function(X, y, per_image=1)
+        with pytest.raises(ValueError, match=r"method must be one of \('auto', 'exact'\), got 'fast'"):
+            function(X, y, method="fast")
+    with pytest.raises(ValueError, match=r"class_weight must have the shape \[3\].*got \[2\]"):
+        lovasz_softmax_loss(X, Y, class_weight=torch.ones(2))
+    with pytest.raises(ValueError, match=r"logits must have the shape \[N, C, \*\], got \[4\]"):
+        lovasz_softmax_loss(X[0, 0], Y[0])
+
+
+def test_two_class_logits_in_the_hinge():
+    with pytest.raises(ValueError, match=r"use lovasz_softmax_loss, or .*logits\[:, 1\] - logits\[:, 0\]"):
+        lovasz_hinge_loss(torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
+
+
+def test_options_are_keywords():
+    for function in ALL:
+        with pytest.raises(TypeError, match="positional argument"):
+            function(X, Y, "present")
+
+
+def test_public_names():
+    assert set(veerloss.__all__) >= {f.__name__ for f in ALL}
+    for name in veerloss.__all__:
+        assert getattr(veerloss, name) is not None

@@ -1,0 +1,84 @@
+"""Imports in fresh processes: the library absent, each instruction set, ``python -m veerloss``."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import veerloss
+
+PACKAGE = Path(veerloss.__file__).parent
+
+#: Every loss, forward and backward, in a few types: a checksum that instruction sets agree on but for rounding.
+CHECKSUM = """
+import torch, veerloss
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    x = torch.randn(2, 5, 37, 11).to(dtype).requires_grad_()
+    y = torch.randint(0, 5, (2, 37, 11))
+    loss = veerloss.softmax_focal_loss(x, y, gamma=1.5) + veerloss.softmax_focal_loss(x, y, label_smoothing=0.1)
+    loss = loss + veerloss.sigmoid_focal_loss(x, y) + veerloss.sigmoid_focal_loss(x, torch.rand(x.shape), gamma=0.5)
+    loss = loss + veerloss.lovasz_softmax_loss(x, y) + veerloss.lovasz_hinge_loss(x[:, 0], y.clamp(max=1))
+    loss.backward()
+    print(f"{loss.item():.3f} {x.grad.double().norm().item():.4f}")
+"""
+
+
+def python(*args: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *args], env={**os.environ, **env}, capture_output=True, text=True, timeout=300, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_instruction_sets_agree():
+    results = {target: python("-c", CHECKSUM, VEERLOSS_CPU=target) for target in ("baseline", "avx2", "avx512")}
+    assert len(results["baseline"].splitlines()) == 4
+    assert results["avx2"] == results["baseline"] and results["avx512"] == results["baseline"]
+
+
+def test_without_the_library(tmp_path):
+    """A pure-Python install: the reference works, and an explicit 'native' says why it does not."""
+    shutil.copytree(PACKAGE, tmp_path / "veerloss", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    path = str(tmp_path)
+    output = python("-m", "veerloss", PYTHONPATH=path)
+    assert "reference  available" in output
+    assert "native     not available: the compiled library veerloss/_C is not installed" in output
+    code = """
+import torch, veerloss
+print(veerloss.__file__)
+x = torch.randn(2, 3, 4, requires_grad=True)
+y = torch.zeros(2, 4, dtype=torch.long)
+veerloss.softmax_focal_loss(x, y).backward()
+veerloss.lovasz_softmax_loss(x, y).backward()
+try:
+    veerloss.softmax_focal_loss(x, y, backend="native")
+except RuntimeError as error:
+    print(error)
+"""
+    output = python("-c", code, PYTHONPATH=path)
+    assert str(tmp_path) in output
+    assert "backend='native' cannot run on device 'cpu': the compiled library veerloss/_C is not installed" in output
+
+
+def test_module_report():
+    output = python("-m", "veerloss")
+    assert f"veerloss {veerloss.__version__}" in output
+    assert "cpu   native     available" in output and "cpu   reference  available" in output
+    assert "triton     not available: " in output
+
+
+def test_a_broken_library_keeps_its_reason(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "veerloss", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    (tmp_path / "veerloss/_C.abi3.so").write_bytes(b"no library")
+    output = python("-m", "veerloss", PYTHONPATH=str(tmp_path))
+    assert "native     not available: the compiled library _C.abi3.so does not load beside torch" in output
+
+
+@pytest.mark.parametrize("name", ["numpy", "triton", "setuptools"])
+def test_needs_only_torch(name):
+    python("-c", f"import sys; sys.modules[{name!r}] = None; import veerloss")
