@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define VEERLOSS_HD __host__ __device__ __forceinline__
@@ -11,3 +12,15 @@
 // Inlined into callers that are compiled for a wider instruction set than this function (cpu/for_each_target.h).
 #define VEERLOSS_HD inline __attribute__((always_inline))
 #endif
+
+namespace veerloss {
+
+template <class To, class From>
+VEERLOSS_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+}  // namespace veerloss

@@ -1,5 +1,7 @@
 """The operators as PyTorch sees them: schemas, fakes, autograd, compilation, layouts."""
 
+import math
+
 import pytest
 import torch
 from grid import labels, layouts, logits
@@ -73,6 +75,12 @@ def losses():
     }
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Else the compilations of one test count against the limit of the next."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("loss", losses())
 def test_compile_whole_graph(loss, dynamic):
@@ -94,7 +102,6 @@ def test_compile_whole_graph_of_the_reference(loss, monkeypatch):
     import veerloss._arguments as arguments
 
     monkeypatch.setattr(arguments, "choose_backend", lambda *_: "reference")
-    torch._dynamo.reset()
     function = losses()[loss]
     x = logits((2, 3, 5, 4))
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
@@ -115,10 +122,11 @@ def test_no_copy_of_channels_last(loss):
     gradient = torch.autograd.grad(losses()[loss](x), x)[0]
     if loss != "lovasz hinge":  # there the gradient of x[:, 0] is embedded by PyTorch
         assert gradient.stride() == x.stride()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         losses()[loss](x)
-    copies = {"aten::contiguous", "aten::clone", "aten::copy_"} & {event.key for event in profile.key_averages()}
-    assert not copies or loss in ("sigmoid index", "lovasz softmax"), copies  # those make [C] tensors of options
+    names = {"aten::contiguous", "aten::clone", "aten::copy_"}
+    large = [e.name for e in profile.events() if e.name in names and math.prod(e.input_shapes[0]) > x.size(1)]
+    assert not large, large  # copies of [C] options are small
 
 
 @pytest.mark.parametrize("loss", losses())
@@ -130,10 +138,3 @@ def test_autocast_and_parameters(loss):
         assert out.dtype == torch.bfloat16
         losses()[loss](out).backward()
     assert layer.weight.grad.isfinite().all()
-
-
-def test_torch_func_grad():
-    function = losses()["softmax focal"]
-    x = logits((2, 3, 5, 4))
-    expected = torch.autograd.grad(function(value := x.clone().requires_grad_()), value)[0]
-    torch.testing.assert_close(torch.func.grad(function)(x), expected)

@@ -26,6 +26,8 @@ struct SoftmaxRows {
 
 }  // namespace veerloss
 
+#define VEERLOSS_TILES "softmax_tiles.h"
+#include "for_each_target.h"
 #define VEERLOSS_TILES "focal_tiles.h"
 #include "for_each_target.h"
 
@@ -199,7 +201,7 @@ std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Ten
     const auto reduction = static_cast<Reduction>(reduction_);
     SigmoidFocal<T> in(logits, target, alpha, class_alpha, gamma, weight, ignore_index);
     const bool none = reduction == Reduction::none;
-    Tensor loss = none ? torch::stable::empty_like(logits) : torch::stable::new_empty(logits, {});
+    Tensor loss = none ? with_huge_pages(torch::stable::empty_like(logits)) : torch::stable::new_empty(logits, {});
     const View out = none ? view_of(loss) : View{};
     std::vector<Partial> partials(tile_count(in.g, in.tile));
     with_square(gamma, [&](auto square) {
@@ -227,7 +229,7 @@ Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Te
     using T = decltype(zero);
     SigmoidFocal<T> in(logits, target, alpha, class_alpha, gamma, weight, ignore_index);
     const IncomingGradient<T> incoming(grad, scale, static_cast<Reduction>(reduction));
-    Tensor grad_logits = torch::stable::empty_like(logits);
+    Tensor grad_logits = with_huge_pages(torch::stable::empty_like(logits));
     const View out = view_of(grad_logits);
     with_square(gamma, [&](auto square) {
       for_each_tile(
@@ -333,7 +335,9 @@ class SoftmaxFocal {
     std::fill_n(t.loss, n, T(0));
     std::fill_n(t.top, n, T(0));
     std::fill_n(t.low, n, T(0));
-    VEERLOSS_DISPATCH(FocalTiles::smooth_softmax(t.x, g.channels, tile, n, t.rows));
+    VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.x, g.channels, tile, n, t.rows.maximum));
+    VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.x, g.channels, tile, n, t.rows.maximum, t.rows.rest, t.rows.inverse_sum));
+    VEERLOSS_DISPATCH(FocalTiles::log_sum(t.rows.rest, n, t.rows.log_p));
     const T share = smoothing_ / static_cast<T>(g.channels);
     for (int64_t c = 0; c < g.channels; ++c) {
       const int64_t row = c * tile;
@@ -386,7 +390,7 @@ Tensor softmax_focal_backward(const Tensor& grad, const Tensor& logits, const Te
     using T = decltype(zero);
     SoftmaxFocal<T> in(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index);
     const IncomingGradient<T> incoming(grad, scale, static_cast<Reduction>(reduction));
-    Tensor grad_logits = torch::stable::empty_like(logits);
+    Tensor grad_logits = with_huge_pages(torch::stable::empty_like(logits));
     const View out = view_of(grad_logits);
     with_square(gamma, [&](auto square) {
       for_each_tile(

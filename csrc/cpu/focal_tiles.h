@@ -62,7 +62,7 @@ struct FocalTiles {
     T* __restrict log_p = r.log_p;
     T* __restrict q = r.q;
     T* __restrict inverse_sum = r.inverse_sum;
-    row_maximum(x, classes, stride, n, maximum);
+    SoftmaxTiles::maximum(x, classes, stride, n, maximum);
     for (int64_t i = 0; i < n; ++i) {
       rest[i] = 0;
       q[i] = 0;      // becomes exp(x_y - max)
@@ -129,35 +129,12 @@ struct FocalTiles {
 
   // ---- softmax with label smoothing: sum over classes of target_c * FL_c, target_c = smoothing / C + (1 - smoothing) [c = y]
 
-  // From x = logits to x = exp(logits - max). r.rest becomes the sum without one of the largest, whose exponential is 1 exactly;
-  // r.log_p the logarithm of the whole sum. Scratch: r.q.
+  // ln of the sum of the exponentials, from SoftmaxTiles::exponentials.
   template <class T>
-  static void smooth_softmax(T* __restrict x, int64_t classes, int64_t stride, int64_t n, SoftmaxRows<T> r) {
-    T* __restrict maximum = r.maximum;
-    T* __restrict rest = r.rest;
-    T* __restrict largest = r.q;  // how many classes share the maximum
-    T* __restrict log_sum = r.log_p;
-    T* __restrict inverse_sum = r.inverse_sum;
-    row_maximum(x, classes, stride, n, maximum);
+  static void log_sum(const T* __restrict rest, int64_t n, T* __restrict out) {
     for (int64_t i = 0; i < n; ++i) {
-      rest[i] = 0;
-      largest[i] = 0;
-    }
-    for (int64_t c = 0; c < classes; ++c) {
-      T* __restrict row = x + c * stride;
-      for (int64_t i = 0; i < n; ++i) {
-        const T e = VecMath<T>::exp_neg(row[i] - maximum[i]);
-        rest[i] += e == T(1) ? T(0) : e;
-        largest[i] += e == T(1) ? T(1) : T(0);
-        row[i] = e;
-      }
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      rest[i] += largest[i] - T(1);
-      const T sum = T(1) + rest[i];
-      inverse_sum[i] = T(1) / sum;
       const bool sure = rest[i] <= T(1);
-      log_sum[i] = sure ? VecMath<T>::log1p_unit(sure ? rest[i] : T(0)) : VecMath<T>::log(sum);
+      out[i] = sure ? VecMath<T>::log1p_unit(sure ? rest[i] : T(0)) : VecMath<T>::log(T(1) + rest[i]);
     }
   }
 
@@ -220,15 +197,5 @@ struct FocalTiles {
       for (int64_t l = 0; l < 8; ++l) lanes[l] += static_cast<double>(values[i + l]);
     for (; i < n; ++i) lanes[i % 8] += static_cast<double>(values[i]);
     return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-  }
-
- private:
-  template <class T>
-  static void row_maximum(const T* __restrict x, int64_t classes, int64_t stride, int64_t n, T* __restrict maximum) {
-    for (int64_t i = 0; i < n; ++i) maximum[i] = x[i];
-    for (int64_t c = 1; c < classes; ++c) {
-      const T* __restrict row = x + c * stride;
-      for (int64_t i = 0; i < n; ++i) maximum[i] = row[i] > maximum[i] ? row[i] : maximum[i];
-    }
   }
 };

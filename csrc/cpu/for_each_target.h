@@ -89,3 +89,5 @@ namespace veerloss::avx512 {
 #endif
 
 #endif  // VEERLOSS_X86
+
+#undef VEERLOSS_TILES

@@ -9,7 +9,10 @@
 #include <vector>
 
 #include "segment.h"
+#include "vecmath.h"
 
+#define VEERLOSS_TILES "softmax_tiles.h"
+#include "for_each_target.h"
 #define VEERLOSS_TILES "lovasz_tiles.h"
 #include "for_each_target.h"
 
@@ -56,13 +59,13 @@ struct Buffers {
       : label(tile), counts(counts_), storage(tile * (2 * classes + 3)), x(storage.data()), g(x + classes * tile) {
     maximum = g + classes * tile;
     inverse_sum = maximum + tile;
-    others = inverse_sum + tile;
+    rest = inverse_sum + tile;
   }
   std::vector<int32_t> label;
   std::vector<SegmentCounts<T>> counts;  // [rows, classes]
   std::vector<T> storage;
   T *x, *g;                              // [classes][tile]
-  T *maximum, *inverse_sum, *others;     // [tile]
+  T *maximum, *inverse_sum, *rest;     // [tile]
 };
 
 enum class Errors { softmax, probabilities, hinge };
@@ -85,8 +88,8 @@ std::vector<SegmentCounts<T>> write_keys(const Tensor& logits, const Tensor& tar
         load_labels(b.label.data(), y, g, rule, run, bad);
         for (int64_t c = 0; c < g.channels; ++c) load_row(b.x + c * tile, x, g, c, run);
         if (errors == Errors::softmax) {
-          VEERLOSS_DISPATCH(LovaszTiles::exponentials(b.x, g.channels, tile, n, b.maximum, b.inverse_sum));
-          VEERLOSS_DISPATCH(LovaszTiles::other_probabilities(b.x, g.channels, tile, n, label, b.inverse_sum, b.others));
+          VEERLOSS_DISPATCH(SoftmaxTiles::maximum(b.x, g.channels, tile, n, b.maximum));
+          VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(b.x, g.channels, tile, n, b.maximum, b.rest, b.inverse_sum));
         }
         for (int64_t c = 0; c < g.channels; ++c) {
           const T* in = b.x + c * tile;
@@ -94,7 +97,7 @@ std::vector<SegmentCounts<T>> write_keys(const Tensor& logits, const Tensor& tar
           SegmentCounts<T>* count = &b.counts[row * s.classes + c];
           const auto cls = static_cast<int32_t>(c);
           if (errors == Errors::softmax)
-            VEERLOSS_DISPATCH(LovaszTiles::softmax_keys(in, n, label, cls, b.inverse_sum, b.others, out, count));
+            VEERLOSS_DISPATCH(LovaszTiles::softmax_keys(in, n, label, cls, b.rest, b.inverse_sum, out, count));
           else if (errors == Errors::probabilities)
             VEERLOSS_DISPATCH(LovaszTiles::probability_keys(in, n, label, cls, out, count));
           else
@@ -110,8 +113,8 @@ std::vector<SegmentCounts<T>> write_keys(const Tensor& logits, const Tensor& tar
 
 // The loss of every segment that `takes_part`, [rows, classes], its keys becoming weights (0 for the other segments).
 template <class T>
-std::vector<double> segment_losses(typename ErrorKey<T>::Word* keys, const Segments& s, const std::vector<SegmentCounts<T>>& counts,
-                                   const std::vector<char>& takes_part, bool keep) {
+std::vector<double> segment_losses(typename ErrorKey<T>::Word* keys, const Segments& s, Errors errors,
+                                   const std::vector<SegmentCounts<T>>& counts, const std::vector<char>& takes_part, bool keep) {
   std::vector<double> losses(s.count(), 0.0);
   const auto work = [&](SegmentSorter<T>& sorter, int64_t i) {
     const int64_t row = i / s.classes, c = i % s.classes;
@@ -128,10 +131,10 @@ std::vector<double> segment_losses(typename ErrorKey<T>::Word* keys, const Segme
   const int64_t side_by_side = s.length < long_segment ? s.count() : s.count() / threads * threads;
   std::atomic<int64_t> next{0};
   parallel_for(std::min(threads, side_by_side), [&](int64_t, int64_t) {
-    SegmentSorter<T> sorter(1);
+    SegmentSorter<T> sorter(1, errors == Errors::softmax);
     for (int64_t i; (i = next++) < side_by_side;) work(sorter, i);
   });
-  SegmentSorter<T> sorter(threads);
+  SegmentSorter<T> sorter(threads, errors == Errors::softmax);
   for (int64_t i = side_by_side; i < s.count(); ++i) work(sorter, i);
   return losses;
 }
@@ -156,7 +159,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   const std::vector<int64_t> shape = o.errors == Errors::hinge ? (o.per_image ? std::vector<int64_t>{s.rows} : std::vector<int64_t>{})
                                      : o.per_image             ? std::vector<int64_t>{s.rows, s.classes}
                                                                : std::vector<int64_t>{s.classes};
-  Tensor keys = torch::stable::new_empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, scalar_type_of<T>());
+  Tensor keys =
+      with_huge_pages(torch::stable::new_empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, scalar_type_of<T>()));
   Tensor loss = o.reduction == Reduction::none ? torch::stable::new_empty(logits, shape) : torch::stable::new_empty(logits, {});
   Tensor scale = torch::stable::new_empty(logits, shape, scalar_type_of<T>());
 
@@ -165,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   std::vector<char> takes_part(s.count());
   for (int64_t i = 0; i < s.count(); ++i)
     takes_part[i] = counts[i].valid > 0 && (!o.selected || o.selected[i % s.classes]) && (!o.present || counts[i].foreground > 0);
-  const std::vector<double> losses = segment_losses<T>(words, s, counts, takes_part, o.keep);
+  const std::vector<double> losses = segment_losses<T>(words, s, o.errors, counts, takes_part, o.keep);
 
   const T* class_weight = o.class_weight ? static_cast<const T*>(o.class_weight->data_ptr()) : nullptr;
   double sum = 0;
@@ -202,7 +206,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights,
     load_row(&value, element_view(incoming), {1, 1, incoming.numel()}, 0, {reduction == Reduction::none ? i : 0, 1});
     factor[i] *= value;
   }
-  Tensor grad_logits = torch::stable::empty_like(logits);
+  Tensor grad_logits = with_huge_pages(torch::stable::empty_like(logits));
   const View x = view_of(logits), out = view_of(grad_logits);
   const T* weight = static_cast<const T*>(weights.data_ptr());
   for_each_tile(
@@ -217,8 +221,10 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights,
           VEERLOSS_DISPATCH(LovaszTiles::scale(g_row, n, factor[row * s.classes + c]));
         }
         if (errors == Errors::softmax) {
-          VEERLOSS_DISPATCH(LovaszTiles::exponentials(b.x, g.channels, tile, n, b.maximum, b.inverse_sum));
-          VEERLOSS_DISPATCH(LovaszTiles::softmax_gradient(b.x, b.g, g.channels, tile, n, b.inverse_sum, b.maximum, b.others, b.label.data()));
+          VEERLOSS_DISPATCH(SoftmaxTiles::maximum(b.x, g.channels, tile, n, b.maximum));
+          VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(b.x, g.channels, tile, n, b.maximum, b.rest, b.inverse_sum));
+          VEERLOSS_DISPATCH(
+              LovaszTiles::softmax_gradient(b.x, b.g, g.channels, tile, n, b.inverse_sum, b.maximum, b.rest, b.label.data()));
         }
         const T* gradient = errors == Errors::softmax ? b.x : b.g;
         for (int64_t c = 0; c < g.channels; ++c) store_row(gradient + c * tile, out, g, c, run);

@@ -2,44 +2,17 @@
 // for_each_target.h: no include guard. Loops over pixels vectorise; classes are the outer loop. x is [classes][stride], stride >= n.
 
 struct LovaszTiles {
-  // From x = logits to x = exp(logits - max); inverse_sum = 1 / their sum. maximum is scratch. All rows are [n].
+  // Keys of class c from its exponentials: the error is 1 - p on foreground, p on background. Each of p and 1 - p is known to all its
+  // digits: 1 - p of a most probable class (exponential 1) from the sum of the others, and else p <= 1/2.
   template <class T>
-  static void exponentials(T* __restrict x, int64_t classes, int64_t stride, int64_t n, T* __restrict maximum, T* __restrict inverse_sum) {
-    for (int64_t i = 0; i < n; ++i) maximum[i] = x[i];
-    for (int64_t c = 1; c < classes; ++c) {
-      const T* __restrict row = x + c * stride;
-      for (int64_t i = 0; i < n; ++i) maximum[i] = row[i] > maximum[i] ? row[i] : maximum[i];
+  static void softmax_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label, int32_t c, const T* __restrict rest,
+                           const T* __restrict inverse_sum, typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T p = x[i] * inverse_sum[i];
+      const T not_p = x[i] == T(1) ? rest[i] * inverse_sum[i] : T(1) - p;
+      const bool fg = label[i] == c;
+      keys[i] = mark<T>(key_of_probability(fg ? not_p : p, fg ? p : not_p), fg, label[i] >= 0);
     }
-    for (int64_t i = 0; i < n; ++i) inverse_sum[i] = 0;
-    for (int64_t c = 0; c < classes; ++c) {
-      T* __restrict row = x + c * stride;
-      for (int64_t i = 0; i < n; ++i) {
-        const T e = VecMath<T>::exp_neg(row[i] - maximum[i]);
-        inverse_sum[i] += e;
-        row[i] = e;
-      }
-    }
-    for (int64_t i = 0; i < n; ++i) inverse_sum[i] = T(1) / inverse_sum[i];
-  }
-
-  // others = the sum of the probabilities of all classes but the target's: its error, without the cancellation of 1 - p.
-  template <class T>
-  static void other_probabilities(const T* __restrict x, int64_t classes, int64_t stride, int64_t n, const int32_t* __restrict label,
-                                  const T* __restrict inverse_sum, T* __restrict others) {
-    for (int64_t i = 0; i < n; ++i) others[i] = 0;
-    for (int64_t c = 0; c < classes; ++c) {
-      const T* __restrict row = x + c * stride;
-      for (int64_t i = 0; i < n; ++i) others[i] += label[i] == static_cast<int32_t>(c) ? T(0) : row[i];
-    }
-    for (int64_t i = 0; i < n; ++i) others[i] *= inverse_sum[i];
-  }
-
-  // Keys of class c from its exponentials.
-  template <class T>
-  static void softmax_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label, int32_t c, const T* __restrict inverse_sum,
-                           const T* __restrict others, typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
-    for (int64_t i = 0; i < n; ++i)
-      keys[i] = make_key<T>(label[i] == c ? others[i] : x[i] * inverse_sum[i], label[i] == c, label[i] >= 0);
     count_keys<T>(keys, n, counts);
   }
 
@@ -49,7 +22,7 @@ struct LovaszTiles {
                                typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
     for (int64_t i = 0; i < n; ++i) {
       const T difference = label[i] == c ? T(1) - p[i] : p[i];
-      keys[i] = make_key<T>(difference < T(0) ? -difference : difference, label[i] == c, label[i] >= 0);
+      keys[i] = mark<T>(key_of_error(difference), label[i] == c, label[i] >= 0);  // drops the sign: |y - p|
     }
     count_keys<T>(keys, n, counts);
   }
@@ -59,20 +32,23 @@ struct LovaszTiles {
   template <class T>
   static void hinge_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label, typename ErrorKey<T>::Word* __restrict keys,
                          SegmentCounts<T>* counts) {
-    int32_t beyond = 0, beyond_fg = 0;
     for (int64_t i = 0; i < n; ++i) {
       const T margin = T(1) - (label[i] == 1 ? x[i] : -x[i]);
       const bool in = !(margin <= T(0));  // true for NaN
-      const bool valid = label[i] >= 0;
       const T error = (in ? margin : T(0)) + (x[i] - x[i]);  // an infinite logit: NaN
-      keys[i] = make_key<T>(error, label[i] == 1, valid & (in | (error != error)));
-      beyond += valid & !in & (error == error);
-      beyond_fg += (label[i] == 1) & !in & (error == error);
+      keys[i] = mark<T>(key_of_error(error), label[i] == 1, (label[i] >= 0) & (in | (error != error)));
     }
-    count_keys<T>(keys, n, counts);
-    counts->valid += beyond;
-    counts->foreground += beyond_fg;
-    if (beyond_fg > 0) counts->smallest_fg = 0;
+    SegmentCounts<T> within;
+    count_keys<T>(keys, n, &within);
+    int32_t valid = 0, foreground = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      valid += label[i] >= 0;
+      foreground += label[i] == 1;
+    }
+    if (foreground > within.foreground) within.smallest_fg = 0;
+    within.valid = valid;
+    within.foreground = foreground;
+    counts->add(within);
   }
 
   // The gradient of the logits from dL/dp: p_j (g_j - sum_c p_c g_c), x holding exponentials on entry, the gradient on return.
@@ -126,31 +102,30 @@ struct LovaszTiles {
 
  private:
   template <class T>
-  static VEERLOSS_HD typename ErrorKey<T>::Word make_key(T error, bool foreground, bool valid) {
+  static VEERLOSS_HD typename ErrorKey<T>::Word mark(typename ErrorKey<T>::Word key, bool foreground, bool valid) {
     using Key = ErrorKey<T>;
-    const auto word = bit_cast<typename Key::Word>(error) & ~Key::foreground;  // NaN may carry a sign
-    return valid ? (word | (foreground ? Key::foreground : typename Key::Word(0))) : Key::ignored;
+    return valid ? (key | (foreground ? Key::foreground : typename Key::Word(0))) : Key::ignored;
   }
 
   template <class T>
   static void count_keys(const typename ErrorKey<T>::Word* __restrict keys, int64_t n, SegmentCounts<T>* counts) {
     using Key = ErrorKey<T>;
     using Word = typename Key::Word;
-    Word smallest_fg = Key::ignored, largest = 0, valid = 0, foreground = 0;
+    // In arithmetic that GCC 12 vectorises; it does not take `fg ? min : same`.
+    Word valid = 0, foreground = 0, smallest = ~Word(0), largest = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const Word error = keys[i] & ~Key::foreground;
-      const bool fg = keys[i] >= Key::foreground;
-      const bool in = keys[i] != Key::ignored;
-      valid += in;
-      foreground += fg;
-      const Word of_fg = fg ? error : Key::ignored;
-      const Word of_valid = in ? error : Word(0);
-      smallest_fg = of_fg < smallest_fg ? of_fg : smallest_fg;
-      largest = of_valid > largest ? of_valid : largest;
+      const Word background_last = keys[i] ^ Key::foreground;          // a foreground key is its error, the others are above
+      const Word ignored_is_0 = (keys[i] + 1) & ~Key::foreground;      // the error's key + 1
+      foreground += keys[i] / Key::foreground;
+      valid += ignored_is_0 != 0;
+      smallest = background_last < smallest ? background_last : smallest;
+      largest = ignored_is_0 > largest ? ignored_is_0 : largest;
     }
-    counts->valid += static_cast<int64_t>(valid);
-    counts->foreground += static_cast<int64_t>(foreground);
-    counts->smallest_fg = smallest_fg < counts->smallest_fg ? smallest_fg : counts->smallest_fg;
-    counts->largest = largest > counts->largest ? largest : counts->largest;
+    SegmentCounts<T> here;
+    here.valid = static_cast<int64_t>(valid);
+    here.foreground = static_cast<int64_t>(foreground);
+    if (foreground > 0) here.smallest_fg = smallest;
+    if (valid > 0) here.largest = largest - 1;
+    counts->add(here);
   }
 };

@@ -1,22 +1,23 @@
-// The Lovász extension of one segment, exactly: keep the pixels that can have weight, sort them by error, scan.
+// The Lovász extension of one segment, exactly: partition its keys into buckets of like errors, then sort, rank and weigh each bucket
+// while it is in cache.
 //
 // A background pixel whose error is below the smallest foreground error ranks after the last foreground pixel: its weight is 0, and it
-// needs no sorting. Every step gives the same bits for any number of threads: sorts are stable, counts are integers, and sums are
-// taken over fixed chunks in order.
+// needs no sorting. The counts of the buckets give every bucket its first rank, so that buckets are independent. Results have the
+// same bits for any number of threads: sorts are stable, counts are integers, and the buckets' sums are added in order.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <memory>
 #include <vector>
 
 #include "../jaccard.h"
 #include "tensor.h"
-#include "vecmath.h"
 
 namespace veerloss {
 
-// What a segment holds. smallest_fg and largest are error bits without the foreground bit.
+// What a segment holds. smallest_fg and largest are error keys without the foreground bit.
 template <class T>
 struct SegmentCounts {
   int64_t valid = 0, foreground = 0;
@@ -39,13 +40,17 @@ class SegmentSorter {
   using Word = typename Key::Word;
 
   // `threads` > 1 works on one long segment with all threads; else the caller runs many segments side by side.
-  explicit SegmentSorter(int64_t threads) : threads_(threads) {}
+  // `probabilities`: keys are those of key_of_probability, else of key_of_error.
+  SegmentSorter(int64_t threads, bool probabilities) : threads_(threads), probabilities_(probabilities) {}
 
   // The loss of a segment of n keys. If `keep`, the keys are overwritten by the signed weights dL/dp: - on foreground, + on background.
   double loss(Word* keys, int64_t n, const SegmentCounts<T>& counts, bool keep) {
-    const double value = loss_of(keys, n, counts);
-    if (keep) write_weights(keys, n, counts);
-    return value;
+    if (counts.valid == 0) return constant(keys, n, T(0), keep);
+    if (counts.largest >= Key::infinity) return constant(keys, n, std::numeric_limits<T>::quiet_NaN(), keep);
+    if (counts.foreground == 0) return largest_error(keys, n, counts, keep);
+    partition(keys, n, counts);
+    if (keep) constant(keys, n, T(0), true);
+    return weigh_buckets(keep ? keys : nullptr, counts);
   }
 
  private:
@@ -54,174 +59,201 @@ class SegmentSorter {
     uint32_t payload;  // foreground bit, pixel
   };
   static constexpr uint32_t fg_bit = 0x80000000u;
-  // Small enough that every thread has several; a chunk of entries fits in L2.
-  static constexpr int64_t chunk = int64_t{1} << 16;
 
-  static int64_t chunks_of(int64_t n) { return (n + chunk - 1) / chunk; }
+  // A bucket of 2048 entries, twice, is 32 KiB: it sorts in L1. At most 2048 buckets: more streams than that miss L1 in the partition.
+  static constexpr int64_t bucket_entries = 2048;
+  static constexpr int most_bucket_bits = 11;
+  static constexpr int most_digit_bits = 10;  // of a pass inside a bucket: 1024 counters beside 2048 entries
+
+  struct Bucket {
+    int64_t begin, fg_before;
+  };
 
   template <class F>
-  void for_each_chunk(int64_t n, const F& f) {
+  void for_each_part(int64_t parts, const F& f) {
     const auto run = [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) f(k, k * chunk, std::min(n, (k + 1) * chunk));
-    };
-    if (threads_ > 1)
-      parallel_for(chunks_of(n), run);
-    else
-      run(0, chunks_of(n));
-  }
-
-  double loss_of(const Word* keys, int64_t n, const SegmentCounts<T>& counts);
-  void collect(const Word* keys, int64_t n, const SegmentCounts<T>& counts);
-  void sort(int bits);
-  void sort_pass(int shift, int digit_bits);
-  void write_weights(Word* keys, int64_t n, const SegmentCounts<T>& counts);
-
-  int64_t threads_;
-  int64_t kept_ = 0;
-  int64_t capacity_ = 0;
-  std::unique_ptr<Entry[]> entries_, spare_;
-  std::vector<int64_t> per_chunk_, fg_before_;
-  std::vector<uint32_t> histogram_;
-  std::vector<double> sums_;
-};
-
-template <class T>
-double SegmentSorter<T>::loss_of(const Word* keys, int64_t n, const SegmentCounts<T>& counts) {
-  kept_ = 0;
-  if (counts.valid == 0) return 0.0;
-  if (counts.largest >= Key::infinity) return std::numeric_limits<double>::quiet_NaN();
-  if (counts.foreground == 0) return static_cast<double>(bit_cast<T>(counts.largest));
-  collect(keys, n, counts);
-  sort(std::bit_width(static_cast<Word>(counts.largest - counts.smallest_fg)));
-
-  // Ranks: foreground before each chunk, then the losses of the chunks.
-  const int64_t total = counts.foreground;
-  fg_before_.assign(chunks_of(kept_) + 1, 0);
-  for_each_chunk(kept_, [&](int64_t k, int64_t begin, int64_t end) {
-    int64_t fg = 0;
-    for (int64_t i = begin; i < end; ++i) fg += entries_[i].payload >> 31;
-    fg_before_[k + 1] = fg;
-  });
-  for (size_t k = 1; k < fg_before_.size(); ++k) fg_before_[k] += fg_before_[k - 1];
-  sums_.assign(chunks_of(kept_), 0.0);
-  for_each_chunk(kept_, [&](int64_t k, int64_t begin, int64_t end) {
-    int64_t fg = fg_before_[k], bg = begin - fg;
-    double sum = 0;
-    for (int64_t block = begin; block < end; block += 256) {  // blockwise, so that rounding does not grow with the chunk
-      double part = 0;
-      for (int64_t i = block; i < std::min(block + 256, end); ++i) {
-        const bool is_fg = entries_[i].payload & fg_bit;
-        const double weight = is_fg ? jaccard_fg_weight(total, bg) : jaccard_bg_weight(total, fg, bg);
-        const T error = bit_cast<T>(static_cast<Word>(counts.largest - entries_[i].key));
-        part += weight * static_cast<double>(error);
-        // The key has done its work: the weight takes its place.
-        entries_[i].key = bit_cast<Word>(static_cast<T>(is_fg ? -weight : weight));
-        fg += is_fg;
-        bg += !is_fg;
-      }
-      sum += part;
-    }
-    sums_[k] = sum;
-  });
-  double sum = 0;
-  for (double s : sums_) sum += s;
-  return sum;
-}
-
-// entries_ = the pixels that can have weight, in the order of their pixels.
-template <class T>
-void SegmentSorter<T>::collect(const Word* keys, int64_t n, const SegmentCounts<T>& counts) {
-  const Word least = counts.smallest_fg;
-  const auto keeps = [least](Word key) { return (key & ~Key::foreground) >= least && key != Key::ignored; };
-  per_chunk_.assign(chunks_of(n) + 1, 0);
-  for_each_chunk(n, [&](int64_t k, int64_t begin, int64_t end) {
-    Word count = 0;
-    for (int64_t i = begin; i < end; ++i) count += keeps(keys[i]);
-    per_chunk_[k + 1] = static_cast<int64_t>(count);
-  });
-  for (size_t k = 1; k < per_chunk_.size(); ++k) per_chunk_[k] += per_chunk_[k - 1];
-  kept_ = per_chunk_.back();
-  if (kept_ > capacity_) {
-    capacity_ = kept_;
-    entries_ = std::make_unique_for_overwrite<Entry[]>(capacity_);
-    spare_ = std::make_unique_for_overwrite<Entry[]>(capacity_);
-  }
-  for_each_chunk(n, [&](int64_t k, int64_t begin, int64_t end) {
-    Entry* out = entries_.get() + per_chunk_[k];
-    Entry* const last = entries_.get() + per_chunk_[k + 1];
-    for (int64_t i = begin; i < end && out < last; ++i) {
-      // Written always and kept if wanted: no branch to mispredict. The end of the chunk's own part is never passed.
-      const Word key = keys[i];
-      *out = {static_cast<Word>(counts.largest - (key & ~Key::foreground)), static_cast<uint32_t>(i) | (key >= Key::foreground ? fg_bit : 0u)};
-      out += keeps(key);
-    }
-  });
-}
-
-// Stable, ascending in the low `bits` bits of the key: an LSD radix sort, or std::sort where its histograms would cost more.
-template <class T>
-void SegmentSorter<T>::sort(int bits) {
-  if (kept_ < 512) {
-    std::sort(entries_.get(), entries_.get() + kept_,
-              [](const Entry& a, const Entry& b) { return a.key != b.key ? a.key < b.key : (a.payload & ~fg_bit) < (b.payload & ~fg_bit); });
-    return;
-  }
-  constexpr int most_bits = 11;  // 2048 counters of 4 bytes stay in L1
-  const int passes = (bits + most_bits - 1) / most_bits;
-  for (int pass = 0, shift = 0; pass < passes; ++pass) {
-    const int digit_bits = (bits - shift + (passes - pass) - 1) / (passes - pass);
-    sort_pass(shift, digit_bits);
-    shift += digit_bits;
-  }
-}
-
-// Each thread counts and then moves its own contiguous part; (digit, part) order keeps the sort stable.
-template <class T>
-void SegmentSorter<T>::sort_pass(int shift, int digit_bits) {
-  const int64_t digits = int64_t{1} << digit_bits;
-  const Word mask = static_cast<Word>(digits - 1);
-  const int64_t parts = std::clamp<int64_t>(kept_ / chunk, 1, threads_);
-  histogram_.assign(parts * digits, 0);
-  const auto for_each_part = [&](const auto& f) {
-    const auto run = [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) f(histogram_.data() + p * digits, kept_ * p / parts, kept_ * (p + 1) / parts);
+      for (int64_t p = begin; p < end; ++p) f(p);
     };
     if (parts > 1)
       parallel_for(parts, run);
     else
       run(0, 1);
-  };
-  for_each_part([&](uint32_t* counts, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) ++counts[(entries_[i].key >> shift) & mask];
-  });
-  uint32_t offset = 0;
-  for (int64_t d = 0; d < digits; ++d)
-    for (int64_t p = 0; p < parts; ++p) {
-      const uint32_t count = histogram_[p * digits + d];
-      histogram_[p * digits + d] = offset;
-      offset += count;
+  }
+
+  static std::unique_ptr<Entry[]> allocate(int64_t count) {
+    auto entries = std::make_unique_for_overwrite<Entry[]>(count);
+    advise_huge_pages(entries.get(), count * static_cast<int64_t>(sizeof(Entry)));
+    return entries;
+  }
+
+  double error_of(Word key) const {
+    return probabilities_ ? probability_of_key<T>(key) : static_cast<double>(bit_cast<T>(key));
+  }
+
+  double constant(Word* keys, int64_t n, T value, bool keep) {
+    const int64_t parts = n < bucket_entries ? 1 : threads_;
+    if (keep)
+      for_each_part(parts, [&](int64_t p) { std::fill(keys + n * p / parts, keys + n * (p + 1) / parts, bit_cast<Word>(value)); });
+    return static_cast<double>(value);
+  }
+
+  // No foreground: all weight goes to the first of the largest errors. (None is found where all errors of a hinge are 0.)
+  double largest_error(Word* keys, int64_t n, const SegmentCounts<T>& counts, bool keep) {
+    if (keep) {
+      const int64_t first = std::find(keys, keys + n, counts.largest) - keys;
+      std::fill_n(keys, n, Word(0));
+      if (first < n) keys[first] = bit_cast<Word>(T(1));
     }
-  for_each_part([&](uint32_t* offsets, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) spare_[offsets[(entries_[i].key >> shift) & mask]++] = entries_[i];
-  });
-  std::swap(entries_, spare_);
-}
+    return error_of(counts.largest);
+  }
+
+  void partition(const Word* keys, int64_t n, const SegmentCounts<T>& counts);
+  double weigh_buckets(Word* weights, const SegmentCounts<T>& counts);
+  const Entry* sort_bucket(Entry* entries, Entry* spare, int64_t count) const;
+  double weigh(const Entry* sorted, int64_t count, int64_t fg, int64_t bg, const SegmentCounts<T>& counts, Word* weights) const;
+
+  const int64_t threads_;
+  const bool probabilities_;
+  int shift_ = 0;  // key bits below the bucket's
+  int64_t gathered_capacity_ = 0, capacity_ = 0;
+  std::unique_ptr<Entry[]> gathered_, entries_;  // in the order of pixels, of buckets
+  std::vector<Bucket> buckets_;     // and an end
+  std::vector<uint64_t> histogram_;  // [parts][buckets]: entries in the low half, foreground in the high half
+};
 
 template <class T>
-void SegmentSorter<T>::write_weights(Word* keys, int64_t n, const SegmentCounts<T>& counts) {
-  if (counts.valid > 0 && counts.foreground == 0 && counts.largest < Key::infinity) {
-    // All weight on the first of the largest errors. (None is found where all errors of a hinge are 0.)
-    const int64_t first = std::find(keys, keys + n, counts.largest) - keys;
-    std::fill_n(keys, n, Word(0));
-    if (first < n) keys[first] = bit_cast<Word>(T(1));
-    return;
+void SegmentSorter<T>::partition(const Word* keys, int64_t n, const SegmentCounts<T>& counts) {
+  const Word largest = counts.largest, least = counts.smallest_fg;
+  const int bits = std::bit_width(static_cast<Word>(largest - least));
+  const int bucket_bits = std::min({bits, most_bucket_bits, static_cast<int>(std::bit_width(static_cast<uint64_t>(n / bucket_entries)))});
+  const int shift = shift_ = bits - bucket_bits;
+  const int64_t count = int64_t{1} << bucket_bits;
+  const int64_t parts = n < bucket_entries ? 1 : threads_;
+  // Gather the pixels that can have weight, each part from its first pixel's place on, and count them: without a branch on the data.
+  if (n > gathered_capacity_) {
+    gathered_capacity_ = n;
+    gathered_ = allocate(n);
   }
-  const bool nan = counts.valid > 0 && counts.largest >= Key::infinity;
-  const Word rest = nan ? bit_cast<Word>(std::numeric_limits<T>::quiet_NaN()) : Word(0);
-  for_each_chunk(n, [&](int64_t, int64_t begin, int64_t end) { std::fill(keys + begin, keys + end, rest); });
-  for_each_chunk(kept_, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) keys[entries_[i].payload & ~fg_bit] = entries_[i].key;
+  histogram_.assign(parts * count, 0);
+  std::vector<int64_t> sizes(parts);
+  for_each_part(parts, [&](int64_t p) {
+    constexpr int64_t block = 512;
+    uint64_t* histogram = histogram_.data() + p * count;
+    Entry* const out = gathered_.get() + n * p / parts;
+    int64_t size = 0;
+    for (int64_t begin = n * p / parts, end = n * (p + 1) / parts; begin < end; begin += block) {
+      const int64_t before = size;
+      for (int64_t i = begin; i < std::min(begin + block, end); ++i) {
+        const Word key = keys[i], error = key & ~Key::foreground;
+        out[size] = {static_cast<Word>(largest - error), static_cast<uint32_t>(i) | (key >= Key::foreground ? fg_bit : 0u)};
+        size += (error >= least) & (key != Key::ignored);
+      }
+      for (int64_t j = before; j < size; ++j) histogram[out[j].key >> shift] += 1 + (static_cast<uint64_t>(out[j].payload >> 31) << 32);
+    }
+    sizes[p] = size;
   });
+
+  // (bucket, part) order: the partition is stable.
+  buckets_.resize(count + 1);
+  int64_t entries = 0, fg = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    buckets_[b] = {entries, fg};
+    for (int64_t p = 0; p < parts; ++p) {
+      uint64_t& cell = histogram_[p * count + b];
+      const uint64_t here = cell;
+      cell = static_cast<uint64_t>(entries);
+      entries += static_cast<uint32_t>(here);
+      fg += static_cast<int64_t>(here >> 32);
+    }
+  }
+  buckets_[count] = {entries, fg};
+  if (entries > capacity_) {
+    capacity_ = entries;
+    entries_ = allocate(entries);
+  }
+  for_each_part(parts, [&](int64_t p) {
+    uint64_t* offsets = histogram_.data() + p * count;
+    const Entry* in = gathered_.get() + n * p / parts;
+    Entry* out = entries_.get();
+    for (int64_t j = 0; j < sizes[p]; ++j) out[offsets[in[j].key >> shift]++] = in[j];
+  });
+}
+
+// Sorts, ranks and weighs every bucket; the sum of weight times error.
+template <class T>
+double SegmentSorter<T>::weigh_buckets(Word* weights, const SegmentCounts<T>& counts) {
+  const int64_t count = static_cast<int64_t>(buckets_.size()) - 1;
+  std::vector<double> sums(count, 0.0);
+  std::atomic<int64_t> next{0};
+  for_each_part(std::min(threads_, count), [&](int64_t) {
+    std::unique_ptr<Entry[]> spare;
+    int64_t spare_size = 0;
+    for (int64_t b; (b = next++) < count;) {
+      const auto [begin, fg] = buckets_[b];
+      const int64_t size = buckets_[b + 1].begin - begin;
+      if (size > spare_size) {
+        spare_size = std::max(size, 2 * bucket_entries);
+        spare = std::make_unique_for_overwrite<Entry[]>(spare_size);
+      }
+      const Entry* sorted = sort_bucket(entries_.get() + begin, spare.get(), size);
+      sums[b] = weigh(sorted, size, fg, begin - fg, counts, weights);
+    }
+  });
+  double sum = 0;
+  for (double s : sums) sum += s;
+  return sum;
+}
+
+// Stable, ascending in the low shift_ bits, in which alone a bucket's keys differ. The result lies in either of the two buffers.
+template <class T>
+auto SegmentSorter<T>::sort_bucket(Entry* entries, Entry* spare, int64_t count) const -> const Entry* {
+  if (count <= 24) {  // insertion
+    for (int64_t i = 1; i < count; ++i) {
+      const Entry entry = entries[i];
+      int64_t j = i;
+      for (; j > 0 && entries[j - 1].key > entry.key; --j) entries[j] = entries[j - 1];
+      entries[j] = entry;
+    }
+    return entries;
+  }
+  const int passes = (shift_ + most_digit_bits - 1) / most_digit_bits;
+  const int digit_bits = passes > 0 ? (shift_ + passes - 1) / passes : 0;
+  const Word mask = (Word(1) << digit_bits) - 1;
+  uint32_t offsets[1 << most_digit_bits];
+  for (int shift = 0; shift < shift_; shift += digit_bits) {
+    std::fill_n(offsets, mask + 1, 0u);
+    for (int64_t i = 0; i < count; ++i) ++offsets[(entries[i].key >> shift) & mask];
+    if (offsets[(entries[0].key >> shift) & mask] == count) continue;  // one digit for all: nothing to move
+    uint32_t sum = 0;
+    for (Word digit = 0; digit <= mask; ++digit) {
+      const uint32_t here = offsets[digit];
+      offsets[digit] = sum;
+      sum += here;
+    }
+    for (int64_t i = 0; i < count; ++i) spare[offsets[(entries[i].key >> shift) & mask]++] = entries[i];
+    std::swap(entries, spare);
+  }
+  return entries;
+}
+
+// The weights of a sorted bucket, fg and bg being the pixels ranked before it.
+template <class T>
+double SegmentSorter<T>::weigh(const Entry* sorted, int64_t count, int64_t fg, int64_t bg, const SegmentCounts<T>& counts,
+                               Word* weights) const {
+  double sum = 0;
+  for (int64_t block = 0; block < count; block += 256) {  // blockwise, so that rounding does not grow with the bucket
+    double part = 0;
+    for (int64_t i = block; i < std::min(block + 256, count); ++i) {
+      const bool is_fg = sorted[i].payload & fg_bit;
+      const double weight = is_fg ? jaccard_fg_weight(counts.foreground, bg) : jaccard_bg_weight(counts.foreground, fg, bg);
+      part += weight * error_of(static_cast<Word>(counts.largest - sorted[i].key));
+      if (weights) weights[sorted[i].payload & ~fg_bit] = bit_cast<Word>(static_cast<T>(is_fg ? -weight : weight));
+      fg += is_fg;
+      bg += !is_fg;
+    }
+    sum += part;
+  }
+  return sum;
 }
 
 }  // namespace veerloss

@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -95,6 +99,24 @@ inline int64_t tile_length(int64_t rows, size_t element_size) {
   constexpr int64_t tile_bytes = 1 << 16;
   const int64_t fit = tile_bytes / static_cast<int64_t>(element_size) / std::max<int64_t>(rows, 1) / 64 * 64;
   return std::clamp<int64_t>(fit, 64, 1024);
+}
+
+// Large outputs are written once, and the first touch of each 4 KiB page costs more than writing it: 40 MB took 15 ms of page faults,
+// 2 ms of them with pages of 2 MiB. A hint only, to kernels that give such pages on demand.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 4096;
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+  if (bytes >= (4 << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+inline const Tensor& with_huge_pages(const Tensor& t) {
+  advise_huge_pages(t.data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+  return t;
 }
 
 // f(first, last) over parts of [0, count), on PyTorch's own threads.

@@ -4,19 +4,9 @@
 // float64 (tests/test_native_math.py measures it through the losses): about 1 unit in the last place of T.
 #pragma once
 
-#include <cstring>
-
 #include "../platform.h"
 
 namespace veerloss {
-
-template <class To, class From>
-VEERLOSS_HD To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
-  To to;
-  std::memcpy(&to, &from, sizeof(to));
-  return to;
-}
 
 template <class T>
 struct FloatFormat;
