@@ -1,7 +1,8 @@
 """Builds the compiled library veerloss/_C against LibTorch's stable ABI; everything else is in pyproject.toml.
 
-The library needs torch's headers and its libtorch_cpu, not torch itself: they are found in the environment that pip installs into,
-which pip's isolated build environment hides from `import` alone. VEERLOSS_NATIVE=0, or no C++ compiler, gives a pure-Python install.
+The library needs torch's headers and its libtorch_cpu, not torch itself: they are found in the environment that pip installs
+into, which pip's isolated build environment hides from `import` alone. VEERLOSS_NATIVE=0, or no C++ compiler, gives a pure-Python
+install.
 """
 
 import importlib.util
@@ -20,7 +21,15 @@ TORCH_TARGET = "0x020a000000000000"  # and for every torch from 2.10 on
 
 #: -fno-trapping-math lets the compiler turn selects into vector code; NaN and infinity keep their meaning. Instruction sets are
 #: chosen at run time (csrc/cpu/for_each_target.h), never with -march=native.
-COMPILE_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
+COMPILE_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-g0",
+]
 DEFINES = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030a0000")]
 
 

@@ -88,8 +88,7 @@ def focal(inputs: Inputs, gamma: float) -> list[dict]:
         "plain formula": functools.partial(formula, gamma=gamma),
     }
     return [
-        _row(inputs, name, loss, logits, target, truth, f" x{inputs.scale:g}, gamma {gamma:g}")
-        for name, loss in losses.items()
+        _row(inputs, name, loss, logits, target, truth, f" x{inputs.scale:g}, gamma {gamma:g}") for name, loss in losses.items()
     ]
 
 

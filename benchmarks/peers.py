@@ -145,9 +145,7 @@ def _compiled(loss: Loss | Lazy) -> Lazy:
 _torchvision_focal = _peer(
     "torchvision",
     "torchvision.ops",
-    lambda ops: functools.partial(
-        ops.sigmoid_focal_loss, alpha=ALPHA, gamma=GAMMA, reduction="mean"
-    ),
+    lambda ops: functools.partial(ops.sigmoid_focal_loss, alpha=ALPHA, gamma=GAMMA, reduction="mean"),
 )
 
 
@@ -220,8 +218,7 @@ def sigmoid_focal_index() -> dict[str, Loss]:
 
 
 TASKS: dict[str, Callable[[], dict[str, Loss]]] = {
-    task.__name__: task
-    for task in (lovasz_softmax, lovasz_hinge, softmax_focal, sigmoid_focal, sigmoid_focal_index)
+    task.__name__: task for task in (lovasz_softmax, lovasz_hinge, softmax_focal, sigmoid_focal, sigmoid_focal_index)
 }
 
 

@@ -2,7 +2,8 @@
 //
 // `Math` supplies exp_neg (x <= 0), log and log1p_unit (0 <= x <= 1) for the arithmetic type T: vectorisable polynomials on the
 // CPU (cpu/vecmath.h), the device's functions on a GPU. `Square` says that gamma is 2, the default, which needs no logarithm.
-// Nothing here clamps a probability or takes it to the power gamma - 1, so every value is finite for finite logits and gamma >= 0.
+// Nothing here clamps a probability or takes it to the power gamma - 1, so every value is finite for finite logits and gamma >=
+// 0.
 #pragma once
 
 #include "platform.h"
@@ -15,8 +16,8 @@ struct ValueAndSlope {
   T slope;
 };
 
-// q^gamma and its logarithmic slope: d(q^gamma) = slope * dq, for 0 <= q <= 1. At q = 0 the slope counts as 0: every use multiplies
-// it by a factor that vanishes faster.
+// q^gamma and its logarithmic slope: d(q^gamma) = slope * dq, for 0 <= q <= 1. At q = 0 the slope counts as 0: every use
+// multiplies it by a factor that vanishes faster.
 template <class Math, bool Square, class T>
 VEERLOSS_HD ValueAndSlope<T> focusing(T q, T gamma) {
   if constexpr (Square) {
@@ -38,9 +39,9 @@ VEERLOSS_HD ValueAndSlope<T> sigmoid_focal(T x, T t, T alpha_positive, T alpha_n
   const T magnitude = x < T(0) ? -x : x;
   const T e = Math::exp_neg(-magnitude);
   const T r = T(1) / (T(1) + e);
-  const T p = x < T(0) ? e * r : r;       // sigmoid(x)
-  const T not_p = x < T(0) ? r : e * r;   // sigmoid(-x), without the cancellation of 1 - p
-  const T high = x < T(0) ? T(0) : x;     // max(x, 0); NaN passes through magnitude below
+  const T p = x < T(0) ? e * r : r;      // sigmoid(x)
+  const T not_p = x < T(0) ? r : e * r;  // sigmoid(-x), without the cancellation of 1 - p
+  const T high = x < T(0) ? T(0) : x;    // max(x, 0); NaN passes through magnitude below
   const T bce = s * high + t * (magnitude - high) + Math::log1p_unit(e) + (x - x);
   const T alpha = alpha_positive * t + alpha_negative * s;
   const auto focus = focusing<Math, Square>(s * p + t * not_p, gamma);

@@ -1,9 +1,9 @@
-// The scalar maths of the Lovasz losses (Berman, Triki, Blaschko, CVPR 2018, arXiv 1705.08790): weights from integer counts, and the
-// order of errors as the order of unsigned integers.
+// The scalar maths of the Lovasz losses (Berman, Triki, Blaschko, CVPR 2018, arXiv 1705.08790): weights from integer counts,
+// and the order of errors as the order of unsigned integers.
 //
 // A segment has `total` foreground pixels. Sorted by error, descending, a pixel with `fg` foreground and `bg` background pixels
-// before it takes the step of J(fg, bg) = 1 - (total - fg) / (total + bg) that adding it makes. Subtracting two such values loses the
-// step to rounding; the closed forms below do not.
+// before it takes the step of J(fg, bg) = 1 - (total - fg) / (total + bg) that adding it makes. Subtracting two such values
+// loses the step to rounding; the closed forms below do not.
 #pragma once
 
 #include "platform.h"
@@ -21,9 +21,10 @@ VEERLOSS_HD double jaccard_bg_weight(int64_t total, int64_t fg, int64_t bg) {
 
 // Errors as unsigned integers of the same order, the top bit left free: there it marks foreground.
 //
-// The bits of a float >= 0 are such integers. They resolve an error near 0 but not one near 1, where 2^-24 apart is equal: among a
-// million pixels with a rare foreground that moves ranks (7e-5 of the gradient at a foreground share of 0.001). So the errors of
-// probabilities above 1/2 are ranked by the bits of 1 - error, which is a probability too and known to all its digits.
+// The bits of a float >= 0 are such integers. They resolve an error near 0 but not one near 1, where 2^-24 apart is equal:
+// among a million pixels with a rare foreground that moves ranks (7e-5 of the gradient at a foreground share of 0.001). So the
+// errors of probabilities above 1/2 are ranked by the bits of 1 - error, which is a probability too and known to all its
+// digits.
 template <class T>
 struct ErrorKey;
 

@@ -11,10 +11,7 @@ from benchmarks.__main__ import main
 from benchmarks.inputs import Inputs
 
 # One image with every class present, where all conventions for averaging differ by a factor only.
-SMALL = {
-    task: Inputs(task, (1, 24, 24) if task == "lovasz_hinge" else (1, 5, 24, 24))
-    for task in peers.TASKS
-}
+SMALL = {task: Inputs(task, (1, 24, 24) if task == "lovasz_hinge" else (1, 5, 24, 24)) for task in peers.TASKS}
 CONTESTANTS = [
     (task, name)
     for task, losses in peers.TASKS.items()

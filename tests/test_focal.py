@@ -160,7 +160,11 @@ def test_sigmoid_is_the_formula(x, t, alpha, gamma):
     expected = alpha_t * bce * (p * (1 - t) + q * t) ** gamma
     for backend in ("native", "reference"):
         actual = sigmoid_focal_loss(
-            torch.tensor(x, dtype=torch.float64), torch.tensor(t, dtype=torch.float64), alpha=alpha, gamma=gamma, backend=backend
+            torch.tensor(x, dtype=torch.float64),
+            torch.tensor(t, dtype=torch.float64),
+            alpha=alpha,
+            gamma=gamma,
+            backend=backend,
         )
         assert actual.item() == pytest.approx(expected, rel=1e-11, abs=1e-300)
 

@@ -57,8 +57,8 @@ def test_softmax_options(classes, per_image, reduction):
     target[1] = -1
     for options in ({}, {"class_weight": torch.tensor([0.5, 1.0, 2.0, 0.0, 3.0])}):
         check_loss(
-            lovasz_softmax_loss, logits(shape), target, classes=classes, per_image=per_image, reduction=reduction, ignore_index=-1,
-            **options,
+            lovasz_softmax_loss, logits(shape), target, classes=classes, per_image=per_image, reduction=reduction,
+            ignore_index=-1, **options,
         )  # fmt: skip
 
 
@@ -73,7 +73,9 @@ def test_probabilities(per_image, dtype):
 def test_probabilities_outside_0_1_slope_as_the_error_does(backend):
     p = torch.tensor([[[-0.1, 1.2, 0.4], [1.1, -0.2, 0.6]]], dtype=torch.float64, requires_grad=True)
     target = torch.tensor([[0, 0, 1]])
-    loss = -lovasz_softmax_loss(p, target, from_logits=False, backend=backend)  # the sign of the incoming gradient is another thing
+    loss = -lovasz_softmax_loss(
+        p, target, from_logits=False, backend=backend
+    )  # the sign of the incoming gradient is another thing
     expected = -lovasz_softmax_loss(p, target, from_logits=False, backend="reference")
     torch.testing.assert_close(torch.autograd.grad(loss, p), torch.autograd.grad(expected, p))
 
@@ -189,7 +191,7 @@ def test_order_of_pixels_does_not_matter(pixels, seed):
 
 
 def test_ties_get_a_subgradient(backend):
-    """Equal errors in groups: by group, the weights add up to the step of the Jaccard loss, in whatever order they were ranked."""
+    """In each group of equal errors the weights add up to the step of the Jaccard loss, in whatever order they were ranked."""
     levels = torch.randint(1, 4, (1, 300), generator=torch.Generator().manual_seed(0))
     target = labels((1, 2, 300), 2)
     p = torch.where(target == 1, 1 - levels / 4, levels / 4).requires_grad_()
@@ -216,9 +218,7 @@ def test_absent_class_counts_under_all(backend):
     torch.testing.assert_close(values[2], p[0, 2].max())
     present = lovasz_softmax_loss(p, target, from_logits=False, reduction="none", backend=backend)
     assert present[2] == 0
-    torch.testing.assert_close(
-        lovasz_softmax_loss(p, target, from_logits=False, backend=backend), present[:2].mean()
-    )
+    torch.testing.assert_close(lovasz_softmax_loss(p, target, from_logits=False, backend=backend), present[:2].mean())
 
 
 def test_reductions_and_images(backend):
@@ -227,9 +227,7 @@ def test_reductions_and_images(backend):
     assert values.shape == (3, 4)
     single = [lovasz_softmax_loss(x[i : i + 1], target[i : i + 1], backend=backend) for i in range(3)]
     torch.testing.assert_close(lovasz_softmax_loss(x, target, per_image=True, backend=backend), torch.stack(single).mean())
-    torch.testing.assert_close(
-        lovasz_softmax_loss(x, target, per_image=True, reduction="sum", backend=backend), values.sum()
-    )
+    torch.testing.assert_close(lovasz_softmax_loss(x, target, per_image=True, reduction="sum", backend=backend), values.sum())
     hinge = lovasz_hinge_loss(x[:, 0], target.clamp(max=1), reduction="none", backend=backend)
     assert hinge.shape == (3,)
     torch.testing.assert_close(lovasz_hinge_loss(x[:, :1], target.clamp(max=1), backend=backend), hinge.mean())
@@ -285,7 +283,9 @@ def test_all_ignored_is_zero_with_zero_gradient(per_image, reduction, backend):
     target = torch.full((2, 40), 255)
     for loss in (
         lovasz_softmax_loss(x, target, ignore_index=255, per_image=per_image, reduction=reduction, backend=backend),
-        lovasz_softmax_loss(x, target, ignore_index=255, classes="all", per_image=per_image, reduction=reduction, backend=backend),
+        lovasz_softmax_loss(
+            x, target, ignore_index=255, classes="all", per_image=per_image, reduction=reduction, backend=backend
+        ),
         lovasz_hinge_loss(x[:, 0], target, ignore_index=255, per_image=per_image, reduction=reduction, backend=backend),
     ):
         assert (loss == 0).all()

@@ -65,7 +65,8 @@ def check_index_target(target: Tensor, logits: Tensor) -> None:
     expected = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else logits.shape[:0]
     if target.shape != expected:
         raise ValueError(
-            f"target must have the shape {list(expected)} (class indices for logits {list(logits.shape)}), got {list(target.shape)}"
+            f"target must have the shape {list(expected)} (class indices for logits {list(logits.shape)}), "
+            f"got {list(target.shape)}"
         )
     if target.dtype not in _INTEGERS:
         raise TypeError(f"target must hold class indices as uint8, int8, int16, int32 or int64, got {target.dtype}")
@@ -127,7 +128,7 @@ def check_normalizer(normalizer: object, reduction: str, logits: Tensor) -> None
 
 
 def check_label_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
-    """For the reference: the kernels check their targets themselves. Skipped in compiled graphs, which cannot branch on data."""
+    """For the reference: the kernels check their targets themselves. Not in compiled graphs, which cannot branch on data."""
     if torch.compiler.is_compiling() or target.numel() == 0 or target.is_meta:
         return
     bad = (target < 0) | (target >= classes)

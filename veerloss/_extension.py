@@ -20,7 +20,9 @@ def _load(stem: str) -> str | None:
     try:
         torch.ops.load_library(str(paths[0]))
     except OSError as error:
-        return f"the compiled library {paths[0].name} does not load beside torch {torch.__version__}: {error.__cause__ or error}"
+        return (
+            f"the compiled library {paths[0].name} does not load beside torch {torch.__version__}: {error.__cause__ or error}"
+        )
     return None
 
 

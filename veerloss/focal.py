@@ -62,8 +62,8 @@ def sigmoid_focal_loss(
     if one_vs_rest:
         if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
             raise ValueError(
-                f"target must have the shape of logits, {list(logits.shape)}, or hold class indices [N, *] for logits [N, C, *], "
-                f"got {list(target.shape)}"
+                f"target must have the shape of logits, {list(logits.shape)}, or hold class indices [N, *] for logits "
+                f"[N, C, *], got {list(target.shape)}"
             )
         if logits.size(1) == 1:
             raise ValueError(
@@ -85,7 +85,8 @@ def sigmoid_focal_loss(
         else:
             _check_soft_range(target, ignore_index)
         return reference.sigmoid_focal_loss(
-            logits, target, alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index, reduction=reduction, normalizer=normalizer
+            logits, target, alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            normalizer=normalizer,
         )  # fmt: skip
     x, t, w, restore = _elements(logits, target, weight, isinstance(alpha, Tensor))
     class_alpha = _class_alpha(alpha, logits)
@@ -160,7 +161,8 @@ def softmax_focal_loss(
     class_alpha = _class_alpha(alpha, logits)
     number_alpha = 1.0 if alpha is None or class_alpha is not None else alpha
     loss = ops.softmax_focal(
-        x, target.reshape(x.size(0), x.size(2)), number_alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer
+        x, target.reshape(x.size(0), x.size(2)), number_alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction,
+        normalizer,
     )  # fmt: skip
     return loss.reshape(target.shape) if reduction == "none" else loss
 

@@ -29,9 +29,9 @@ def lovasz_softmax_loss(
 ) -> Tensor:
     r"""Lovász-Softmax: the convex surrogate of the mean Jaccard loss (1 - IoU).
 
-    For each class, the errors of all valid pixels (1 - p of the class where it is the target, p elsewhere) are sorted, and each is
-    weighted with the step that its pixel makes in the Jaccard loss. The weights come from integer counts in closed form, so that
-    the gradient keeps its digits on images of any size. (Berman, Triki, Blaschko, CVPR 2018, arXiv 1705.08790, eq. 9-11.)
+    For each class, the errors of all valid pixels (1 - p of the class where it is the target, p elsewhere) are sorted, and each
+    is weighted with the step that its pixel makes in the Jaccard loss. The weights come from integer counts in closed form, so
+    that the gradient keeps its digits on images of any size. (Berman, Triki, Blaschko, CVPR 2018, arXiv 1705.08790, eq. 9-11.)
 
     Args:
         logits: [N, C, \*] float32, float64, bfloat16 or float16 (arithmetic in float32 for the last two). Probabilities if
@@ -84,8 +84,8 @@ def lovasz_softmax_loss(
     if class_weight is not None:
         class_weight = class_weight.to(arguments.arithmetic_dtype(logits)).contiguous()
     return ops.lovasz_softmax(
-        x, target.reshape(x.size(0), x.size(2)), selected, classes == "present", per_image, class_weight, ignore_index, from_logits,
-        reduction,
+        x, target.reshape(x.size(0), x.size(2)), selected, classes == "present", per_image, class_weight, ignore_index,
+        from_logits, reduction,
     )  # fmt: skip
 
 
@@ -142,9 +142,7 @@ def lovasz_hinge_loss(
 
     if arguments.choose_backend(backend, logits.device) == "reference":
         arguments.check_label_range(target, 2, ignore_index)
-        return reference.lovasz_hinge_loss(
-            logits, target, per_image=per_image, ignore_index=ignore_index, reduction=reduction
-        )
+        return reference.lovasz_hinge_loss(logits, target, per_image=per_image, ignore_index=ignore_index, reduction=reduction)
     pixels = logits.numel() // logits.size(0) if logits.size(0) else 0
     x = logits.reshape(logits.size(0), 1, pixels)
     return ops.lovasz_hinge(x, target.reshape(logits.size(0), pixels), per_image, ignore_index, reduction)
@@ -212,9 +210,7 @@ class LovaszHingeLoss(LossModule):
         method: str = "auto",
         backend: str = "auto",
     ) -> None:
-        super().__init__(
-            per_image=per_image, ignore_index=ignore_index, reduction=reduction, method=method, backend=backend
-        )
+        super().__init__(per_image=per_image, ignore_index=ignore_index, reduction=reduction, method=method, backend=backend)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         return lovasz_hinge_loss(logits, target, **self.options())

@@ -1,7 +1,7 @@
 """Every operator: its schema, its fake kernel, its autograd. Kernels for the CPU are in csrc/cpu.
 
-Logits are [N, C, P] in any strides; targets are class indices [N, P] or, for sigmoid focal, values [N, C, P]. ``scale`` is the factor
-between the sum that a kernel takes and the loss that it returns; the backward operators use it again.
+Logits are [N, C, P] in any strides; targets are class indices [N, P] or, for sigmoid focal, values [N, C, P]. ``scale`` is the
+factor between the sum that a kernel takes and the loss that it returns; the backward operators use it again.
 Importing this module registers the schemas and then loads the compiled library, whose kernels they need.
 """
 
@@ -16,30 +16,27 @@ _REDUCTION = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 _SIGMOID = "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int? ignore_index, int reduction"
 _SOFTMAX = "float alpha, Tensor? class_alpha, float gamma, float label_smoothing, int? ignore_index, int reduction"
+# A class takes part if `selected`, [C] bool, has it (null: every class) and, with `present`, if it has foreground.
+_CLASSES = "Tensor? selected, bool present, bool per_image, Tensor? class_weight, int? ignore_index, bool from_logits"
+_FOCAL_RESULT = "float factor, Tensor? normalizer) -> (Tensor loss, Tensor scale)"
+# scale has one value per segment; weights are the signed weights of the errors, [C, N, P], or [0] without `keep`.
+_LOVASZ_RESULT = "int reduction, bool keep) -> (Tensor loss, Tensor scale, Tensor weights)"
+_LOVASZ_BACKWARD = "(Tensor grad, Tensor logits, Tensor weights, Tensor scale, bool per_image"
 _SCHEMAS = {
-    "sigmoid_focal_forward": f"(Tensor logits, Tensor target, {_SIGMOID}, float factor, Tensor? normalizer) -> (Tensor loss, Tensor scale)",
+    "sigmoid_focal_forward": f"(Tensor logits, Tensor target, {_SIGMOID}, {_FOCAL_RESULT}",
     "sigmoid_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SIGMOID}, Tensor scale) -> Tensor",
-    "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, float factor, Tensor? normalizer) -> (Tensor loss, Tensor scale)",
+    "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, {_FOCAL_RESULT}",
     "softmax_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SOFTMAX}, Tensor scale) -> Tensor",
-    # With selected null every class takes part; `present` leaves out those without foreground. class_weight and scale have one
-    # value per segment row; weights are the signed weights of the errors, empty unless `keep`.
-    "lovasz_softmax_forward": "(Tensor logits, Tensor target, Tensor? selected, bool present, bool per_image, Tensor? class_weight, "
-    "int? ignore_index, bool from_logits, int reduction, bool keep) -> (Tensor loss, Tensor scale, Tensor weights)",
-    "lovasz_softmax_backward": "(Tensor grad, Tensor logits, Tensor weights, Tensor scale, bool per_image, bool from_logits, int reduction) "
-    "-> Tensor",
-    "lovasz_hinge_forward": "(Tensor logits, Tensor target, bool per_image, int? ignore_index, int reduction, bool keep) "
-    "-> (Tensor loss, Tensor scale, Tensor weights)",
-    "lovasz_hinge_backward": "(Tensor grad, Tensor logits, Tensor weights, Tensor scale, bool per_image, int reduction) -> Tensor",
+    "lovasz_softmax_forward": f"(Tensor logits, Tensor target, {_CLASSES}, {_LOVASZ_RESULT}",
+    "lovasz_softmax_backward": f"{_LOVASZ_BACKWARD}, bool from_logits, int reduction) -> Tensor",
+    "lovasz_hinge_forward": f"(Tensor logits, Tensor target, bool per_image, int? ignore_index, {_LOVASZ_RESULT}",
+    "lovasz_hinge_backward": f"{_LOVASZ_BACKWARD}, int reduction) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"veerloss::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 from . import _extension  # noqa: E402, F401  (loads the kernels for the schemas above)
-
-
-def _arithmetic(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
+from ._arguments import arithmetic_dtype  # noqa: E402
 
 # ---- focal
 
@@ -49,9 +46,7 @@ def sigmoid_focal(logits, target, alpha, class_alpha, gamma, weight, ignore_inde
     return torch.ops.veerloss.sigmoid_focal_forward(logits, target, *options)[0]
 
 
-def softmax_focal(
-    logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer
-) -> Tensor:
+def softmax_focal(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer) -> Tensor:
     options = (float(alpha), class_alpha, float(gamma), float(label_smoothing), ignore_index, *_divisor(reduction, normalizer))
     return torch.ops.veerloss.softmax_focal_forward(logits, target, *options)[0]
 
@@ -68,13 +63,13 @@ def _divisor(reduction: str, normalizer: float | Tensor | None) -> tuple[int, fl
 @torch.library.register_fake("veerloss::sigmoid_focal_forward")
 def _(logits, target, alpha, class_alpha, gamma, weight, ignore_index, reduction, factor, normalizer):
     loss = torch.empty_like(logits) if reduction == NONE else logits.new_empty(())
-    return loss, logits.new_empty((), dtype=_arithmetic(logits))
+    return loss, logits.new_empty((), dtype=arithmetic_dtype(logits))
 
 
 @torch.library.register_fake("veerloss::softmax_focal_forward")
 def _(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, factor, normalizer):
     n, _, p = logits.shape
-    return logits.new_empty((n, p) if reduction == NONE else ()), logits.new_empty((), dtype=_arithmetic(logits))
+    return logits.new_empty((n, p) if reduction == NONE else ()), logits.new_empty((), dtype=arithmetic_dtype(logits))
 
 
 def _fake_focal_backward(grad, logits, *args):
@@ -105,9 +100,7 @@ def _focal_backward(op: str):
 # ---- Lovász
 
 
-def lovasz_softmax(
-    logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction
-) -> Tensor:
+def lovasz_softmax(logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction) -> Tensor:
     keep = torch.is_grad_enabled() and logits.requires_grad
     return torch.ops.veerloss.lovasz_softmax_forward(
         logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, _REDUCTION[reduction], keep
@@ -116,16 +109,14 @@ def lovasz_softmax(
 
 def lovasz_hinge(logits, target, per_image, ignore_index, reduction) -> Tensor:
     keep = torch.is_grad_enabled() and logits.requires_grad
-    return torch.ops.veerloss.lovasz_hinge_forward(
-        logits, target, per_image, ignore_index, _REDUCTION[reduction], keep
-    )[0]
+    return torch.ops.veerloss.lovasz_hinge_forward(logits, target, per_image, ignore_index, _REDUCTION[reduction], keep)[0]
 
 
 @torch.library.register_fake("veerloss::lovasz_softmax_forward")
 def _(logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction, keep):
     n, c, p = logits.shape
     shape = (n, c) if per_image else (c,)
-    dtype = _arithmetic(logits)
+    dtype = arithmetic_dtype(logits)
     weights = logits.new_empty((c, n, p) if keep else (0,), dtype=dtype)
     return logits.new_empty(shape if reduction == NONE else ()), logits.new_empty(shape, dtype=dtype), weights
 
@@ -134,7 +125,7 @@ def _(logits, target, selected, present, per_image, class_weight, ignore_index, 
 def _(logits, target, per_image, ignore_index, reduction, keep):
     n, c, p = logits.shape
     shape = (n,) if per_image else ()
-    dtype = _arithmetic(logits)
+    dtype = arithmetic_dtype(logits)
     weights = logits.new_empty((c, n, p) if keep else (0,), dtype=dtype)
     return logits.new_empty(shape if reduction == NONE else ()), logits.new_empty(shape, dtype=dtype), weights
 

@@ -124,8 +124,9 @@ struct SigmoidRows {
 template <class T>
 class SigmoidFocal {
  public:
-  SigmoidFocal(const Tensor& logits, const Tensor& target, std::optional<double> alpha, const std::optional<Tensor>& class_alpha,
-               double gamma, const std::optional<Tensor>& weight, std::optional<int64_t> ignore_index)
+  SigmoidFocal(const Tensor& logits, const Tensor& target, std::optional<double> alpha,
+               const std::optional<Tensor>& class_alpha, double gamma, const std::optional<Tensor>& weight,
+               std::optional<int64_t> ignore_index)
       : g(geometry_of(logits)),
         tile(tile_length(8, sizeof(T))),
         logits_(view_of(logits)),
@@ -321,7 +322,8 @@ class SoftmaxFocal {
       return VEERLOSS_DISPATCH(
           FocalTiles::softmax_backward<T, square>(t.x, g.channels, tile, n, label, t.alpha, gamma_, t.rows, t.grad));
     for (int64_t c = 0; c < g.channels; ++c)
-      VEERLOSS_DISPATCH(FocalTiles::smooth_backward(t.x + c * tile, t.slope + c * tile, t.top, t.low, t.rows, label, n, t.grad));
+      VEERLOSS_DISPATCH(
+          FocalTiles::smooth_backward(t.x + c * tile, t.slope + c * tile, t.top, t.low, t.rows, label, n, t.grad));
   }
 
   void raise_if_bad() const { bad_.raise_if_any(target_, g, expected_labels(rule_)); }
@@ -342,8 +344,8 @@ class SoftmaxFocal {
     for (int64_t c = 0; c < g.channels; ++c) {
       const int64_t row = c * tile;
       VEERLOSS_DISPATCH(FocalTiles::smooth_terms<T, square>(t.x + row, t.logits + row, n, label, static_cast<int32_t>(c), share,
-                                                            smoothing_, alpha_[c * alpha_step_], gamma_, t.rows, t.loss, t.slope + row,
-                                                            t.top, t.low));
+                                                            smoothing_, alpha_[c * alpha_step_], gamma_, t.rows, t.loss,
+                                                            t.slope + row, t.top, t.low));
     }
     VEERLOSS_DISPATCH(FocalTiles::keep_valid(t.loss, label, n));
     return VEERLOSS_DISPATCH(FocalTiles::sum(t.loss, n));
@@ -366,7 +368,8 @@ std::tuple<Tensor, Tensor> softmax_focal_forward(const Tensor& logits, const Ten
     const auto reduction = static_cast<Reduction>(reduction_);
     SoftmaxFocal<T> in(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index);
     const bool none = reduction == Reduction::none;
-    Tensor loss = none ? torch::stable::new_empty(logits, {logits.size(0), logits.size(2)}) : torch::stable::new_empty(logits, {});
+    Tensor loss =
+        none ? torch::stable::new_empty(logits, {logits.size(0), logits.size(2)}) : torch::stable::new_empty(logits, {});
     const View out = none ? view_of(loss) : View{};
     std::vector<Partial> partials(tile_count(in.g, in.tile));
     with_square(gamma, [&](auto square) {

@@ -7,8 +7,8 @@ struct FocalTiles {
   // ---- sigmoid: one row, that is one channel of the tile. Ignored elements have weight 0 and a finite logit.
 
   template <class T, bool Square>
-  static double sigmoid_forward(const T* __restrict x, const T* __restrict t, const T* __restrict weight, int64_t n, SigmoidParams<T> p,
-                                T* __restrict loss) {
+  static double sigmoid_forward(const T* __restrict x, const T* __restrict t, const T* __restrict weight, int64_t n,
+                                SigmoidParams<T> p, T* __restrict loss) {
     for (int64_t i = 0; i < n; ++i)
       loss[i] = weight[i] * sigmoid_focal<VecMath<T>, Square>(x[i], t[i], p.alpha_positive, p.alpha_negative, p.gamma).value;
     return sum(loss, n);
@@ -16,15 +16,16 @@ struct FocalTiles {
 
   // grad holds the gradient of the loss of each element on entry, that of each logit on return.
   template <class T, bool Square>
-  static void sigmoid_backward(const T* __restrict x, const T* __restrict t, const T* __restrict weight, int64_t n, SigmoidParams<T> p,
-                               T* __restrict grad) {
+  static void sigmoid_backward(const T* __restrict x, const T* __restrict t, const T* __restrict weight, int64_t n,
+                               SigmoidParams<T> p, T* __restrict grad) {
     for (int64_t i = 0; i < n; ++i)
       grad[i] *= weight[i] * sigmoid_focal<VecMath<T>, Square>(x[i], t[i], p.alpha_positive, p.alpha_negative, p.gamma).slope;
   }
 
   // t and weight of channel c from class indices: the one-hot row that is never stored.
   template <class T>
-  static void one_hot(T* __restrict t, T* __restrict weight, T* __restrict x, const int32_t* __restrict label, int64_t n, int32_t c) {
+  static void one_hot(T* __restrict t, T* __restrict weight, T* __restrict x, const int32_t* __restrict label, int64_t n,
+                      int32_t c) {
     for (int64_t i = 0; i < n; ++i) {
       const bool valid = label[i] >= 0;
       t[i] = label[i] == c ? T(1) : T(0);
@@ -33,9 +34,11 @@ struct FocalTiles {
     }
   }
 
-  // Takes ignored elements of a dense target out. Returns how many are valid, and whether all of these lie in [0, 1] (or are NaN).
+  // Takes ignored elements of a dense target out. Returns how many are valid, and whether all of these lie in [0, 1] (or are
+  // NaN).
   template <class T>
-  static int64_t mask_dense(T* __restrict t, T* __restrict weight, T* __restrict x, int64_t n, const TargetRule& rule, bool* in_range) {
+  static int64_t mask_dense(T* __restrict t, T* __restrict weight, T* __restrict x, int64_t n, const TargetRule& rule,
+                            bool* in_range) {
     const T ignore = static_cast<T>(rule.ignore);
     const bool has_ignore = rule.has_ignore;
     int32_t valid_count = 0, outside = 0;
@@ -56,7 +59,8 @@ struct FocalTiles {
   // From x = logits to x = exp(logits - max), and per pixel log p and q = 1 - p of its class. Ignored pixels: log p = q = 0.
   // inverse_sum is 1 / sum of the exponentials. Scratch: maximum, rest, each [n].
   template <class T>
-  static void softmax(T* __restrict x, int64_t classes, int64_t stride, int64_t n, const int32_t* __restrict label, SoftmaxRows<T> r) {
+  static void softmax(T* __restrict x, int64_t classes, int64_t stride, int64_t n, const int32_t* __restrict label,
+                      SoftmaxRows<T> r) {
     T* __restrict maximum = r.maximum;
     T* __restrict rest = r.rest;
     T* __restrict log_p = r.log_p;
@@ -102,7 +106,8 @@ struct FocalTiles {
     return sum(loss, n);
   }
 
-  // grad: on entry the gradient of the loss of each pixel, on return that of log p. x: from exponentials to the gradient of the logits.
+  // grad: on entry the gradient of the loss of each pixel, on return that of log p. x: from exponentials to the gradient of the
+  // logits.
   template <class T, bool Square>
   static void softmax_backward(T* __restrict x, int64_t classes, int64_t stride, int64_t n, const int32_t* __restrict label,
                                const T* __restrict alpha, T gamma, SoftmaxRows<T> r, T* __restrict grad) {
@@ -123,7 +128,8 @@ struct FocalTiles {
   }
 
   template <class T>
-  static void gather_alpha(T* __restrict out, const T* __restrict alpha, int64_t alpha_step, const int32_t* __restrict label, int64_t n) {
+  static void gather_alpha(T* __restrict out, const T* __restrict alpha, int64_t alpha_step, const int32_t* __restrict label,
+                           int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = label[i] >= 0 ? alpha[label[i] * alpha_step] : T(0);
   }
 
@@ -138,12 +144,12 @@ struct FocalTiles {
     }
   }
 
-  // The terms of class c: x, logits and slope are its rows. loss adds up over the classes, and so do the slopes: those of the most
-  // probable classes (exponential 1) in `top`, the others in `low`.
+  // The terms of class c: x, logits and slope are its rows. loss adds up over the classes, and so do the slopes: those of the
+  // most probable classes (exponential 1) in `top`, the others in `low`.
   template <class T, bool Square>
-  static void smooth_terms(const T* __restrict x, const T* __restrict logits, int64_t n, const int32_t* __restrict label, int32_t c,
-                           T share, T smoothing, T alpha, T gamma, SoftmaxRows<T> r, T* __restrict loss, T* __restrict slope,
-                           T* __restrict top, T* __restrict low) {
+  static void smooth_terms(const T* __restrict x, const T* __restrict logits, int64_t n, const int32_t* __restrict label,
+                           int32_t c, T share, T smoothing, T alpha, T gamma, SoftmaxRows<T> r, T* __restrict loss,
+                           T* __restrict slope, T* __restrict top, T* __restrict low) {
     const T* __restrict maximum = r.maximum;
     const T* __restrict rest = r.rest;
     const T* __restrict log_sum = r.log_p;
@@ -160,8 +166,8 @@ struct FocalTiles {
     }
   }
 
-  // x: from the exponentials of one class to its gradient, slope - p (top + low). A confident pixel has p near 1 and slope = top:
-  // then slope - p top is q slope, which keeps the digits that the subtraction loses.
+  // x: from the exponentials of one class to its gradient, slope - p (top + low). A confident pixel has p near 1 and slope =
+  // top: then slope - p top is q slope, which keeps the digits that the subtraction loses.
   template <class T>
   static void smooth_backward(T* __restrict x, const T* __restrict slope, const T* __restrict top, const T* __restrict low,
                               SoftmaxRows<T> r, const int32_t* __restrict label, int64_t n, const T* __restrict grad) {

@@ -3,9 +3,9 @@
 // Define VEERLOSS_TILES to a header that holds a struct of static functions, say FocalTiles, then include this file: it yields
 // baseline::FocalTiles, avx2::FocalTiles and avx512::FocalTiles. VEERLOSS_DISPATCH(FocalTiles::f(x)) calls the widest that the
 // machine has.
-// Everything that a tile function calls has to be inlined (VEERLOSS_HD): an out-of-line copy of a shared inline function, compiled
-// for AVX-512, could be the one the linker keeps for machines without it.
-// VEERLOSS_CPU=baseline|avx2|avx512 in the environment lowers the choice, for tests.
+// Everything that a tile function calls has to be inlined (VEERLOSS_HD): an out-of-line copy of a shared inline function,
+// compiled for AVX-512, could be the one the linker keeps for machines without it. VEERLOSS_CPU=baseline|avx2|avx512 in the
+// environment lowers the choice, for tests.
 
 #ifndef VEERLOSS_FOR_EACH_TARGET
 #define VEERLOSS_FOR_EACH_TARGET
@@ -45,7 +45,7 @@ inline Target cpu_target() {
 }  // namespace veerloss
 
 #ifdef VEERLOSS_X86
-#define VEERLOSS_DISPATCH(...)                             \
+#define VEERLOSS_DISPATCH(...)                          \
   (cpu_target() == Target::avx512 ? avx512::__VA_ARGS__ \
    : cpu_target() == Target::avx2 ? avx2::__VA_ARGS__   \
                                   : baseline::__VA_ARGS__)
@@ -76,7 +76,8 @@ namespace veerloss::avx2 {
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
-// prefer-vector-width: the default of 256 bits leaves half of the machine idle in these loops, which are nothing but arithmetic.
+// prefer-vector-width: the default of 256 bits leaves half of the machine idle in these loops, which are nothing but
+// arithmetic.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 #endif
 namespace veerloss::avx512 {

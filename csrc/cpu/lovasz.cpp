@@ -1,7 +1,7 @@
 // Lovász losses on the CPU, method "exact", registered for the schemas in veerloss/ops.py.
 //
-// Forward: a pass over tiles turns logits into error keys [C, N, P]; each segment is sorted and scanned (segment.h), which overwrites
-// its keys with the signed weights dL/dp. Backward: a pass over tiles takes weights and logits to the gradient.
+// Forward: a pass over tiles turns logits into error keys [C, N, P]; each segment is sorted and scanned (segment.h), which
+// overwrites its keys with the signed weights dL/dp. Backward: a pass over tiles takes weights and logits to the gradient.
 
 #include <atomic>
 #include <mutex>
@@ -27,7 +27,8 @@ struct Segments {
   Segments(const Geometry& g, bool per_image)
       : rows(per_image ? g.images : 1), classes(g.channels), length(per_image ? g.pixels : g.images * g.pixels) {
     if (length >= max_segment)
-      throw std::invalid_argument("veerloss: a segment (the pixels of the batch, or of an image with per_image) must have less than 2^31");
+      throw std::invalid_argument(
+          "veerloss: a segment (the pixels of the batch, or of an image with per_image) must have less than 2^31");
   }
   int64_t count() const { return rows * classes; }
 };
@@ -64,8 +65,8 @@ struct Buffers {
   std::vector<int32_t> label;
   std::vector<SegmentCounts<T>> counts;  // [rows, classes]
   std::vector<T> storage;
-  T *x, *g;                              // [classes][tile]
-  T *maximum, *inverse_sum, *rest;     // [tile]
+  T *x, *g;                         // [classes][tile]
+  T *maximum, *inverse_sum, *rest;  // [tile]
 };
 
 enum class Errors { softmax, probabilities, hinge };
@@ -114,7 +115,8 @@ std::vector<SegmentCounts<T>> write_keys(const Tensor& logits, const Tensor& tar
 // The loss of every segment that `takes_part`, [rows, classes], its keys becoming weights (0 for the other segments).
 template <class T>
 std::vector<double> segment_losses(typename ErrorKey<T>::Word* keys, const Segments& s, Errors errors,
-                                   const std::vector<SegmentCounts<T>>& counts, const std::vector<char>& takes_part, bool keep) {
+                                   const std::vector<SegmentCounts<T>>& counts, const std::vector<char>& takes_part,
+                                   bool keep) {
   std::vector<double> losses(s.count(), 0.0);
   const auto work = [&](SegmentSorter<T>& sorter, int64_t i) {
     const int64_t row = i / s.classes, c = i % s.classes;
@@ -125,8 +127,9 @@ std::vector<double> segment_losses(typename ErrorKey<T>::Word* keys, const Segme
       std::fill_n(segment, s.length, typename ErrorKey<T>::Word(0));
   };
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  // Segments side by side, each thread taking the next one: their lengths after pruning differ. What is left over of long segments is
-  // then worked on by all threads together; a parallel region costs about 10 us, so short segments are not worth that.
+  // Segments side by side, each thread taking the next one: their lengths after pruning differ. What is left over of long
+  // segments is then worked on by all threads together; a parallel region costs about 10 us, so short segments are not worth
+  // that.
   constexpr int64_t long_segment = int64_t{1} << 17;
   const int64_t side_by_side = s.length < long_segment ? s.count() : s.count() / threads * threads;
   std::atomic<int64_t> next{0};
@@ -145,8 +148,8 @@ struct Options {
   std::optional<int64_t> ignore_index;
   Reduction reduction;
   bool keep;
-  bool present;         // only classes with foreground
-  const char* selected; // [C] bool, or null for all classes
+  bool present;          // only classes with foreground
+  const char* selected;  // [C] bool, or null for all classes
   std::optional<Tensor> class_weight;
 };
 
@@ -156,9 +159,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   using Word = typename ErrorKey<T>::Word;
   const Geometry g = segment_geometry(logits, o.per_image);
   const Segments s(g, o.per_image);
-  const std::vector<int64_t> shape = o.errors == Errors::hinge ? (o.per_image ? std::vector<int64_t>{s.rows} : std::vector<int64_t>{})
-                                     : o.per_image             ? std::vector<int64_t>{s.rows, s.classes}
-                                                               : std::vector<int64_t>{s.classes};
+  const std::vector<int64_t> shape = o.errors == Errors::hinge
+                                         ? (o.per_image ? std::vector<int64_t>{s.rows} : std::vector<int64_t>{})
+                                     : o.per_image ? std::vector<int64_t>{s.rows, s.classes}
+                                                   : std::vector<int64_t>{s.classes};
   Tensor keys =
       with_huge_pages(torch::stable::new_empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, scalar_type_of<T>()));
   Tensor loss = o.reduction == Reduction::none ? torch::stable::new_empty(logits, shape) : torch::stable::new_empty(logits, {});
@@ -168,7 +172,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   const auto counts = write_keys<T>(logits, target, g, s, o.errors, o.ignore_index, words);
   std::vector<char> takes_part(s.count());
   for (int64_t i = 0; i < s.count(); ++i)
-    takes_part[i] = counts[i].valid > 0 && (!o.selected || o.selected[i % s.classes]) && (!o.present || counts[i].foreground > 0);
+    takes_part[i] =
+        counts[i].valid > 0 && (!o.selected || o.selected[i % s.classes]) && (!o.present || counts[i].foreground > 0);
   const std::vector<double> losses = segment_losses<T>(words, s, o.errors, counts, takes_part, o.keep);
 
   const T* class_weight = o.class_weight ? static_cast<const T*>(o.class_weight->data_ptr()) : nullptr;
@@ -191,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
 
 // The gradient of the logits or probabilities from the signed weights.
 template <class T>
-Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights, const Tensor& scale, Errors errors, bool per_image,
-                Reduction reduction) {
+Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights, const Tensor& scale, Errors errors,
+                bool per_image, Reduction reduction) {
   const Geometry g = segment_geometry(logits, per_image);
   const Segments s(g, per_image);
   const int64_t flat = g.images * g.pixels, tile = tile_length(2 * g.channels, sizeof(T));
@@ -233,10 +238,11 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights,
   return grad_logits;
 }
 
-std::tuple<Tensor, Tensor, Tensor> lovasz_softmax_forward(const Tensor& logits, const Tensor& target, std::optional<Tensor> selected,
-                                                          bool present, bool per_image, std::optional<Tensor> class_weight,
-                                                          std::optional<int64_t> ignore_index, bool from_logits, int64_t reduction,
-                                                          bool keep) {
+std::tuple<Tensor, Tensor, Tensor> lovasz_softmax_forward(const Tensor& logits, const Tensor& target,
+                                                          std::optional<Tensor> selected, bool present, bool per_image,
+                                                          std::optional<Tensor> class_weight,
+                                                          std::optional<int64_t> ignore_index, bool from_logits,
+                                                          int64_t reduction, bool keep) {
   return with_arithmetic_type(logits, [&](auto zero) {
     using T = decltype(zero);
     const int64_t classes = logits.size(1);
@@ -244,16 +250,18 @@ std::tuple<Tensor, Tensor, Tensor> lovasz_softmax_forward(const Tensor& logits, 
       throw std::invalid_argument("veerloss: selected needs one bool per class");
     if (class_weight && (class_weight->numel() != classes || class_weight->scalar_type() != scalar_type_of<T>()))
       throw std::invalid_argument("veerloss: class_weight needs one value per class, in the arithmetic type");
-    return forward<T>(logits, target,
-                      {from_logits ? Errors::softmax : Errors::probabilities, per_image, ignore_index, static_cast<Reduction>(reduction),
-                       keep, present, selected ? static_cast<const char*>(selected->data_ptr()) : nullptr, class_weight});
+    return forward<T>(
+        logits, target,
+        {from_logits ? Errors::softmax : Errors::probabilities, per_image, ignore_index, static_cast<Reduction>(reduction),
+         keep, present, selected ? static_cast<const char*>(selected->data_ptr()) : nullptr, class_weight});
   });
 }
 
-Tensor lovasz_softmax_backward(const Tensor& grad, const Tensor& logits, const Tensor& weights, const Tensor& scale, bool per_image,
-                               bool from_logits, int64_t reduction) {
+Tensor lovasz_softmax_backward(const Tensor& grad, const Tensor& logits, const Tensor& weights, const Tensor& scale,
+                               bool per_image, bool from_logits, int64_t reduction) {
   return with_arithmetic_type(logits, [&](auto zero) {
-    return backward<decltype(zero)>(grad, logits, weights, scale, from_logits ? Errors::softmax : Errors::probabilities, per_image, static_cast<Reduction>(reduction));
+    return backward<decltype(zero)>(grad, logits, weights, scale, from_logits ? Errors::softmax : Errors::probabilities,
+                                    per_image, static_cast<Reduction>(reduction));
   });
 }
 
@@ -266,8 +274,8 @@ std::tuple<Tensor, Tensor, Tensor> lovasz_hinge_forward(const Tensor& logits, co
   });
 }
 
-Tensor lovasz_hinge_backward(const Tensor& grad, const Tensor& logits, const Tensor& weights, const Tensor& scale, bool per_image,
-                             int64_t reduction) {
+Tensor lovasz_hinge_backward(const Tensor& grad, const Tensor& logits, const Tensor& weights, const Tensor& scale,
+                             bool per_image, int64_t reduction) {
   return with_arithmetic_type(logits, [&](auto zero) {
     return backward<decltype(zero)>(grad, logits, weights, scale, Errors::hinge, per_image, static_cast<Reduction>(reduction));
   });

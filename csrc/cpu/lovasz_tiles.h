@@ -1,12 +1,14 @@
-// The Lovász losses over one tile of pixels: logits to error keys, and weights to gradients. Included once per instruction set by
-// for_each_target.h: no include guard. Loops over pixels vectorise; classes are the outer loop. x is [classes][stride], stride >= n.
+// The Lovász losses over one tile of pixels: logits to error keys, and weights to gradients. Included once per instruction set
+// by for_each_target.h: no include guard. Loops over pixels vectorise; classes are the outer loop. x is [classes][stride],
+// stride >= n.
 
 struct LovaszTiles {
-  // Keys of class c from its exponentials: the error is 1 - p on foreground, p on background. Each of p and 1 - p is known to all its
-  // digits: 1 - p of a most probable class (exponential 1) from the sum of the others, and else p <= 1/2.
+  // Keys of class c from its exponentials: the error is 1 - p on foreground, p on background. Each of p and 1 - p is known to
+  // all its digits: 1 - p of a most probable class (exponential 1) from the sum of the others, and else p <= 1/2.
   template <class T>
-  static void softmax_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label, int32_t c, const T* __restrict rest,
-                           const T* __restrict inverse_sum, typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
+  static void softmax_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label, int32_t c,
+                           const T* __restrict rest, const T* __restrict inverse_sum,
+                           typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
     for (int64_t i = 0; i < n; ++i) {
       const T p = x[i] * inverse_sum[i];
       const T not_p = x[i] == T(1) ? rest[i] * inverse_sum[i] : T(1) - p;
@@ -27,14 +29,14 @@ struct LovaszTiles {
     count_keys<T>(keys, n, counts);
   }
 
-  // Keys of a binary segment from its logits. A pixel beyond the margin (error 0) is ignored: it contributes nothing and, ranking
-  // last, changes no other weight. It counts, though: as foreground, and as the smallest foreground error.
+  // Keys of a binary segment from its logits. A pixel beyond the margin (error 0) is ignored: it contributes nothing and,
+  // ranking last, changes no other weight. It counts, though: as foreground, and as the smallest foreground error.
   template <class T>
-  static void hinge_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label, typename ErrorKey<T>::Word* __restrict keys,
-                         SegmentCounts<T>* counts) {
+  static void hinge_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label,
+                         typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
     for (int64_t i = 0; i < n; ++i) {
       const T margin = T(1) - (label[i] == 1 ? x[i] : -x[i]);
-      const bool in = !(margin <= T(0));  // true for NaN
+      const bool in = !(margin <= T(0));                     // true for NaN
       const T error = (in ? margin : T(0)) + (x[i] - x[i]);  // an infinite logit: NaN
       keys[i] = mark<T>(key_of_error(error), label[i] == 1, (label[i] >= 0) & (in | (error != error)));
     }
@@ -52,11 +54,13 @@ struct LovaszTiles {
   }
 
   // The gradient of the logits from dL/dp: p_j (g_j - sum_c p_c g_c), x holding exponentials on entry, the gradient on return.
-  // g is [classes][stride]. Taken relative to the g of a most probable class, the sum has no large term that cancels: for confident
-  // pixels float32 would otherwise keep no digit of it. Where all g are 0 so is the gradient: an ignored pixel may hold NaN.
+  // g is [classes][stride]. Taken relative to the g of a most probable class, the sum has no large term that cancels: for
+  // confident pixels float32 would otherwise keep no digit of it. Where all g are 0 so is the gradient: an ignored pixel may
+  // hold NaN.
   template <class T>
-  static void softmax_gradient(T* __restrict x, T* __restrict g, int64_t classes, int64_t stride, int64_t n, const T* __restrict inverse_sum,
-                               T* __restrict pivot, T* __restrict mean, int32_t* __restrict weighted) {
+  static void softmax_gradient(T* __restrict x, T* __restrict g, int64_t classes, int64_t stride, int64_t n,
+                               const T* __restrict inverse_sum, T* __restrict pivot, T* __restrict mean,
+                               int32_t* __restrict weighted) {
     for (int64_t i = 0; i < n; ++i) {
       pivot[i] = 0;
       mean[i] = 0;
@@ -114,8 +118,8 @@ struct LovaszTiles {
     // In arithmetic that GCC 12 vectorises; it does not take `fg ? min : same`.
     Word valid = 0, foreground = 0, smallest = ~Word(0), largest = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const Word background_last = keys[i] ^ Key::foreground;          // a foreground key is its error, the others are above
-      const Word ignored_is_0 = (keys[i] + 1) & ~Key::foreground;      // the error's key + 1
+      const Word background_last = keys[i] ^ Key::foreground;      // a foreground key is its error, the others are above
+      const Word ignored_is_0 = (keys[i] + 1) & ~Key::foreground;  // the error's key + 1
       foreground += keys[i] / Key::foreground;
       valid += ignored_is_0 != 0;
       smallest = background_last < smallest ? background_last : smallest;

@@ -111,7 +111,9 @@ struct RowTiles {
     switch (dtype) {
       case DType::f32: read<float>(out, data, offset, stride, n, real); break;
       case DType::f64: read<double>(out, data, offset, stride, n, real); break;
-      case DType::bf16: read<uint16_t>(out, data, offset, stride, n, [=](uint16_t v) { return real(bfloat16_to_float(v)); }); break;
+      case DType::bf16:
+        read<uint16_t>(out, data, offset, stride, n, [=](uint16_t v) { return real(bfloat16_to_float(v)); });
+        break;
       case DType::f16: read<uint16_t>(out, data, offset, stride, n, [=](uint16_t v) { return real(half_to_float(v)); }); break;
       case DType::i64: read<int64_t>(out, data, offset, stride, n, integer); break;
       case DType::i32: read<int32_t>(out, data, offset, stride, n, integer); break;

@@ -1,9 +1,10 @@
-// The Lovász extension of one segment, exactly: partition its keys into buckets of like errors, then sort, rank and weigh each bucket
-// while it is in cache.
+// The Lovász extension of one segment, exactly: partition its keys into buckets of like errors, then sort, rank and weigh each
+// bucket while it is in cache.
 //
-// A background pixel whose error is below the smallest foreground error ranks after the last foreground pixel: its weight is 0, and it
-// needs no sorting. The counts of the buckets give every bucket its first rank, so that buckets are independent. Results have the
-// same bits for any number of threads: sorts are stable, counts are integers, and the buckets' sums are added in order.
+// A background pixel whose error is below the smallest foreground error ranks after the last foreground pixel: its weight is 0,
+// and it needs no sorting. The counts of the buckets give every bucket its first rank, so that buckets are independent. Results
+// have the same bits for any number of threads: sorts are stable, counts are integers, and the buckets' sums are added in
+// order.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +44,8 @@ class SegmentSorter {
   // `probabilities`: keys are those of key_of_probability, else of key_of_error.
   SegmentSorter(int64_t threads, bool probabilities) : threads_(threads), probabilities_(probabilities) {}
 
-  // The loss of a segment of n keys. If `keep`, the keys are overwritten by the signed weights dL/dp: - on foreground, + on background.
+  // The loss of a segment of n keys. If `keep`, the keys are overwritten by the signed weights dL/dp: - on foreground, + on
+  // background.
   double loss(Word* keys, int64_t n, const SegmentCounts<T>& counts, bool keep) {
     if (counts.valid == 0) return constant(keys, n, T(0), keep);
     if (counts.largest >= Key::infinity) return constant(keys, n, std::numeric_limits<T>::quiet_NaN(), keep);
@@ -60,7 +62,8 @@ class SegmentSorter {
   };
   static constexpr uint32_t fg_bit = 0x80000000u;
 
-  // A bucket of 2048 entries, twice, is 32 KiB: it sorts in L1. At most 2048 buckets: more streams than that miss L1 in the partition.
+  // A bucket of 2048 entries, twice, is 32 KiB: it sorts in L1. At most 2048 buckets: more streams than that miss L1 in the
+  // partition.
   static constexpr int64_t bucket_entries = 2048;
   static constexpr int most_bucket_bits = 11;
   static constexpr int most_digit_bits = 10;  // of a pass inside a bucket: 1024 counters beside 2048 entries
@@ -93,7 +96,8 @@ class SegmentSorter {
   double constant(Word* keys, int64_t n, T value, bool keep) {
     const int64_t parts = n < bucket_entries ? 1 : threads_;
     if (keep)
-      for_each_part(parts, [&](int64_t p) { std::fill(keys + n * p / parts, keys + n * (p + 1) / parts, bit_cast<Word>(value)); });
+      for_each_part(parts,
+                    [&](int64_t p) { std::fill(keys + n * p / parts, keys + n * (p + 1) / parts, bit_cast<Word>(value)); });
     return static_cast<double>(value);
   }
 
@@ -117,19 +121,21 @@ class SegmentSorter {
   int shift_ = 0;  // key bits below the bucket's
   int64_t gathered_capacity_ = 0, capacity_ = 0;
   std::unique_ptr<Entry[]> gathered_, entries_;  // in the order of pixels, of buckets
-  std::vector<Bucket> buckets_;     // and an end
-  std::vector<uint64_t> histogram_;  // [parts][buckets]: entries in the low half, foreground in the high half
+  std::vector<Bucket> buckets_;                  // and an end
+  std::vector<uint64_t> histogram_;              // [parts][buckets]: entries in the low half, foreground in the high half
 };
 
 template <class T>
 void SegmentSorter<T>::partition(const Word* keys, int64_t n, const SegmentCounts<T>& counts) {
   const Word largest = counts.largest, least = counts.smallest_fg;
   const int bits = std::bit_width(static_cast<Word>(largest - least));
-  const int bucket_bits = std::min({bits, most_bucket_bits, static_cast<int>(std::bit_width(static_cast<uint64_t>(n / bucket_entries)))});
+  const int bucket_bits =
+      std::min({bits, most_bucket_bits, static_cast<int>(std::bit_width(static_cast<uint64_t>(n / bucket_entries)))});
   const int shift = shift_ = bits - bucket_bits;
   const int64_t count = int64_t{1} << bucket_bits;
   const int64_t parts = n < bucket_entries ? 1 : threads_;
-  // Gather the pixels that can have weight, each part from its first pixel's place on, and count them: without a branch on the data.
+  // Gather the pixels that can have weight, each part from its first pixel's place on, and count them: without a branch on the
+  // data.
   if (n > gathered_capacity_) {
     gathered_capacity_ = n;
     gathered_ = allocate(n);
@@ -148,7 +154,8 @@ void SegmentSorter<T>::partition(const Word* keys, int64_t n, const SegmentCount
         out[size] = {static_cast<Word>(largest - error), static_cast<uint32_t>(i) | (key >= Key::foreground ? fg_bit : 0u)};
         size += (error >= least) & (key != Key::ignored);
       }
-      for (int64_t j = before; j < size; ++j) histogram[out[j].key >> shift] += 1 + (static_cast<uint64_t>(out[j].payload >> 31) << 32);
+      for (int64_t j = before; j < size; ++j)
+        histogram[out[j].key >> shift] += 1 + (static_cast<uint64_t>(out[j].payload >> 31) << 32);
     }
     sizes[p] = size;
   });
@@ -204,7 +211,8 @@ double SegmentSorter<T>::weigh_buckets(Word* weights, const SegmentCounts<T>& co
   return sum;
 }
 
-// Stable, ascending in the low shift_ bits, in which alone a bucket's keys differ. The result lies in either of the two buffers.
+// Stable, ascending in the low shift_ bits, in which alone a bucket's keys differ. The result lies in either of the two
+// buffers.
 template <class T>
 auto SegmentSorter<T>::sort_bucket(Entry* entries, Entry* spare, int64_t count) const -> const Entry* {
   if (count <= 24) {  // insertion

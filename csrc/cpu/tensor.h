@@ -44,7 +44,8 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-// A tensor [images, channels, pixels] or, without channels, [images, pixels]. A single pixel per image becomes one image of many.
+// A tensor [images, channels, pixels] or, without channels, [images, pixels]. A single pixel per image becomes one image of
+// many.
 inline View view_of(const Tensor& t) {
   const int64_t dim = t.dim();
   if (dim != 2 && dim != 3) throw std::invalid_argument("veerloss: operators take [N, C, P] and [N, P] tensors");
@@ -101,8 +102,8 @@ inline int64_t tile_length(int64_t rows, size_t element_size) {
   return std::clamp<int64_t>(fit, 64, 1024);
 }
 
-// Large outputs are written once, and the first touch of each 4 KiB page costs more than writing it: 40 MB took 15 ms of page faults,
-// 2 ms of them with pages of 2 MiB. A hint only, to kernels that give such pages on demand.
+// Large outputs are written once, and the first touch of each 4 KiB page costs more than writing it: 40 MB took 15 ms of page
+// faults, 2 ms of them with pages of 2 MiB. A hint only, to kernels that give such pages on demand.
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 4096;
@@ -144,7 +145,8 @@ class BadTarget {
     double value;
     load_row(&value, target, g, index % channels, {flat, 1});
     std::ostringstream message;
-    message << "target holds " << value << " (image " << flat / g.pixels << ", pixel " << flat % g.pixels << "), expected " << expected;
+    message << "target holds " << value << " (image " << flat / g.pixels << ", pixel " << flat % g.pixels << "), expected "
+            << expected;
     throw std::out_of_range(message.str());
   }
 

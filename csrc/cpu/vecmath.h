@@ -1,7 +1,7 @@
 // exp, log, log1p and half-precision conversions as straight-line code that a compiler turns into vector instructions.
 //
-// Series with reduced arguments, no tables, no branches: selects only. NaN stays NaN. Worst error over the domains given, against
-// float64 (tests/test_native_math.py measures it through the losses): about 1 unit in the last place of T.
+// Series with reduced arguments, no tables, no branches: selects only. NaN stays NaN. Worst error over the domains given,
+// against float64 (tests/test_native_math.py measures it through the losses): about 1 unit in the last place of T.
 #pragma once
 
 #include "../platform.h"
@@ -17,13 +17,13 @@ struct FloatFormat<float> {
   using UInt = uint32_t;
   static constexpr int mantissa_bits = 23;
   static constexpr Int bias = 127;
-  static constexpr float round_shift = 12582912.0f;            // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float ln2_high = 0.693359375f;              // 9 bits, so that n * ln2_high is exact
-  static constexpr float ln2_low = -2.12194440054690583e-4f;   // ln 2 - ln2_high
-  static constexpr float exp_min = -87.33654475f;              // ln 2^-126
-  static constexpr int exp_terms = 7;                          // 0.3466^8 / 8! = 5e-9
-  static constexpr int log_terms = 5;                          // 0.0295^5 / 11 = 2e-9
-  static constexpr int log1p_terms = 7;                        // 9^-7 / 15 = 1.4e-8
+  static constexpr float round_shift = 12582912.0f;           // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float ln2_high = 0.693359375f;             // 9 bits, so that n * ln2_high is exact
+  static constexpr float ln2_low = -2.12194440054690583e-4f;  // ln 2 - ln2_high
+  static constexpr float exp_min = -87.33654475f;             // ln 2^-126
+  static constexpr int exp_terms = 7;                         // 0.3466^8 / 8! = 5e-9
+  static constexpr int log_terms = 5;                         // 0.0295^5 / 11 = 2e-9
+  static constexpr int log1p_terms = 7;                       // 9^-7 / 15 = 1.4e-8
 };
 
 template <>

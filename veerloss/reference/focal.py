@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._arguments import arithmetic_dtype
+
 
 def sigmoid_focal_loss(
     logits: Tensor,
@@ -19,7 +21,7 @@ def sigmoid_focal_loss(
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """Binary focal loss of each logit; arguments as in :func:`veerloss.sigmoid_focal_loss`."""
-    x = _arithmetic(logits)
+    x = logits.to(arithmetic_dtype(logits))
     if target.shape == logits.shape:
         valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
         t = torch.where(valid, target, torch.zeros_like(target)).to(x.dtype)
@@ -54,7 +56,7 @@ def softmax_focal_loss(
 ) -> Tensor:
     """Multiclass focal loss of each pixel; arguments as in :func:`veerloss.softmax_focal_loss`."""
     class_dim = 1 if logits.dim() > 1 else 0
-    x = _arithmetic(logits)
+    x = logits.to(arithmetic_dtype(logits))
     valid, labels = _valid_labels(target, ignore_index)
     x = torch.where(valid.unsqueeze(class_dim), x, torch.zeros_like(x))
     log_p = F.log_softmax(x, class_dim)
@@ -77,10 +79,6 @@ def softmax_focal_loss(
         loss = -(t * _power(q, gamma) * log_p).sum(class_dim)
     loss = torch.where(valid, loss, torch.zeros_like(loss))
     return _reduce(loss, valid, reduction, normalizer).to(logits.dtype)
-
-
-def _arithmetic(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _valid_labels(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._arguments import arithmetic_dtype
+
 
 def lovasz_weights(errors: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
     """The weight of each pixel: the step that it makes in the Jaccard loss, in descending order of errors.
@@ -50,7 +52,7 @@ def lovasz_softmax_loss(
 ) -> Tensor:
     """Lovász-Softmax; arguments as in :func:`veerloss.lovasz_softmax_loss`."""
     n, c = logits.shape[:2]
-    x = _arithmetic(logits).reshape(n, c, -1 if logits.numel() else 0)
+    x = logits.to(arithmetic_dtype(logits)).reshape(n, c, -1 if logits.numel() else 0)
     labels = target.long().reshape(n, 1, x.size(2))
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     foreground = (labels == torch.arange(c, device=x.device)[:, None]) & valid
@@ -93,7 +95,7 @@ def lovasz_hinge_loss(
 ) -> Tensor:
     """Binary Lovász hinge; arguments as in :func:`veerloss.lovasz_hinge_loss`."""
     n = logits.size(0)
-    x = _arithmetic(logits).reshape(n, 1, -1 if logits.numel() else 0)
+    x = logits.to(arithmetic_dtype(logits)).reshape(n, 1, -1 if logits.numel() else 0)
     labels = target.reshape(n, 1, x.size(2))
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     foreground = (labels == 1) & valid
@@ -111,16 +113,13 @@ def lovasz_hinge_loss(
     return loss.to(logits.dtype)
 
 
-def _segment_values(
-    errors: Tensor, foreground: Tensor, valid: Tensor, per_image: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _segment_values(errors: Tensor, foreground: Tensor, valid: Tensor, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Errors [N, C, P] to one value per segment, [N, C] or [1, C], and whether it has foreground and valid pixels."""
     if not per_image:
-        errors, foreground, valid = (t.transpose(0, 1).reshape(1, t.size(1), -1) if t.numel() else t.reshape(1, t.size(1), 0) for t in (errors, foreground, valid))
+        errors, foreground, valid = (
+            t.transpose(0, 1).reshape(1, t.size(1), -1) if t.numel() else t.reshape(1, t.size(1), 0)
+            for t in (errors, foreground, valid)
+        )
     weights = lovasz_weights(errors, foreground, valid)
     values = (weights * torch.where(valid, errors, torch.zeros_like(errors))).sum(-1)
     return values, foreground.any(-1), valid.any(-1)
-
-
-def _arithmetic(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
