@@ -1,8 +1,8 @@
 """Builds the compiled library veerloss/_C against LibTorch's stable ABI; everything else is in pyproject.toml.
 
 The library needs torch's headers and its libtorch_cpu, not torch itself: they are found in the environment that pip installs
-into, which pip's isolated build environment hides from `import` alone. VEERLOSS_NATIVE=0, or no C++ compiler, gives a pure-Python
-install.
+into, which pip's isolated build environment hides from `import` alone. VEERLOSS_NATIVE=0, or no C++ compiler, gives a
+pure-Python install.
 """
 
 import importlib.util
