@@ -128,7 +128,8 @@ def lovasz_hinge_loss(
     arguments.check_logits(logits, 1, "[N, *] or [N, 1, *]")
     arguments.check_target(target, logits)
     if _without_channel(logits, target) != _without_channel(target, logits):
-        message = f"target must have the shape of logits, {list(logits.shape)}, with or without a channel of 1, got {list(target.shape)}"
+        expected = f"the shape of logits, {list(logits.shape)}, with or without a channel of 1"
+        message = f"target must have {expected}, got {list(target.shape)}"
         if logits.dim() > 1 and logits.size(1) == 2:
             message += (
                 "; for two-class logits [N, 2, *] use lovasz_softmax_loss, or give this function one logit per pixel: "

@@ -2,13 +2,15 @@
 
 Logits are [N, C, P] in any strides; targets are class indices [N, P] or, for sigmoid focal, values [N, C, P]. ``scale`` is the
 factor between the sum that a kernel takes and the loss that it returns; the backward operators use it again.
-Importing this module registers the schemas and then loads the compiled library, whose kernels they need.
+_extension.py loads the compiled library with their kernels.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ._arguments import arithmetic_dtype
 
 #: As ``Reduction`` in csrc/cpu/tensor.h.
 NONE, MEAN, SUM = 0, 1, 2
@@ -35,8 +37,6 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"veerloss::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
-from . import _extension  # noqa: E402, F401  (loads the kernels for the schemas above)
-from ._arguments import arithmetic_dtype  # noqa: E402
 
 # ---- focal
 
