@@ -1,8 +1,8 @@
 """The accuracy policy, in one place.
 
 Truth is float64. A kernel's error may be twice that of the reference run in the input's own type, plus one unit in the last
-place of that type. Errors are L2 norms over the whole tensor. For float64 inputs kernel and reference both round, and either may
-be nearer to the exact value: they agree to 32 units (12 apart at most when measured, the reference being the one that was off).
+place of that type. Errors are L2 norms over the whole tensor. For float64 inputs kernel and reference both round, and either
+may be nearer to the exact value: they agree to 32 units (12 apart at most when measured, the reference being the one off).
 """
 
 from __future__ import annotations
