@@ -157,7 +157,6 @@ def lovasz_softmax() -> dict[str, Loss]:
     ours = veerloss.lovasz_softmax_loss
     return {
         "veerloss exact": functools.partial(ours, method="exact"),
-        "veerloss histogram": functools.partial(ours, method="histogram"),
         "segmentation-models-pytorch": _smp("multiclass"),
         "Berman's formula": berman_softmax,
         "kornia": _kornia(lambda losses: losses.lovasz_softmax_loss),
@@ -169,7 +168,6 @@ def lovasz_hinge() -> dict[str, Loss]:
     ours = veerloss.lovasz_hinge_loss
     return {
         "veerloss exact": functools.partial(ours, method="exact"),
-        "veerloss histogram": functools.partial(ours, method="histogram"),
         "segmentation-models-pytorch": _smp("binary", per_image=True),
         "Berman's formula": berman_hinge,
         "kornia": _kornia(lambda losses: lambda x, t: losses.lovasz_hinge_loss(x[:, None], t)),

@@ -77,6 +77,9 @@ class IncomingGradient {
       scaled_ = static_cast<T>(read_scalar(grad) * read_scalar(scale));
   }
 
+  bool per_element() const { return per_element_; }
+  T scaled() const { return scaled_; }
+
   void load(T* out, const Geometry& g, int64_t channel, Run run) const {
     if (per_element_)
       load_row(out, view_, g, channel, run);
@@ -108,14 +111,18 @@ int64_t tile_count(const Geometry& g, int64_t tile) {
 
 template <class T>
 struct SigmoidRows {
-  explicit SigmoidRows(int64_t tile) : label(tile), storage(4 * tile) {
-    x = storage.data();
-    t = x + tile;
-    weight = t + tile;
-    out = weight + tile;
+  explicit SigmoidRows(int64_t tile) : label(tile), storage(5 * tile) {
+    T* next = storage.data();
+    for (T** row : {&x_row, &t_row, &weight, &grad, &out}) {
+      *row = next;
+      next += tile;
+    }
   }
+  bool plain = false;  // as FocalTiles has it
+  int64_t valid = 0;
+  const T *x = nullptr, *t = nullptr;  // x_row and t_row, or the tensors themselves
   std::vector<int32_t> label;
-  T *x, *t, *weight, *out;
+  T *x_row, *t_row, *weight, *grad, *out;
 
  private:
   std::vector<T> storage;
@@ -153,27 +160,32 @@ class SigmoidFocal {
     return {static_cast<T>(alpha), static_cast<T>(1.0 - alpha), gamma_};
   }
 
-  void load_tile_labels(Run run, SigmoidRows<T>& rows) {
-    if (one_hot_) load_labels(rows.label.data(), target_, g, rule_, run, bad_);
+  // Before the channels of a tile: its labels, if the target has labels.
+  void begin_tile(Run run, SigmoidRows<T>& r) {
+    r.plain = !has_weight_ && (one_hot_ || !rule_.has_ignore);
+    if (!one_hot_) return;
+    load_labels(r.label.data(), target_, g, rule_, run, bad_);
+    r.valid = VEERLOSS_DISPATCH(FocalTiles::count_valid(r.label.data(), run.count));
+    r.plain = r.plain && r.valid == run.count;
   }
 
-  // x, t and weight of one channel; the number of valid elements.
-  int64_t load_channel(int64_t c, Run run, SigmoidRows<T>& r) {
-    load_row(r.x, logits_, g, c, run);
-    if (has_weight_)
-      load_row(r.weight, weight_, g, c, run);
-    else
-      std::fill_n(r.weight, run.count, T(1));
-    if (one_hot_) {
-      VEERLOSS_DISPATCH(FocalTiles::one_hot(r.t, r.weight, r.x, r.label.data(), run.count, static_cast<int32_t>(c)));
-      return VEERLOSS_DISPATCH(FocalTiles::count_valid(r.label.data(), run.count));
-    }
-    load_row(r.t, target_, g, c, run);
-    bool in_range = true;
-    const int64_t valid = VEERLOSS_DISPATCH(FocalTiles::mask_dense(r.t, r.weight, r.x, run.count, rule_, &in_range));
-    for (int64_t i = 0; !in_range && i < run.count; ++i)
-      if (r.t[i] < T(0) || r.t[i] > T(1)) bad_.at(c, run.first + i, g.channels);
-    return valid;
+  // r.x, r.t and, unless plain, r.weight of one channel; r.valid counts its valid elements.
+  void load_channel(int64_t c, Run run, SigmoidRows<T>& r) {
+    const T* x = row_in_place<T>(logits_, g, c, run);
+    const T* t = one_hot_ ? nullptr : row_in_place<T>(target_, g, c, run);
+    if (!r.plain || !x) load_row(r.x_row, logits_, g, c, run);
+    if (one_hot_)
+      VEERLOSS_DISPATCH(FocalTiles::one_hot(r.t_row, r.label.data(), run.count, static_cast<int32_t>(c)));
+    else if (!r.plain || !t)
+      load_row(r.t_row, target_, g, c, run);
+    r.x = r.plain && x ? x : r.x_row;
+    r.t = r.plain && t ? t : r.t_row;
+    if (!r.plain) load_weight(c, run, r);
+    if (one_hot_) return;
+    if (r.plain || !rule_.has_ignore) r.valid = run.count;
+    if (VEERLOSS_DISPATCH(FocalTiles::in_unit_range(r.t, run.count))) return;
+    for (int64_t i = 0; i < run.count; ++i)
+      if (r.t[i] < T(0) || r.t[i] > T(1)) return bad_.at(c, run.first + i, g.channels);
   }
 
   void raise_if_bad() const {
@@ -184,6 +196,17 @@ class SigmoidFocal {
   }
 
  private:
+  void load_weight(int64_t c, Run run, SigmoidRows<T>& r) {
+    if (has_weight_)
+      load_row(r.weight, weight_, g, c, run);
+    else
+      std::fill_n(r.weight, run.count, T(1));
+    if (one_hot_)
+      VEERLOSS_DISPATCH(FocalTiles::mask_labels(r.weight, r.x_row, r.label.data(), run.count));
+    else if (rule_.has_ignore)
+      r.valid = VEERLOSS_DISPATCH(FocalTiles::mask_dense(r.t_row, r.weight, r.x_row, run.count, static_cast<T>(rule_.ignore)));
+  }
+
   View logits_, target_, weight_;
   bool has_weight_, one_hot_;
   TargetRule rule_;
@@ -209,11 +232,16 @@ std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Ten
       for_each_tile(
           in.g, in.tile, [&] { return SigmoidRows<T>(in.tile); },
           [&](int64_t k, Run run, SigmoidRows<T>& r) {
-            in.load_tile_labels(run, r);
+            in.begin_tile(run, r);
             for (int64_t c = 0; c < in.g.channels; ++c) {
-              partials[k].valid += in.load_channel(c, run, r);
-              partials[k].sum += VEERLOSS_DISPATCH(
-                  FocalTiles::sigmoid_forward<T, decltype(square)::value>(r.x, r.t, r.weight, run.count, in.params(c), r.out));
+              constexpr bool sq = decltype(square)::value;
+              in.load_channel(c, run, r);
+              partials[k].valid += r.valid;
+              const auto p = in.params(c);
+              partials[k].sum +=
+                  r.plain
+                      ? VEERLOSS_DISPATCH(FocalTiles::sigmoid_forward<T, sq, true>(r.x, r.t, r.weight, run.count, p, r.out))
+                      : VEERLOSS_DISPATCH(FocalTiles::sigmoid_forward<T, sq, false>(r.x, r.t, r.weight, run.count, p, r.out));
               if (none) store_row(r.out, out, in.g, c, run);
             }
           });
@@ -236,13 +264,23 @@ Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Te
       for_each_tile(
           in.g, in.tile, [&] { return SigmoidRows<T>(in.tile); },
           [&](int64_t, Run run, SigmoidRows<T>& r) {
-            in.load_tile_labels(run, r);
+            in.begin_tile(run, r);
+            r.plain = r.plain && !incoming.per_element();
             for (int64_t c = 0; c < in.g.channels; ++c) {
+              constexpr bool sq = decltype(square)::value;
               in.load_channel(c, run, r);
-              incoming.load(r.out, in.g, c, run);
-              VEERLOSS_DISPATCH(
-                  FocalTiles::sigmoid_backward<T, decltype(square)::value>(r.x, r.t, r.weight, run.count, in.params(c), r.out));
-              store_row(r.out, out, in.g, c, run);
+              T* const in_place = row_in_place<T>(out, in.g, c, run);
+              T* const result = in_place ? in_place : r.out;
+              const auto p = in.params(c);
+              if (r.plain) {
+                VEERLOSS_DISPATCH(FocalTiles::sigmoid_backward<T, sq, true>(r.x, r.t, r.weight, r.grad, incoming.scaled(),
+                                                                            run.count, p, result));
+              } else {
+                incoming.load(r.grad, in.g, c, run);
+                VEERLOSS_DISPATCH(
+                    FocalTiles::sigmoid_backward<T, sq, false>(r.x, r.t, r.weight, r.grad, T(0), run.count, p, result));
+              }
+              if (!in_place) store_row(r.out, out, in.g, c, run);
             }
           });
     });

@@ -4,54 +4,63 @@
 // x holds a tile of logits as [classes][stride], where stride >= n is the tile's row length.
 
 struct FocalTiles {
-  // ---- sigmoid: one row, that is one channel of the tile. Ignored elements have weight 0 and a finite logit.
+  // ---- sigmoid: one row, that is one channel of the tile. `Plain`: every element is valid and has weight 1, and all have the
+  // same incoming gradient; weight and grad are not read. Else ignored elements have weight 0 and a finite logit.
 
-  template <class T, bool Square>
+  template <class T, bool Square, bool Plain>
   static double sigmoid_forward(const T* __restrict x, const T* __restrict t, const T* __restrict weight, int64_t n,
                                 SigmoidParams<T> p, T* __restrict loss) {
-    for (int64_t i = 0; i < n; ++i)
-      loss[i] = weight[i] * sigmoid_focal<VecMath<T>, Square>(x[i], t[i], p.alpha_positive, p.alpha_negative, p.gamma).value;
+    for (int64_t i = 0; i < n; ++i) {
+      const T value = sigmoid_focal<VecMath<T>, Square>(x[i], t[i], p.alpha_positive, p.alpha_negative, p.gamma).value;
+      loss[i] = Plain ? value : weight[i] * value;
+    }
     return sum(loss, n);
   }
 
-  // grad holds the gradient of the loss of each element on entry, that of each logit on return.
-  template <class T, bool Square>
-  static void sigmoid_backward(const T* __restrict x, const T* __restrict t, const T* __restrict weight, int64_t n,
-                               SigmoidParams<T> p, T* __restrict grad) {
-    for (int64_t i = 0; i < n; ++i)
-      grad[i] *= weight[i] * sigmoid_focal<VecMath<T>, Square>(x[i], t[i], p.alpha_positive, p.alpha_negative, p.gamma).slope;
-  }
-
-  // t and weight of channel c from class indices: the one-hot row that is never stored.
-  template <class T>
-  static void one_hot(T* __restrict t, T* __restrict weight, T* __restrict x, const int32_t* __restrict label, int64_t n,
-                      int32_t c) {
+  template <class T, bool Square, bool Plain>
+  static void sigmoid_backward(const T* __restrict x, const T* __restrict t, const T* __restrict weight,
+                               const T* __restrict grad, T scale, int64_t n, SigmoidParams<T> p, T* __restrict out) {
     for (int64_t i = 0; i < n; ++i) {
-      const bool valid = label[i] >= 0;
-      t[i] = label[i] == c ? T(1) : T(0);
-      weight[i] = valid ? weight[i] : T(0);
-      x[i] = valid ? x[i] : T(0);
+      const T slope = sigmoid_focal<VecMath<T>, Square>(x[i], t[i], p.alpha_positive, p.alpha_negative, p.gamma).slope;
+      out[i] = (Plain ? scale : weight[i] * grad[i]) * slope;
     }
   }
 
-  // Takes ignored elements of a dense target out. Returns how many are valid, and whether all of these lie in [0, 1] (or are
-  // NaN).
+  // The row of class c of the one-hot target that is never stored.
   template <class T>
-  static int64_t mask_dense(T* __restrict t, T* __restrict weight, T* __restrict x, int64_t n, const TargetRule& rule,
-                            bool* in_range) {
-    const T ignore = static_cast<T>(rule.ignore);
-    const bool has_ignore = rule.has_ignore;
-    int32_t valid_count = 0, outside = 0;
+  static void one_hot(T* __restrict t, const int32_t* __restrict label, int64_t n, int32_t c) {
+    for (int64_t i = 0; i < n; ++i) t[i] = label[i] == c ? T(1) : T(0);
+  }
+
+  // Takes the elements of ignored pixels out of a row.
+  template <class T>
+  static void mask_labels(T* __restrict weight, T* __restrict x, const int32_t* __restrict label, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
-      const bool valid = !(has_ignore & (t[i] == ignore));
-      valid_count += valid;
-      outside += valid & ((t[i] < T(0)) | (t[i] > T(1)));
+      weight[i] = label[i] >= 0 ? weight[i] : T(0);
+      x[i] = label[i] >= 0 ? x[i] : T(0);
+    }
+  }
+
+  // Whether all of a dense target lies in [0, 1] or is NaN.
+  template <class T>
+  static bool in_unit_range(const T* __restrict t, int64_t n) {
+    int32_t outside = 0;
+    for (int64_t i = 0; i < n; ++i) outside += (t[i] < T(0)) | (t[i] > T(1));
+    return outside == 0;
+  }
+
+  // Takes the ignored elements of a dense target out; they become 0. Returns how many are valid.
+  template <class T>
+  static int64_t mask_dense(T* __restrict t, T* __restrict weight, T* __restrict x, int64_t n, T ignore) {
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool valid = t[i] != ignore;
+      count += valid;
       weight[i] = valid ? weight[i] : T(0);
       x[i] = valid ? x[i] : T(0);
       t[i] = valid ? t[i] : T(0);
     }
-    *in_range = outside == 0;
-    return valid_count;
+    return count;
   }
 
   // ---- softmax

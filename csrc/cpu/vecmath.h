@@ -1,13 +1,16 @@
 // exp, log, log1p and half-precision conversions as straight-line code that a compiler turns into vector instructions.
 //
-// Series with reduced arguments, no tables, no branches: selects only. NaN stays NaN. Worst error over the domains given,
-// against float64 (tests/test_native_math.py measures it through the losses): about 1 unit in the last place of T.
+// Polynomials of reduced arguments, no tables, no branches: selects only. NaN stays NaN. Largest relative error against float64
+// over the domains given, in units in the last place of T: exp_neg 1, log 1, log1p_unit 1.
 #pragma once
 
 #include "../platform.h"
 
 namespace veerloss {
 
+// The logarithms are x times the polynomial through ln(1 + x) / x at the Chebyshev nodes of [0, 1] (`_unit`) and of
+// [sqrt(1/2) - 1, sqrt(2) - 1] (`_near_0`), lowest power first; the comment is the largest relative error. The series of atanh
+// has half the terms, and a division, which costs more than all of these.
 template <class T>
 struct FloatFormat;
 
@@ -22,8 +25,12 @@ struct FloatFormat<float> {
   static constexpr float ln2_low = -2.12194440054690583e-4f;  // ln 2 - ln2_high
   static constexpr float exp_min = -87.33654475f;             // ln 2^-126
   static constexpr int exp_terms = 7;                         // 0.3466^8 / 8! = 5e-9
-  static constexpr int log_terms = 5;                         // 0.0295^5 / 11 = 2e-9
-  static constexpr int log1p_terms = 7;                       // 9^-7 / 15 = 1.4e-8
+  static constexpr float log1p_over_x_near_0[] = {0.999999999f, -0.499999885f, 0.333333453f, -0.250015791f,
+                                                  0.200009394f, -0.166083694f, 0.141996501f, -0.132660314f,
+                                                  0.128066104f, -0.0745118623f};  // 5.0e-9
+  static constexpr float log1p_over_x_unit[] = {0.999999995f,  -0.499998926f,  0.333297105f, -0.249516163f,
+                                                0.196632743f,  -0.152696671f,  0.105436238f, -0.0563736128f,
+                                                0.0195425273f, -0.00317605702f};  // 5e-9
 };
 
 template <>
@@ -37,8 +44,34 @@ struct FloatFormat<double> {
   static constexpr double ln2_low = 1.90821492927058770002e-10;
   static constexpr double exp_min = -708.39641853226408;  // ln 2^-1022
   static constexpr int exp_terms = 13;                    // 0.3466^14 / 14! = 4e-18
-  static constexpr int log_terms = 10;                    // 0.0295^10 / 21 = 2e-17
-  static constexpr int log1p_terms = 16;                  // 9^-16 / 33 = 2e-17
+  static constexpr double log1p_over_x_near_0[] = {1.0,
+                                                   -0.500000000000000412,
+                                                   0.333333333333327426,
+                                                   -0.24999999999974419,
+                                                   0.200000000001490382,
+                                                   -0.166666666713845099,
+                                                   0.142857142733977839,
+                                                   -0.124999996014686354,
+                                                   0.111111114189064345,
+                                                   -0.100000182242854621,
+                                                   0.0909091797308768219,
+                                                   -0.0833285078323713338,
+                                                   0.0769159854322756901,
+                                                   -0.0715026212823573468,
+                                                   0.0668429617719637049,
+                                                   -0.061900598300090451,
+                                                   0.0566669063569649559,
+                                                   -0.0570761221260552053,
+                                                   0.0652589937253437072,
+                                                   -0.0592414997745332448,
+                                                   0.0254899118004055761};  // 9.0e-18
+  static constexpr double log1p_over_x_unit[] = {
+      0.99999999999999999,     -0.49999999999999079,    0.333333333331975252,   -0.249999999920095234,
+      0.199999997498565228,    -0.166666618482485386,   0.142856519752759262,   -0.124994270635143811,
+      0.111072115852995379,    -0.0997976809658656833,  0.0900909581519863245,  -0.0807095457843020583,
+      0.0701529623652647141,   -0.0571897853419390586,  0.0419257098539041573,  -0.0263987794807432172,
+      0.0135987780906172537,   -0.00542173399100160966, 0.00155352440343343336, -0.000282742113937410716,
+      0.0000244379739485809471};  // 1e-17
 };
 
 template <class T, int terms>
@@ -82,22 +115,20 @@ struct VecMath {
     const T m = bit_cast<T>(static_cast<UInt>(bits - (static_cast<UInt>(exponent) << F::mantissa_bits)));
     // An integer becomes a float through the mantissa of round_shift: AVX2 has no conversion from 64-bit integers.
     const T n = bit_cast<T>(bit_cast<UInt>(F::round_shift) + static_cast<UInt>(exponent)) - F::round_shift;
-    const T s = (m - T(1)) / (m + T(1));
-    return n * F::ln2_high + (atanh_twice<F::log_terms>(s) + n * F::ln2_low) + (x - x);
+    const T f = m - T(1);
+    return n * F::ln2_high + (f * polynomial(F::log1p_over_x_near_0, f) + n * F::ln2_low) + (x - x);
   }
 
   // ln(1 + x) for 0 <= x <= 1.
-  static VEERLOSS_HD T log1p_unit(T x) { return atanh_twice<F::log1p_terms>(x / (T(2) + x)); }
+  static VEERLOSS_HD T log1p_unit(T x) { return x * polynomial(F::log1p_over_x_unit, x); }
 
  private:
-  // 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + ...) = ln((1 + s) / (1 - s))
   template <int terms>
-  static VEERLOSS_HD T atanh_twice(T s) {
-    const T square = s * s;
-    T sum = T(1) / T(2 * terms + 1);
-#pragma GCC unroll 16
-    for (int k = terms - 1; k >= 1; --k) sum = sum * square + T(1) / T(2 * k + 1);
-    return T(2) * s + T(2) * s * square * sum;
+  static VEERLOSS_HD T polynomial(const T (&coefficients)[terms], T x) {
+    T sum = coefficients[terms - 1];
+#pragma GCC unroll 24
+    for (int k = terms - 2; k >= 0; --k) sum = sum * x + coefficients[k];
+    return sum;
   }
 };
 
