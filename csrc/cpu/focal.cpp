@@ -304,6 +304,7 @@ struct SoftmaxTile {
       next += tile;
     }
   }
+  int64_t valid = 0;
   std::vector<int32_t> label;
   T *x, *logits, *slope;  // [classes][tile]; the last two with label smoothing only
   SoftmaxRows<T> rows;
@@ -338,44 +339,57 @@ class SoftmaxFocal {
 
   SoftmaxTile<T> make_tile() const { return SoftmaxTile<T>(tile, g.channels, smoothing_ > T(0)); }
 
-  // Loads a tile and takes its softmax; t.loss is filled. Returns the tile's sum.
+  // Loads a tile and takes its softmax; t.loss and t.valid are filled. Returns the tile's sum.
   template <bool square>
   double forward(Run run, SoftmaxTile<T>& t) {
     const int64_t n = run.count;
     const int32_t* label = t.label.data();
     load_labels(t.label.data(), target_, g, rule_, run, bad_);
+    t.valid = VEERLOSS_DISPATCH(FocalTiles::count_valid(label, n));
     for (int64_t c = 0; c < g.channels; ++c) load_row(t.x + c * tile, logits_, g, c, run);
+    if (t.valid < n) VEERLOSS_DISPATCH(FocalTiles::clear_ignored(t.x, g.channels, tile, label, n));
+    VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.x, g.channels, tile, n, t.rows.maximum));
     if (smoothing_ > T(0)) return forward_smooth<square>(run, t);
-    VEERLOSS_DISPATCH(FocalTiles::softmax(t.x, g.channels, tile, n, label, t.rows));
+    VEERLOSS_DISPATCH(FocalTiles::difference(t.x, tile, n, label, t.rows.maximum, t.rows.log_p));
+    VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.x, g.channels, tile, n, t.rows.maximum, t.rows.rest, t.rows.inverse_sum));
+    VEERLOSS_DISPATCH(FocalTiles::log_probability(n, label, t.rows));
     VEERLOSS_DISPATCH(FocalTiles::gather_alpha(t.alpha, alpha_, alpha_step_, label, n));
     return VEERLOSS_DISPATCH(FocalTiles::softmax_forward<T, square>(t.rows.log_p, t.rows.q, t.alpha, n, gamma_, t.loss));
   }
 
-  // After forward: t.x becomes the gradient of the logits, from t.grad, that of each pixel's loss.
+  // After forward: the gradient of the logits, from t.grad, that of each pixel's loss.
   template <bool square>
-  void backward(Run run, SoftmaxTile<T>& t) const {
+  void backward(Run run, SoftmaxTile<T>& t, const View& out) const {
     const int64_t n = run.count;
     const int32_t* label = t.label.data();
-    if (smoothing_ == T(0))
-      return VEERLOSS_DISPATCH(
-          FocalTiles::softmax_backward<T, square>(t.x, g.channels, tile, n, label, t.alpha, gamma_, t.rows, t.grad));
-    for (int64_t c = 0; c < g.channels; ++c)
-      VEERLOSS_DISPATCH(
-          FocalTiles::smooth_backward(t.x + c * tile, t.slope + c * tile, t.top, t.low, t.rows, label, n, t.grad));
+    T* const in_place = row_in_place<T>(out, g, 0, run);
+    T* const result = in_place ? in_place : t.x;
+    const int64_t stride = in_place ? out.stride_channel : tile;
+    if (smoothing_ > T(0)) {
+      for (int64_t c = 0; c < g.channels; ++c)
+        VEERLOSS_DISPATCH(FocalTiles::smooth_backward(t.x + c * tile, t.slope + c * tile, t.top, t.low, t.rows, label, n,
+                                                      t.grad, result + c * stride));
+    } else {
+      VEERLOSS_DISPATCH(FocalTiles::log_probability_backward<T, square>(t.rows.log_p, t.rows.q, t.alpha, n, gamma_, t.grad));
+      for (int64_t c = 0; c < g.channels; ++c)
+        VEERLOSS_DISPATCH(FocalTiles::other_gradient(t.x + c * tile, t.rows.inverse_sum, t.grad, n, result + c * stride));
+      VEERLOSS_DISPATCH(FocalTiles::own_gradient(label, t.grad, t.rows.q, n, result, stride));
+    }
+    if (!in_place)
+      for (int64_t c = 0; c < g.channels; ++c) store_row(t.x + c * tile, out, g, c, run);
   }
 
   void raise_if_bad() const { bad_.raise_if_any(target_, g, expected_labels(rule_)); }
 
  private:
   template <bool square>
-  double forward_smooth(Run run, SoftmaxTile<T>& t) const {
+  double forward_smooth(Run run, SoftmaxTile<T>& t) const {  // after SoftmaxTiles::maximum
     const int64_t n = run.count;
     const int32_t* label = t.label.data();
     std::copy_n(t.x, g.channels * tile, t.logits);
     std::fill_n(t.loss, n, T(0));
     std::fill_n(t.top, n, T(0));
     std::fill_n(t.low, n, T(0));
-    VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.x, g.channels, tile, n, t.rows.maximum));
     VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.x, g.channels, tile, n, t.rows.maximum, t.rows.rest, t.rows.inverse_sum));
     VEERLOSS_DISPATCH(FocalTiles::log_sum(t.rows.rest, n, t.rows.log_p));
     const T share = smoothing_ / static_cast<T>(g.channels);
@@ -414,8 +428,7 @@ std::tuple<Tensor, Tensor> softmax_focal_forward(const Tensor& logits, const Ten
       for_each_tile(
           in.g, in.tile, [&] { return in.make_tile(); },
           [&](int64_t k, Run run, SoftmaxTile<T>& t) {
-            partials[k].sum = in.template forward<decltype(square)::value>(run, t);
-            partials[k].valid = VEERLOSS_DISPATCH(FocalTiles::count_valid(t.label.data(), run.count));
+            partials[k] = {in.template forward<decltype(square)::value>(run, t), t.valid};
             if (none) store_row(t.loss, out, in.g, 0, run);
           });
     });
@@ -439,8 +452,7 @@ Tensor softmax_focal_backward(const Tensor& grad, const Tensor& logits, const Te
           [&](int64_t, Run run, SoftmaxTile<T>& t) {
             in.template forward<decltype(square)::value>(run, t);
             incoming.load(t.grad, in.g, 0, run);
-            in.template backward<decltype(square)::value>(run, t);
-            for (int64_t c = 0; c < in.g.channels; ++c) store_row(t.x + c * in.tile, out, in.g, c, run);
+            in.template backward<decltype(square)::value>(run, t, out);
           });
     });
     in.raise_if_bad();

@@ -65,46 +65,28 @@ struct FocalTiles {
 
   // ---- softmax
 
-  // From x = logits to x = exp(logits - max), and per pixel log p and q = 1 - p of its class. Ignored pixels: log p = q = 0.
-  // inverse_sum is 1 / sum of the exponentials. Scratch: maximum, rest, each [n].
+  // difference = logit of the class - maximum, before SoftmaxTiles::exponentials overwrites the logits; 0 for ignored pixels.
   template <class T>
-  static void softmax(T* __restrict x, int64_t classes, int64_t stride, int64_t n, const int32_t* __restrict label,
-                      SoftmaxRows<T> r) {
-    T* __restrict maximum = r.maximum;
-    T* __restrict rest = r.rest;
+  static void difference(const T* __restrict x, int64_t stride, int64_t n, const int32_t* __restrict label,
+                         const T* __restrict maximum, T* __restrict out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = label[i] >= 0 ? x[label[i] * stride + i] - maximum[i] : T(0);
+  }
+
+  // log p and q = 1 - p of the class, after SoftmaxTiles::exponentials; 0 for ignored pixels. On entry r.log_p is the
+  // difference. A most probable class (difference 0) takes both from the sum of the others: subtracting from 1 would lose their
+  // digits.
+  template <class T>
+  static void log_probability(int64_t n, const int32_t* __restrict label, SoftmaxRows<T> r) {
+    const T* __restrict rest = r.rest;
+    const T* __restrict inverse_sum = r.inverse_sum;
     T* __restrict log_p = r.log_p;
     T* __restrict q = r.q;
-    T* __restrict inverse_sum = r.inverse_sum;
-    SoftmaxTiles::maximum(x, classes, stride, n, maximum);
     for (int64_t i = 0; i < n; ++i) {
-      rest[i] = 0;
-      q[i] = 0;      // becomes exp(x_y - max)
-      log_p[i] = 0;  // becomes x_y - max
-    }
-    for (int64_t c = 0; c < classes; ++c) {
-      T* __restrict row = x + c * stride;
-      for (int64_t i = 0; i < n; ++i) {
-        const T d = row[i] - maximum[i];
-        const T e = VecMath<T>::exp_neg(d);
-        const bool mine = label[i] == static_cast<int32_t>(c);
-        rest[i] += mine ? T(0) : e;
-        q[i] = mine ? e : q[i];
-        log_p[i] = mine ? d : log_p[i];
-        row[i] = e;
-      }
-    }
-    for (int64_t i = 0; i < n; ++i) {
-      const T e = q[i];
-      const T sum = rest[i] + e;
-      const T inverse = T(1) / sum;
-      // Above p = 1/2, ln p = -ln(1 + rest / e) keeps the digits that (x - max) - ln(sum) loses.
-      const bool sure = rest[i] <= e;
-      const T sure_log = -VecMath<T>::log1p_unit(sure ? rest[i] / e : T(1));
-      const T rare_log = log_p[i] - VecMath<T>::log(sum);
+      const T d = log_p[i];
       const bool valid = label[i] >= 0;
-      log_p[i] = valid ? (sure ? sure_log : rare_log) : T(0);
-      q[i] = valid ? rest[i] * inverse : T(0);
-      inverse_sum[i] = inverse;
+      const T not_p = d == T(0) ? rest[i] * inverse_sum[i] : T(1) - VecMath<T>::exp_neg(d) * inverse_sum[i];
+      log_p[i] = valid ? d - log_of_sum(rest[i]) : T(0);
+      q[i] = valid ? not_p : T(0);
     }
   }
 
@@ -115,27 +97,34 @@ struct FocalTiles {
     return sum(loss, n);
   }
 
-  // grad: on entry the gradient of the loss of each pixel, on return that of log p. x: from exponentials to the gradient of the
-  // logits.
+  // grad: from the gradient of the loss of each pixel to that of its log p.
   template <class T, bool Square>
-  static void softmax_backward(T* __restrict x, int64_t classes, int64_t stride, int64_t n, const int32_t* __restrict label,
-                               const T* __restrict alpha, T gamma, SoftmaxRows<T> r, T* __restrict grad) {
-    const T* __restrict q = r.q;
-    const T* __restrict inverse_sum = r.inverse_sum;
-    for (int64_t i = 0; i < n; ++i) {
-      const T slope = grad[i] * softmax_focal<VecMath<T>, Square>(r.log_p[i], q[i], alpha[i], gamma).slope;
-      grad[i] = label[i] >= 0 ? slope : T(0);
-    }
-    for (int64_t c = 0; c < classes; ++c) {
-      T* __restrict row = x + c * stride;
-      for (int64_t i = 0; i < n; ++i) {
-        const T other = -grad[i] * (row[i] * inverse_sum[i]);
-        const T dz = label[i] == static_cast<int32_t>(c) ? grad[i] * q[i] : other;
-        row[i] = label[i] >= 0 ? dz : T(0);  // an ignored pixel may hold NaN
-      }
-    }
+  static void log_probability_backward(const T* __restrict log_p, const T* __restrict q, const T* __restrict alpha, int64_t n,
+                                       T gamma, T* __restrict grad) {
+    for (int64_t i = 0; i < n; ++i) grad[i] *= softmax_focal<VecMath<T>, Square>(log_p[i], q[i], alpha[i], gamma).slope;
   }
 
+  // -grad * p for a row of exponentials: the gradient of the logits of one class, but for the pixels whose class it is.
+  template <class T>
+  static void other_gradient(const T* row, const T* __restrict inverse_sum, const T* __restrict grad, int64_t n, T* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = -grad[i] * (row[i] * inverse_sum[i]);
+  }
+
+  // grad * q at each pixel's own class; row 0 of the gradient is at out, the others class_stride apart.
+  template <class T>
+  static void own_gradient(const int32_t* __restrict label, const T* __restrict grad, const T* __restrict q, int64_t n,
+                           T* __restrict out, int64_t class_stride) {
+    for (int64_t i = 0; i < n; ++i)
+      if (label[i] >= 0) out[label[i] * class_stride + i] = grad[i] * q[i];
+  }
+
+  // Ignored pixels may hold anything, NaN too: 0 in all classes.
+  template <class T>
+  static void clear_ignored(T* __restrict x, int64_t classes, int64_t stride, const int32_t* __restrict label, int64_t n) {
+    for (int64_t c = 0; c < classes; ++c) keep_valid(x + c * stride, label, n);
+  }
+
+  // The factor of each pixel's loss; 0 for ignored pixels, which takes them out of loss and gradient.
   template <class T>
   static void gather_alpha(T* __restrict out, const T* __restrict alpha, int64_t alpha_step, const int32_t* __restrict label,
                            int64_t n) {
@@ -147,10 +136,7 @@ struct FocalTiles {
   // ln of the sum of the exponentials, from SoftmaxTiles::exponentials.
   template <class T>
   static void log_sum(const T* __restrict rest, int64_t n, T* __restrict out) {
-    for (int64_t i = 0; i < n; ++i) {
-      const bool sure = rest[i] <= T(1);
-      out[i] = sure ? VecMath<T>::log1p_unit(sure ? rest[i] : T(0)) : VecMath<T>::log(T(1) + rest[i]);
-    }
+    for (int64_t i = 0; i < n; ++i) out[i] = log_of_sum(rest[i]);
   }
 
   // The terms of class c: x, logits and slope are its rows. loss adds up over the classes, and so do the slopes: those of the
@@ -175,18 +161,18 @@ struct FocalTiles {
     }
   }
 
-  // x: from the exponentials of one class to its gradient, slope - p (top + low). A confident pixel has p near 1 and slope =
+  // From the exponentials of one class to its gradient, slope - p (top + low). A confident pixel has p near 1 and slope =
   // top: then slope - p top is q slope, which keeps the digits that the subtraction loses.
   template <class T>
-  static void smooth_backward(T* __restrict x, const T* __restrict slope, const T* __restrict top, const T* __restrict low,
-                              SoftmaxRows<T> r, const int32_t* __restrict label, int64_t n, const T* __restrict grad) {
+  static void smooth_backward(const T* x, const T* __restrict slope, const T* __restrict top, const T* __restrict low,
+                              SoftmaxRows<T> r, const int32_t* __restrict label, int64_t n, const T* __restrict grad, T* out) {
     const T* __restrict rest = r.rest;
     const T* __restrict inverse_sum = r.inverse_sum;
     for (int64_t i = 0; i < n; ++i) {
       const T p = x[i] * inverse_sum[i];
       const bool alone = (x[i] == T(1)) & (slope[i] == top[i]);
       const T kept = alone ? slope[i] * rest[i] * inverse_sum[i] : slope[i] - p * top[i];
-      x[i] = label[i] >= 0 ? grad[i] * (kept - p * low[i]) : T(0);
+      out[i] = label[i] >= 0 ? grad[i] * (kept - p * low[i]) : T(0);
     }
   }
 
@@ -212,5 +198,12 @@ struct FocalTiles {
       for (int64_t l = 0; l < 8; ++l) lanes[l] += static_cast<double>(values[i + l]);
     for (; i < n; ++i) lanes[i % 8] += static_cast<double>(values[i]);
     return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  }
+
+ private:
+  template <class T>
+  static VEERLOSS_HD T log_of_sum(T rest) {
+    const bool small = rest <= T(1);
+    return small ? VecMath<T>::log1p_unit(small ? rest : T(0)) : VecMath<T>::log(T(1) + rest);
   }
 };
