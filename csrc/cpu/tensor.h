@@ -95,8 +95,8 @@ inline void write_element(const Tensor& t, int64_t i, double value) {
   store_row(&value, element_view(t), {1, 1, t.numel()}, 0, {i, 1});
 }
 
-// How many pixels make a tile of `rows` rows: a multiple of every vector length, the tile in L2 with room to spare. 64 to 512 KiB
-// measured alike to within noise (Sapphire Rapids, 19 classes), and so did prefetching the next tile's rows.
+// How many pixels make a tile of `rows` rows: a multiple of every vector length, the tile in L2 with room to spare. 64 to 512
+// KiB measured alike to within noise (Sapphire Rapids, 19 classes), and so did prefetching the next tile's rows.
 inline int64_t tile_length(int64_t rows, size_t element_size) {
   constexpr int64_t tile_bytes = 1 << 16;
   const int64_t fit = tile_bytes / static_cast<int64_t>(element_size) / std::max<int64_t>(rows, 1) / 64 * 64;
