@@ -127,18 +127,29 @@ def check_normalizer(normalizer: object, reduction: str, logits: Tensor) -> None
         check_number("normalizer", normalizer, 0, open_low=True)
 
 
+# The kernels check the values of their targets themselves. These do it for the reference.
+
+
 def check_label_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
-    """For the reference: the kernels check their targets themselves. Not in compiled graphs, which cannot branch on data."""
-    if torch.compiler.is_compiling() or target.numel() == 0 or target.is_meta:
-        return
     bad = (target < 0) | (target >= classes)
     if target.dtype.is_floating_point:
         bad |= target != target.round()
+    _raise_for(bad, target, f"class indices in [0, {classes})", ignore_index)
+
+
+def check_unit_range(target: Tensor, ignore_index: int | None) -> None:
+    if target.dtype != torch.bool:
+        _raise_for((target < 0) | (target > 1), target, "values in [0, 1]", ignore_index)
+
+
+def _raise_for(bad: Tensor, target: Tensor, expected: str, ignore_index: int | None) -> None:
+    if torch.compiler.is_compiling() or target.is_meta:  # a graph cannot branch on data
+        return
     if ignore_index is not None:
-        bad &= target != ignore_index
+        bad = bad & (target != ignore_index)
+        expected += f" or ignore_index={ignore_index}"
     if bad.any():
-        also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
-        raise IndexError(f"target holds {target[bad][0].item()}, expected class indices in [0, {classes}){also}")
+        raise IndexError(f"target holds {target[bad][0].item()}, expected {expected}")
 
 
 def as_pixels(logits: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from . import _arguments as arguments
@@ -52,6 +52,7 @@ def sigmoid_focal_loss(
         IndexError: target holds a value out of range.
 
     Example:
+        >>> import torch
         >>> logits = torch.zeros(2, 3, 4, requires_grad=True)
         >>> loss = sigmoid_focal_loss(logits, torch.ones(2, 4, dtype=torch.long), alpha=0.25)
         >>> loss.backward()
@@ -83,7 +84,7 @@ def sigmoid_focal_loss(
         if one_vs_rest:
             arguments.check_label_range(target, logits.size(1), ignore_index)
         else:
-            _check_soft_range(target, ignore_index)
+            arguments.check_unit_range(target, ignore_index)
         return reference.sigmoid_focal_loss(
             logits, target, alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index, reduction=reduction,
             normalizer=normalizer,
@@ -137,6 +138,7 @@ def softmax_focal_loss(
         IndexError: target holds a value that is neither a class nor ``ignore_index``.
 
     Example:
+        >>> import torch
         >>> logits = torch.zeros(2, 3, 4, requires_grad=True)
         >>> loss = softmax_focal_loss(logits, torch.ones(2, 4, dtype=torch.long), gamma=2.0)
         >>> loss.backward()
@@ -198,42 +200,26 @@ def _element_weight(weight: Tensor, logits: Tensor) -> Tensor:
         raise ValueError(f"weight must broadcast to logits, {list(logits.shape)}, got {list(weight.shape)}") from None
 
 
-def _check_soft_range(target: Tensor, ignore_index: int | None) -> None:
-    if torch.compiler.is_compiling() or target.numel() == 0 or target.is_meta or target.dtype == torch.bool:
-        return
-    bad = (target < 0) | (target > 1)
-    if ignore_index is not None:
-        bad &= target != ignore_index
-    if bad.any():
-        also = "" if ignore_index is None else f" or ignore_index={ignore_index}"
-        raise IndexError(f"target holds {target[bad][0].item()}, expected values in [0, 1]{also}")
-
-
-def _elements(logits: Tensor, target: Tensor, weight: Tensor | None, by_channel: bool):
+def _elements(
+    logits: Tensor, target: Tensor, weight: Tensor | None, by_channel: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
     """The tensors as [N, C, P] for the kernels, and how to give a loss of that shape the shape of ``logits``.
 
     Where every element is treated alike and all tensors lie in memory the same way, that is one long row.
     """
     shape = logits.shape
-    if target.shape == shape and not by_channel:
-        tensors = [logits, target] + ([weight] if weight is not None else [])
-        for from_dim, to_dim in ((0, 0), (1, -1)):  # as it is, or channels_last
-            if from_dim >= logits.dim():
-                break
-            moved = [t.movedim(from_dim, to_dim) for t in tensors]
-            if all(t.is_contiguous() for t in moved):
-                rows = [t.reshape(1, 1, logits.numel()) for t in moved]
-                shape = moved[0].shape
-                restore = lambda v: v.reshape(shape).movedim(to_dim, from_dim)  # noqa: E731, B023
-                return rows[0], rows[1], rows[2] if weight is not None else None, restore
-    if logits.dim() < 2:
-        logits, target = logits.reshape(1, -1), target.reshape(1, -1)
-        weight = None if weight is None else weight.reshape(1, -1)
-    n, c = logits.shape[:2]
-    pixels = math.prod(logits.shape[2:])
-    t = target.reshape(n, pixels) if target.dim() < logits.dim() else target.reshape(n, c, pixels)
-    w = None if weight is None else weight.reshape(n, c, pixels)
-    return logits.reshape(n, c, pixels), t, w, lambda v: v.reshape(shape)
+    tensors = [logits, target] if weight is None else [logits, target, weight]
+    dense = target.shape == shape
+    if logits.dim() < 2 or (dense and not by_channel and all(t.is_contiguous() for t in tensors)):
+        x, t, *w = (t.reshape(1, 1, logits.numel()) for t in tensors)
+        return x, t, w[0] if w else None, lambda loss: loss.reshape(shape)
+    if dense and not by_channel and all(t.movedim(1, -1).is_contiguous() for t in tensors):  # channels_last
+        last = logits.movedim(1, -1).shape
+        x, t, *w = (t.movedim(1, -1).reshape(1, 1, logits.numel()) for t in tensors)
+        return x, t, w[0] if w else None, lambda loss: loss.reshape(last).movedim(-1, 1)
+    x = arguments.as_pixels(logits)
+    t = arguments.as_pixels(target) if dense else target.reshape(x.size(0), x.size(2))
+    return x, t, None if weight is None else arguments.as_pixels(weight), lambda loss: loss.reshape(shape)
 
 
 class SigmoidFocalLoss(LossModule):

@@ -57,6 +57,7 @@ def lovasz_softmax_loss(
         IndexError: target holds a value that is neither a class nor ``ignore_index``, or ``classes`` an id that is none.
 
     Example:
+        >>> import torch
         >>> logits = torch.zeros(2, 3, 4, requires_grad=True)
         >>> loss = lovasz_softmax_loss(logits, torch.ones(2, 4, dtype=torch.long))
         >>> loss.backward()
@@ -121,6 +122,7 @@ def lovasz_hinge_loss(
         IndexError: target holds a value that is neither 0, 1 nor ``ignore_index``.
 
     Example:
+        >>> import torch
         >>> logits = torch.zeros(2, 1, 4, 4, requires_grad=True)
         >>> loss = lovasz_hinge_loss(logits, torch.ones(2, 4, 4, dtype=torch.long))
         >>> loss.backward()
