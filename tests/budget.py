@@ -34,14 +34,19 @@ def check_loss(function, logits: Tensor, *args, backend: str = "native", **optio
         ("reference", "reference", logits),
         ("truth", "reference", logits.double()),
     ):
-        # A clone by preserve_format has the strides of a dense tensor; other layouts are given by their base.
-        x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        x = x.detach().requires_grad_()  # a leaf with the same strides, which a clone would not have
         loss = function(x, *args, backend=run, **options)
         # Weights that differ from element to element, so that a gradient in the wrong place shows.
         ramp = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(loss.dtype)
         (gradient,) = torch.autograd.grad(loss, x, ramp)
         results[name] = loss.detach(), gradient
     loss, gradient = results["actual"]
+    assert _strides(gradient) == _strides(torch.empty_like(logits)), "the gradient is laid out in another way than the logits"
     assert loss.dtype == logits.dtype and gradient.dtype == logits.dtype
     assert_within_budget(loss, results["reference"][0], results["truth"][0], "loss")
     assert_within_budget(gradient, results["reference"][1], results["truth"][1], "gradient")
+
+
+def _strides(t: Tensor) -> list[int]:
+    """Of the dimensions in which there is a step to take."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]

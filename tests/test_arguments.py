@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ def target_of(function):
         ({"backend": "gpu"}, ValueError, r"backend must be one of .*, got 'gpu'"),
         ({"backend": "triton"}, RuntimeError, r"backend='triton' cannot run on device 'cpu': "),
         ({"ignore_index": 1.5}, TypeError, r"ignore_index must be an int or None, got float"),
+        ({"ignore_index": 2**63}, ValueError, r"ignore_index must fit in 64 bits, got 9223372036854775808"),
     ],
 )
 def test_common_options(function, options, error, match):
@@ -75,7 +77,7 @@ def test_targets_out_of_range(bad, dtype, backend):
         function(X, y, ignore_index=bad, backend=backend)
         with pytest.raises(IndexError, match=rf"target holds {bad}.*or ignore_index=17"):
             function(X, y, ignore_index=17, backend=backend)
-    with pytest.raises(IndexError, match=rf"target holds {bad}.*expected class indices in \[0, 2\)"):
+    with pytest.raises(IndexError, match=rf"target holds {bad}.*expected 0 or 1"):
         lovasz_hinge_loss(X[:, 0], y, backend=backend)
 
 
@@ -170,6 +172,23 @@ def test_lovasz_options():
 def test_two_class_logits_in_the_hinge():
     with pytest.raises(ValueError, match=r"use lovasz_softmax_loss, or .*logits\[:, 1\] - logits\[:, 0\]"):
         lovasz_hinge_loss(torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
+
+
+def test_numpy_numbers_are_numbers():
+    softmax_focal_loss(X, Y, gamma=np.float32(1.5), ignore_index=np.int64(1), alpha=np.float64(0.5))
+    lovasz_softmax_loss(X, Y, classes=list(np.array([0, 2])))
+
+
+def test_layouts_and_types_that_no_kernel_reads():
+    with pytest.raises(TypeError, match=r"logits must be a dense tensor, got the layout torch.sparse_coo"):
+        softmax_focal_loss(X.to_sparse(), Y)
+    with pytest.raises(TypeError, match=r"normalizer must be a dense float, integer or bool tensor, got torch.uint16"):
+        softmax_focal_loss(X, Y, normalizer=torch.tensor(3, dtype=torch.uint16))
+
+
+def test_large_targets_are_named_in_full():
+    with pytest.raises(IndexError, match="target holds 1234567,"):
+        softmax_focal_loss(X, Y + 1234567)
 
 
 def test_options_are_keywords():

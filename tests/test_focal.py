@@ -252,13 +252,52 @@ def test_same_bits_for_any_number_of_threads():
     before = torch.get_num_threads()
     try:
         for function in (softmax_focal_loss, sigmoid_focal_loss):
-            values = []
+            results = []
             for threads in (1, 2, 3, 7):
                 torch.set_num_threads(threads)
-                values.append(function(x, target, gamma=1.5).item())
-            assert len(set(values)) == 1
+                value = x.clone().requires_grad_()
+                loss = function(value, target, gamma=1.5)
+                results.append((loss.detach(), torch.autograd.grad(loss, value)[0]))
+            for loss, gradient in results[1:]:
+                assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
     finally:
         torch.set_num_threads(before)
+
+
+def test_many_classes(backend):
+    x, target = logits((1, 5000, 3)), labels((1, 5000, 3), 5000)
+    torch.testing.assert_close(
+        softmax_focal_loss(x, target, gamma=0.0, backend=backend), F.cross_entropy(x, target), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 255, 511, -(2**40)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
+def test_ignore_index_is_not_wrapped_to_the_type_of_the_target(dtype, ignore_index, backend):
+    x = logits((2, 3, 40))
+    target = labels((2, 3, 40), 3)
+    dense = labels((2, 2, 3 * 40), 2).reshape(2, 3, 40)
+    in_range = torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max
+    expected = [softmax_focal_loss(x, target, backend=backend), sigmoid_focal_loss(x, dense, backend=backend)]
+    for actual, value in zip(
+        (
+            softmax_focal_loss(x, target.to(dtype), ignore_index=ignore_index, backend=backend),
+            sigmoid_focal_loss(x, dense.to(dtype), ignore_index=ignore_index, backend=backend),
+        ),
+        expected,
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, value)
+    if dtype == torch.uint8 and not in_range:
+        for t in (torch.full((2, 40), 255, dtype=dtype), torch.full((2, 3, 40), 255, dtype=dtype)):
+            with pytest.raises(IndexError, match="target holds 255"):
+                sigmoid_focal_loss(x, t, ignore_index=ignore_index, backend=backend)
+
+
+def test_values_are_ignored_before_they_are_rounded(backend):
+    x = torch.zeros(4)
+    almost = torch.full((4,), 1 - 1e-11, dtype=torch.float64)
+    assert sigmoid_focal_loss(x, almost, ignore_index=1, backend=backend) > 0
 
 
 def test_modules_are_the_functions():

@@ -23,7 +23,7 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     loss = loss + veerloss.sigmoid_focal_loss(x, y) + veerloss.sigmoid_focal_loss(x, torch.rand(x.shape), gamma=0.5)
     loss = loss + veerloss.lovasz_softmax_loss(x, y) + veerloss.lovasz_hinge_loss(x[:, 0], y.clamp(max=1))
     loss.backward()
-    print(f"{loss.item():.3f} {x.grad.double().norm().item():.4f}")
+    print(f"{loss.item()} {x.grad.double().norm().item()}")
 """
 
 
@@ -36,9 +36,14 @@ def python(*args: str, **env: str) -> str:
 
 
 def test_instruction_sets_agree():
-    results = {target: python("-c", CHECKSUM, VEERLOSS_CPU=target) for target in ("baseline", "avx2", "avx512")}
-    assert len(results["baseline"].splitlines()) == 4
-    assert results["avx2"] == results["baseline"] and results["avx512"] == results["baseline"]
+    """Of a machine that lacks one, the widest that it has runs in its place."""
+    baseline, *others = (
+        [float(word) for word in python("-c", CHECKSUM, VEERLOSS_CPU=target).split()]
+        for target in ("baseline", "avx2", "avx512")
+    )
+    assert len(baseline) == 8
+    for values in others:
+        assert values == pytest.approx(baseline, rel=1e-3)
 
 
 def test_without_the_library(tmp_path):

@@ -255,23 +255,51 @@ def test_hinge_target_types(target_type):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nan_and_infinity_give_nan(bad, backend):
-    x = logits((2, 3, 40)).requires_grad_()
+@pytest.mark.parametrize("channels", [1, 3])
+def test_nan_and_infinity_give_nan(bad, channels, backend):
+    x = logits((2, channels, 40)).requires_grad_()
     with torch.no_grad():
-        x[1, 2, 17] = bad
-    target = labels((2, 3, 40), 3)
+        x[1, channels - 1, 17] = bad
+    target = labels((2, channels, 40), channels)
+    binary = target.clamp(max=1).unsqueeze(1).expand(x.shape)
     for loss in (
         lovasz_softmax_loss(x, target, backend=backend),
         lovasz_softmax_loss(x, target, from_logits=False, backend=backend),
-        lovasz_hinge_loss(x, target.clamp(max=1).unsqueeze(1).expand(x.shape), backend=backend),
-        lovasz_hinge_loss(-x, target.clamp(max=1).unsqueeze(1).expand(x.shape), backend=backend),
+        lovasz_hinge_loss(x, binary, backend=backend),
+        lovasz_hinge_loss(-x, binary, backend=backend),
     ):
-        if loss.grad_fn is not None:
-            loss.backward()
-        if bad != math.inf:
-            assert loss.isnan()
-        else:
-            assert not loss.isfinite()
+        loss.backward()
+        assert loss.isnan()
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+@pytest.mark.parametrize(
+    "dtype, bits",
+    [(torch.float32, bits) for bits in (0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF)]
+    + [(torch.float64, bits << 48) for bits in (0x7FF8, 0xFFF8)]
+    + [(torch.float64, bits) for bits in (0x7FF0000000000001, 0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF)],
+    ids=lambda value: hex(value) if isinstance(value, int) else str(value),
+)
+def test_every_nan_is_one(dtype, bits, foreground, backend):
+    """Whatever its bits: those of one are the key of an ignored pixel."""
+    x = logits((1, 2, 5000), dtype)
+    target = labels((1, 2, 5000), 2)
+    target[0, 17] = int(foreground)
+    size = 8 * x.element_size()
+    x.view(torch.int32 if size == 32 else torch.int64)[0, 1, 17] = bits - (bits >> (size - 1) << size)
+    assert x[0, 1, 17].isnan()
+    assert lovasz_softmax_loss(x, target, backend=backend).isnan()
+    assert lovasz_softmax_loss(x, target, from_logits=False, backend=backend).isnan()
+    assert lovasz_hinge_loss(x[:, 1], target, backend=backend).isnan()
+
+
+def test_exact_probabilities_have_no_gradient(backend):
+    """|y - p| has slope 0 where p is right."""
+    target = labels((2, 3, 50), 3)
+    p = torch.nn.functional.one_hot(target, 3).movedim(-1, 1).float().requires_grad_()
+    loss = lovasz_softmax_loss(p, target, from_logits=False, backend=backend)
+    assert loss == 0
+    assert (torch.autograd.grad(loss, p)[0] == 0).all()
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -337,7 +365,7 @@ def test_without_gradient_nothing_is_kept():
     with_gradient = lovasz_softmax_loss(x.clone().requires_grad_(), target)
     with torch.no_grad():
         torch.testing.assert_close(lovasz_softmax_loss(x.requires_grad_(), target), with_gradient.detach())
-    _, _, kept = torch.ops.veerloss.lovasz_softmax_forward(x, target, None, True, False, None, None, True, 1, False)
+    _, _, kept = torch.ops.veerloss.lovasz_softmax_forward(x, target, None, True, False, None, None, True, 1, False, False)
     assert kept.numel() == 0
 
 

@@ -18,23 +18,23 @@ def samples():
     alpha = torch.tensor([0.2, 0.3, 0.5])
     return {
         "sigmoid_focal_forward": [
-            (X, dense, 0.25, None, 2.0, None, None, 1, 1.0, None),
-            (X, Y, None, alpha, 0.5, torch.rand(2, 3, 10), 1, 0, 1.0, None),
-            (X, dense, None, None, 2.0, None, None, 2, 0.5, torch.tensor(3)),
+            (X, dense, 0.25, None, 2.0, None, None, 1, 1.0, None, False),
+            (X, Y, None, alpha, 0.5, torch.rand(2, 3, 10), 1, 0, 1.0, None, True),
+            (X, dense, None, None, 2.0, None, None, 2, 0.5, torch.tensor(3), False),
         ],
         "softmax_focal_forward": [
-            (X, Y, 1.0, None, 2.0, 0.0, -100, 1, 1.0, None),
-            (X, Y, 1.0, alpha, 0.5, 0.1, None, 0, 1.0, None),
-            (X, Y, 0.5, None, 0.0, 0.0, 1, 2, 0.5, torch.tensor(3.0)),
+            (X, Y, 1.0, None, 2.0, 0.0, -100, 1, 1.0, None, False),
+            (X, Y, 1.0, alpha, 0.5, 0.1, None, 0, 1.0, None, True),
+            (X, Y, 0.5, None, 0.0, 0.0, 1, 2, 0.5, torch.tensor(3.0), False),
         ],
         "lovasz_softmax_forward": [
-            (X, Y, None, True, False, None, None, True, 1, True),
-            (X, Y, torch.tensor([True, False, True]), False, True, alpha, 1, True, 0, True),
-            (X.softmax(1), Y, None, False, True, None, None, False, 2, True),
+            (X, Y, None, True, False, None, None, True, 1, True, False),
+            (X, Y, torch.tensor([True, False, True]), False, True, alpha, 1, True, 0, True, False),
+            (X.softmax(1), Y, None, False, True, None, None, False, 2, True, False),
         ],
         "lovasz_hinge_forward": [
-            (X[:, :1], Y.clamp(max=1), True, None, 1, True),
-            (X[:, :1], Y.clamp(max=1), False, 1, 0, True),
+            (X[:, :1], Y.clamp(max=1), True, None, 1, True, False),
+            (X[:, :1], Y.clamp(max=1), False, 1, 0, True, False),
         ],
     }
 
@@ -123,18 +123,57 @@ def test_no_copy_of_channels_last(loss):
     if loss != "lovasz hinge":  # there the gradient of x[:, 0] is embedded by PyTorch
         assert gradient.stride() == x.stride()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        losses()[loss](x)
+        value = losses()[loss](x)
+        if loss != "lovasz hinge":
+            value.backward()
     names = {"aten::contiguous", "aten::clone", "aten::copy_"}
     large = [e.name for e in profile.events() if e.name in names and math.prod(e.input_shapes[0]) > x.size(1)]
     assert not large, large  # copies of [C] options are small
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("loss", losses())
-def test_autocast_and_parameters(loss):
-    """Half-precision logits of an autocast network go in as they are."""
-    layer = torch.nn.Conv2d(4, 3, 1)
+def test_autocast(loss, dtype, backend, monkeypatch):
+    """Half-precision logits go in as they are; the loss is float32, so that the usual scale of a gradient scaler fits."""
+    import veerloss._arguments as arguments
+
+    if backend == "reference":
+        monkeypatch.setattr(arguments, "choose_backend", lambda *_: "reference")
+    x = logits((2, 3, 5, 4)).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        out = layer(torch.randn(2, 4, 5, 4))
-        assert out.dtype == torch.bfloat16
-        losses()[loss](out).backward()
-    assert layer.weight.grad.isfinite().all()
+        value = losses()[loss](x)
+    assert value.dtype == torch.float32
+    (value * 65536 / 1024).backward()
+    assert x.grad.dtype == dtype and x.grad.isfinite().all()
+    torch.testing.assert_close(losses()[loss](x.detach()).float(), value.detach(), rtol=0.01, atol=0.01)
+    scaled = losses()[loss](x)
+    assert scaled.dtype == dtype
+
+
+def test_autocast_compiles():
+    x, y = logits((2, 3, 10)).bfloat16(), labels((2, 3, 10), 3)
+    compiled = torch.compile(veerloss.softmax_focal_loss, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        for reduction in ("mean", "none"):
+            actual = compiled(x, y, reduction=reduction)
+            assert actual.dtype == torch.float32
+            torch.testing.assert_close(actual, veerloss.softmax_focal_loss(x, y, reduction=reduction))
+
+
+def test_operators_called_directly_check_their_arguments():
+    forward, backward = torch.ops.veerloss.softmax_focal_forward, torch.ops.veerloss.softmax_focal_backward
+    sigmoid, lovasz = torch.ops.veerloss.sigmoid_focal_forward, torch.ops.veerloss.lovasz_softmax_backward
+    one, options = torch.ones(()), (1.0, None, 2.0, 0.0, None)
+    for call, expected in (
+        (lambda: forward(X.to(torch.int8), Y, *options, 1, 1.0, None, False), "logits of float32"),
+        (lambda: sigmoid(X.to(torch.int8), X, None, None, 2.0, None, None, 0, 1.0, None, False), "logits of float32"),
+        (lambda: forward(X, Y.T.contiguous(), *options, 1, 1.0, None, False), r"a target \[N, P\]"),
+        (lambda: forward(X, Y, 1.0, torch.ones(6)[::2], 2.0, 0.0, None, 1, 1.0, None, False), "class_alpha"),
+        (lambda: backward(torch.ones(1, 1), X, Y, *options, 0, one), "a gradient of the shape of the loss"),
+        (lambda: lovasz(one, X, torch.zeros(3, 2, 10).half(), torch.ones(3), False, True, 1), "the weights of a forward pass"),
+        (lambda: lovasz(one, X, torch.zeros(0), torch.ones(3), False, True, 1), "the weights of a forward pass"),
+        (lambda: torch.ops.veerloss.lovasz_hinge_forward(X, Y, False, None, 1, True, False), r"logits \[N, 1, P\]"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=expected):
+            call()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -42,6 +44,8 @@ def choose_backend(backend: str, device: torch.device) -> str:
 def check_logits(logits: Tensor, least_dim: int, shape: str) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a Tensor, got {type(logits).__name__}")
+    if logits.layout != torch.strided:
+        raise TypeError(f"logits must be a dense tensor, got the layout {logits.layout}")
     if logits.dtype not in _FLOATS:
         raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
     if logits.dim() < least_dim:
@@ -53,6 +57,8 @@ def check_target(target: Tensor, logits: Tensor) -> None:
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     if target.device != logits.device:
         raise ValueError(f"target must be on the device of logits, {str(logits.device)!r}, got {str(target.device)!r}")
+    if target.layout != torch.strided:
+        raise TypeError(f"target must be a dense tensor, got the layout {target.layout}")
     if target.dtype not in (*_FLOATS, *_INTEGERS, torch.bool):
         raise TypeError(f"target must be a float, integer or bool tensor, got {target.dtype}")
     if target.requires_grad:
@@ -80,7 +86,8 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    if isinstance(value, bool | Tensor) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+    # numbers.Real: NumPy's scalars too
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     inside = (low < value if open_low else low <= value) and value <= high and value < math.inf
     if not inside:
@@ -88,9 +95,22 @@ def check_number(name: str, value: object, low: float, high: float = math.inf, *
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
 
 
-def check_ignore_index(ignore_index: object) -> None:
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+def as_ignore_index(ignore_index: object) -> int | None:
+    if ignore_index is None:
+        return None
+    value = as_int(ignore_index)
+    if value is None:
         raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {value}")
+    return value
+
+
+def as_int(value: object) -> int | None:
+    """Python's and NumPy's integers as an int; None for anything else."""
+    if isinstance(value, int):
+        return None if isinstance(value, bool) else value
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, Tensor) else None
 
 
 def check_flag(name: str, value: object) -> None:
@@ -104,8 +124,8 @@ def check_constant(name: str, value: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of logits, {str(logits.device)!r}, got {str(value.device)!r}")
     if value.requires_grad:
         raise ValueError(f"{name} must not require a gradient: it is a constant of the loss; pass {name}.detach()")
-    if value.dtype.is_complex:
-        raise TypeError(f"{name} must be real, got {value.dtype}")
+    if value.dtype not in (*_FLOATS, *_INTEGERS, torch.bool) or value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense float, integer or bool tensor, got {value.dtype}, {value.layout}")
 
 
 def check_per_class(name: str, value: Tensor, logits: Tensor, classes: int) -> None:
@@ -131,15 +151,23 @@ def check_normalizer(normalizer: object, reduction: str, logits: Tensor) -> None
 
 
 def check_label_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
-    bad = (target < 0) | (target >= classes)
-    if target.dtype.is_floating_point:
-        bad |= target != target.round()
-    _raise_for(bad, target, f"class indices in [0, {classes})", ignore_index)
+    target = widened(target)
+    _raise_for((target < 0) | (target >= classes), target, f"class indices in [0, {classes})", ignore_index)
+
+
+def check_binary(target: Tensor, ignore_index: int | None) -> None:
+    target = widened(target)
+    _raise_for((target != 0) & (target != 1), target, "0 or 1", ignore_index)
 
 
 def check_unit_range(target: Tensor, ignore_index: int | None) -> None:
-    if target.dtype != torch.bool:
-        _raise_for((target < 0) | (target > 1), target, "values in [0, 1]", ignore_index)
+    target = widened(target)
+    _raise_for((target < 0) | (target > 1), target, "values in [0, 1]", ignore_index)
+
+
+def widened(target: Tensor) -> Tensor:
+    """Integers as int64: PyTorch wraps a number to the type of the tensor that it is compared with, 511 to 255 for uint8."""
+    return target if target.dtype.is_floating_point else target.long()
 
 
 def _raise_for(bad: Tensor, target: Tensor, expected: str, ignore_index: int | None) -> None:
@@ -163,3 +191,11 @@ def as_pixels(logits: Tensor) -> Tensor:
 def arithmetic_dtype(logits: Tensor) -> torch.dtype:
     """What kernels compute in: float32, or float64 for float64 logits."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def loss_dtype(logits: Tensor) -> torch.dtype:
+    """The type of the loss: that of the logits, but float32 under autocast, as for PyTorch's own losses.
+
+    A float16 loss has a float16 gradient, in which the usual scale of a gradient scaler, 65536, is infinite.
+    """
+    return arithmetic_dtype(logits) if torch.is_autocast_enabled(logits.device.type) else logits.dtype

@@ -45,7 +45,8 @@ def sigmoid_focal_loss(
         backend: "auto", "native" or "reference". An explicit name never falls back.
 
     Returns:
-        A tensor of the type of ``logits``: 0-d, or the shape of ``logits`` for "none". 0 where nothing is valid.
+        A tensor of the type of ``logits``, float32 under autocast: 0-d, or the shape of ``logits`` for "none". 0 where
+        nothing is valid.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
@@ -76,7 +77,7 @@ def sigmoid_focal_loss(
     alpha = _checked_alpha(alpha, logits, logits.size(1) if logits.dim() > 1 else 1, 1)
     if weight is not None:
         weight = _element_weight(weight, logits)
-    arguments.check_ignore_index(ignore_index)
+    ignore_index = arguments.as_ignore_index(ignore_index)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_normalizer(normalizer, reduction, logits)
 
@@ -130,8 +131,8 @@ def softmax_focal_loss(
         backend: "auto", "native" or "reference". An explicit name never falls back.
 
     Returns:
-        A tensor of the type of ``logits``: 0-d, or the shape of ``target`` for "none". 0 where no pixel is valid. As in
-        cross_entropy, -inf masks a class out, and NaN or +inf gives NaN.
+        A tensor of the type of ``logits``, float32 under autocast: 0-d, or the shape of ``target`` for "none". 0 where no
+        pixel is valid. As in cross_entropy, -inf masks a class out, and NaN or +inf gives NaN.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
@@ -149,7 +150,7 @@ def softmax_focal_loss(
     arguments.check_number("label_smoothing", label_smoothing, 0, 1)
     classes = logits.size(1) if logits.dim() > 1 else logits.size(0)
     alpha = _checked_alpha(alpha, logits, classes, math.inf)
-    arguments.check_ignore_index(ignore_index)
+    ignore_index = arguments.as_ignore_index(ignore_index)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_normalizer(normalizer, reduction, logits)
 

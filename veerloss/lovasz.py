@@ -49,8 +49,8 @@ def lovasz_softmax_loss(
         backend: "auto", "native" or "reference". An explicit name never falls back.
 
     Returns:
-        A tensor of the type of ``logits``. 0 where no pixel is valid. As in cross_entropy, -inf masks a class out, and NaN or
-        +inf gives NaN.
+        A tensor of the type of ``logits``, float32 under autocast. 0 where no pixel is valid. As in cross_entropy, -inf masks
+        a class out, and NaN or +inf gives NaN.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
@@ -71,7 +71,7 @@ def lovasz_softmax_loss(
         if not isinstance(class_weight, Tensor):
             raise TypeError(f"class_weight must be a Tensor or None, got {type(class_weight).__name__}")
         arguments.check_per_class("class_weight", class_weight, logits, logits.size(1))
-    arguments.check_ignore_index(ignore_index)
+    ignore_index = arguments.as_ignore_index(ignore_index)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_choice("method", method, METHODS)
 
@@ -115,7 +115,8 @@ def lovasz_hinge_loss(
         backend: "auto", "native" or "reference". An explicit name never falls back.
 
     Returns:
-        A tensor of the type of ``logits``. Images without valid pixels count as 0. NaN or an infinite logit gives NaN.
+        A tensor of the type of ``logits``, float32 under autocast. Images without valid pixels count as 0. NaN or an infinite
+        logit gives NaN.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
@@ -139,12 +140,12 @@ def lovasz_hinge_loss(
             )
         raise ValueError(message)
     arguments.check_flag("per_image", per_image)
-    arguments.check_ignore_index(ignore_index)
+    ignore_index = arguments.as_ignore_index(ignore_index)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_choice("method", method, METHODS)
 
     if arguments.choose_backend(backend, logits.device) == "reference":
-        arguments.check_label_range(target, 2, ignore_index)
+        arguments.check_binary(target, ignore_index)
         return reference.lovasz_hinge_loss(logits, target, per_image=per_image, ignore_index=ignore_index, reduction=reduction)
     pixels = logits.numel() // logits.size(0) if logits.size(0) else 0
     x = logits.reshape(logits.size(0), 1, pixels)
@@ -166,14 +167,16 @@ def _selected_classes(classes: str | Sequence[int], logits: Tensor) -> Tensor | 
     if not isinstance(classes, Sequence):
         raise TypeError(f"classes must be 'present', 'all' or a sequence of class ids, got {type(classes).__name__}")
     count = logits.size(1)
+    chosen = set()
     for c in classes:
-        if isinstance(c, bool) or not isinstance(c, int):
+        number = arguments.as_int(c)
+        if number is None:
             raise TypeError(f"classes must hold ints, got {c!r}")
-        if not 0 <= c < count:
+        if not 0 <= number < count:
             raise IndexError(f"classes holds {c}, expected class ids in [0, {count})")
-    if len(set(classes)) != len(classes) or not classes:
+        chosen.add(number)
+    if len(chosen) != len(classes) or not chosen:
         raise ValueError(f"classes must hold at least one class id, and each once, got {list(classes)}")
-    chosen = set(classes)
     return torch.tensor([c in chosen for c in range(count)], device=logits.device)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import arithmetic_dtype
+from ._arguments import arithmetic_dtype, loss_dtype
 
 #: As ``Reduction`` in csrc/cpu/tensor.h.
 NONE, MEAN, SUM = 0, 1, 2
@@ -20,9 +20,10 @@ _SIGMOID = "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int?
 _SOFTMAX = "float alpha, Tensor? class_alpha, float gamma, float label_smoothing, int? ignore_index, int reduction"
 # A class takes part if `selected`, [C] bool, has it (null: every class) and, with `present`, if it has foreground.
 _CLASSES = "Tensor? selected, bool present, bool per_image, Tensor? class_weight, int? ignore_index, bool from_logits"
-_FOCAL_RESULT = "float factor, Tensor? normalizer) -> (Tensor loss, Tensor scale)"
+# A loss is `wide` if it is to be in the arithmetic type, whatever the logits are.
+_FOCAL_RESULT = "float factor, Tensor? normalizer, bool wide) -> (Tensor loss, Tensor scale)"
 # scale has one value per segment; weights are the signed weights of the errors, [C, N, P], or [0] without `keep`.
-_LOVASZ_RESULT = "int reduction, bool keep) -> (Tensor loss, Tensor scale, Tensor weights)"
+_LOVASZ_RESULT = "int reduction, bool keep, bool wide) -> (Tensor loss, Tensor scale, Tensor weights)"
 _LOVASZ_BACKWARD = "(Tensor grad, Tensor logits, Tensor weights, Tensor scale, bool per_image"
 _SCHEMAS = {
     "sigmoid_focal_forward": f"(Tensor logits, Tensor target, {_SIGMOID}, {_FOCAL_RESULT}",
@@ -38,16 +39,25 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"veerloss::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
 
+def _wide(logits: Tensor) -> bool:
+    return loss_dtype(logits) != logits.dtype
+
+
+def _loss_dtype(logits: Tensor, wide: bool) -> torch.dtype:
+    return arithmetic_dtype(logits) if wide else logits.dtype
+
+
 # ---- focal
 
 
 def sigmoid_focal(logits, target, alpha, class_alpha, gamma, weight, ignore_index, reduction, normalizer) -> Tensor:
-    options = (alpha, class_alpha, float(gamma), weight, ignore_index, *_divisor(reduction, normalizer))
+    options = (alpha, class_alpha, float(gamma), weight, ignore_index, *_divisor(reduction, normalizer), _wide(logits))
     return torch.ops.veerloss.sigmoid_focal_forward(logits, target, *options)[0]
 
 
 def softmax_focal(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer) -> Tensor:
-    options = (float(alpha), class_alpha, float(gamma), float(label_smoothing), ignore_index, *_divisor(reduction, normalizer))
+    options = (float(alpha), class_alpha, float(gamma), float(label_smoothing), ignore_index)
+    options += (*_divisor(reduction, normalizer), _wide(logits))
     return torch.ops.veerloss.softmax_focal_forward(logits, target, *options)[0]
 
 
@@ -61,15 +71,19 @@ def _divisor(reduction: str, normalizer: float | Tensor | None) -> tuple[int, fl
 
 
 @torch.library.register_fake("veerloss::sigmoid_focal_forward")
-def _(logits, target, alpha, class_alpha, gamma, weight, ignore_index, reduction, factor, normalizer):
-    loss = torch.empty_like(logits) if reduction == NONE else logits.new_empty(())
+def _(logits, target, alpha, class_alpha, gamma, weight, ignore_index, reduction, factor, normalizer, wide):
+    if reduction == NONE:
+        loss = logits.new_empty(logits.shape, dtype=_loss_dtype(logits, wide)) if wide else torch.empty_like(logits)
+    else:
+        loss = logits.new_empty((), dtype=_loss_dtype(logits, wide))
     return loss, logits.new_empty((), dtype=arithmetic_dtype(logits))
 
 
 @torch.library.register_fake("veerloss::softmax_focal_forward")
-def _(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, factor, normalizer):
+def _(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, factor, normalizer, wide):
     n, _, p = logits.shape
-    return logits.new_empty((n, p) if reduction == NONE else ()), logits.new_empty((), dtype=arithmetic_dtype(logits))
+    loss = logits.new_empty((n, p) if reduction == NONE else (), dtype=_loss_dtype(logits, wide))
+    return loss, logits.new_empty((), dtype=arithmetic_dtype(logits))
 
 
 def _fake_focal_backward(grad, logits, *args):
@@ -77,7 +91,7 @@ def _fake_focal_backward(grad, logits, *args):
 
 
 def _save_focal(ctx, inputs, output) -> None:
-    logits, target, alpha, class_alpha, gamma, fifth, ignore_index, reduction, _, _ = inputs
+    logits, target, alpha, class_alpha, gamma, fifth, ignore_index, reduction, _, _, _ = inputs
     # The fifth option is a tensor for sigmoid (weight), a number for softmax (label_smoothing).
     tensor = fifth if isinstance(fifth, Tensor) else None
     ctx.save_for_backward(logits, target, class_alpha, tensor, output[1])
@@ -92,7 +106,7 @@ def _focal_backward(op: str):
         fifth = fifth if tensor is None else tensor
         kernel = getattr(torch.ops.veerloss, op)
         grad_logits = kernel(grad, logits, target, alpha, class_alpha, gamma, fifth, ignore_index, reduction, scale)
-        return grad_logits, *[None] * 9
+        return grad_logits, *[None] * 10
 
     return backward
 
@@ -102,36 +116,39 @@ def _focal_backward(op: str):
 
 def lovasz_softmax(logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction) -> Tensor:
     keep = torch.is_grad_enabled() and logits.requires_grad
-    return torch.ops.veerloss.lovasz_softmax_forward(
-        logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, _REDUCTION[reduction], keep
-    )[0]  # fmt: skip
+    options = (selected, present, per_image, class_weight, ignore_index, from_logits, _REDUCTION[reduction])
+    return torch.ops.veerloss.lovasz_softmax_forward(logits, target, *options, keep, _wide(logits))[0]
 
 
 def lovasz_hinge(logits, target, per_image, ignore_index, reduction) -> Tensor:
     keep = torch.is_grad_enabled() and logits.requires_grad
-    return torch.ops.veerloss.lovasz_hinge_forward(logits, target, per_image, ignore_index, _REDUCTION[reduction], keep)[0]
+    return torch.ops.veerloss.lovasz_hinge_forward(
+        logits, target, per_image, ignore_index, _REDUCTION[reduction], keep, _wide(logits)
+    )[0]
 
 
 @torch.library.register_fake("veerloss::lovasz_softmax_forward")
-def _(logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction, keep):
+def _(logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction, keep, wide):
     n, c, p = logits.shape
     shape = (n, c) if per_image else (c,)
     dtype = arithmetic_dtype(logits)
     weights = logits.new_empty((c, n, p) if keep else (0,), dtype=dtype)
-    return logits.new_empty(shape if reduction == NONE else ()), logits.new_empty(shape, dtype=dtype), weights
+    loss = logits.new_empty(shape if reduction == NONE else (), dtype=_loss_dtype(logits, wide))
+    return loss, logits.new_empty(shape, dtype=dtype), weights
 
 
 @torch.library.register_fake("veerloss::lovasz_hinge_forward")
-def _(logits, target, per_image, ignore_index, reduction, keep):
+def _(logits, target, per_image, ignore_index, reduction, keep, wide):
     n, c, p = logits.shape
     shape = (n,) if per_image else ()
     dtype = arithmetic_dtype(logits)
     weights = logits.new_empty((c, n, p) if keep else (0,), dtype=dtype)
-    return logits.new_empty(shape if reduction == NONE else ()), logits.new_empty(shape, dtype=dtype), weights
+    loss = logits.new_empty(shape if reduction == NONE else (), dtype=_loss_dtype(logits, wide))
+    return loss, logits.new_empty(shape, dtype=dtype), weights
 
 
 def _save_softmax(ctx, inputs, output) -> None:
-    logits, _, _, _, per_image, _, _, from_logits, reduction, _ = inputs
+    logits, _, _, _, per_image, _, _, from_logits, reduction, _, _ = inputs
     _, scale, weights = output
     ctx.save_for_backward(logits, weights, scale)
     ctx.options = (per_image, from_logits, reduction)
@@ -139,11 +156,11 @@ def _save_softmax(ctx, inputs, output) -> None:
 
 
 def _softmax_backward(ctx, grad, *_):
-    return torch.ops.veerloss.lovasz_softmax_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 9
+    return torch.ops.veerloss.lovasz_softmax_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 10
 
 
 def _save_hinge(ctx, inputs, output) -> None:
-    logits, _, per_image, _, reduction, _ = inputs
+    logits, _, per_image, _, reduction, _, _ = inputs
     _, scale, weights = output
     ctx.save_for_backward(logits, weights, scale)
     ctx.options = (per_image, reduction)
@@ -151,7 +168,7 @@ def _save_hinge(ctx, inputs, output) -> None:
 
 
 def _hinge_backward(ctx, grad, *_):
-    return torch.ops.veerloss.lovasz_hinge_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 5
+    return torch.ops.veerloss.lovasz_hinge_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 # ---- registration

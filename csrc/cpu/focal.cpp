@@ -34,6 +34,8 @@ struct SoftmaxRows {
 namespace veerloss {
 namespace {
 
+constexpr const char* expected_class_alpha = "class_alpha with one value per class, contiguous, in the arithmetic type";
+
 // f(std::bool_constant<gamma is 2>): the default needs no logarithm.
 template <class F>
 auto with_square(double gamma, const F& f) {
@@ -69,8 +71,10 @@ std::tuple<Tensor, Tensor> finish(const Tensor& logits, Tensor loss, const std::
 template <class T>
 class IncomingGradient {
  public:
-  IncomingGradient(const Tensor& grad, const Tensor& scale, Reduction reduction)
+  // `channels`: the loss has a value for each element of [N, C, P], else of [N, P].
+  IncomingGradient(const Tensor& grad, const Tensor& scale, const Tensor& logits, bool channels, Reduction reduction)
       : per_element_(reduction == Reduction::none), view_{}, scaled_(0) {
+    if (per_element_) check_like(grad, logits, channels, "a gradient of the shape of the loss");
     if (per_element_)
       view_ = view_of(grad);
     else
@@ -111,7 +115,7 @@ int64_t tile_count(const Geometry& g, int64_t tile) {
 
 template <class T>
 struct SigmoidRows {
-  explicit SigmoidRows(int64_t tile) : label(tile), storage(5 * tile) {
+  explicit SigmoidRows(int64_t tile) : label(tile), stored(tile), storage(5 * tile) {
     T* next = storage.data();
     for (T** row : {&x_row, &t_row, &weight, &grad, &out}) {
       *row = next;
@@ -122,6 +126,7 @@ struct SigmoidRows {
   int64_t valid = 0;
   const T *x = nullptr, *t = nullptr;  // x_row and t_row, or the tensors themselves
   std::vector<int32_t> label;
+  std::vector<double> stored;  // a dense target before it is rounded to T, to tell what is ignored
   T *x_row, *t_row, *weight, *grad, *out;
 
  private:
@@ -135,7 +140,7 @@ class SigmoidFocal {
                const std::optional<Tensor>& class_alpha, double gamma, const std::optional<Tensor>& weight,
                std::optional<int64_t> ignore_index)
       : g(geometry_of(logits)),
-        tile(tile_length(8, sizeof(T))),
+        tile(tile_length(8, sizeof(T), g.images * g.pixels)),
         logits_(view_of(logits)),
         target_(view_of(target)),
         weight_(weight ? view_of(*weight) : View{}),
@@ -144,11 +149,9 @@ class SigmoidFocal {
         rule_{one_hot_ ? g.channels : 1, ignore_index.has_value(), ignore_index.value_or(0)},
         gamma_(static_cast<T>(gamma)),
         alpha_(alpha),
-        class_alpha_(class_alpha ? static_cast<const T*>(class_alpha->data_ptr()) : nullptr) {
-    check_like(target, g, !one_hot_, "target");
-    if (weight) check_like(*weight, g, true, "weight");
-    if (class_alpha && (class_alpha->numel() != g.channels || class_alpha->scalar_type() != scalar_type_of<T>()))
-      throw std::invalid_argument("veerloss: class_alpha needs one value per channel, in the arithmetic type");
+        class_alpha_(class_alpha ? arithmetic_data<T>(*class_alpha, g.channels, expected_class_alpha) : nullptr) {
+    check_like(target, logits, !one_hot_, "a target [N, C, P] or [N, P] for logits [N, C, P]");
+    if (weight) check_like(*weight, logits, true, "a weight [N, C, P] for logits [N, C, P]");
   }
 
   const Geometry g;
@@ -203,8 +206,11 @@ class SigmoidFocal {
       std::fill_n(r.weight, run.count, T(1));
     if (one_hot_)
       VEERLOSS_DISPATCH(FocalTiles::mask_labels(r.weight, r.x_row, r.label.data(), run.count));
-    else if (rule_.has_ignore)
-      r.valid = VEERLOSS_DISPATCH(FocalTiles::mask_dense(r.t_row, r.weight, r.x_row, run.count, static_cast<T>(rule_.ignore)));
+    else if (rule_.has_ignore) {
+      load_row(r.stored.data(), target_, g, c, run);
+      r.valid = VEERLOSS_DISPATCH(
+          FocalTiles::mask_dense(r.t_row, r.weight, r.x_row, run.count, r.stored.data(), static_cast<double>(rule_.ignore)));
+    }
   }
 
   View logits_, target_, weight_;
@@ -219,13 +225,16 @@ class SigmoidFocal {
 std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Tensor& target, std::optional<double> alpha,
                                                  std::optional<Tensor> class_alpha, double gamma, std::optional<Tensor> weight,
                                                  std::optional<int64_t> ignore_index, int64_t reduction_, double factor,
-                                                 std::optional<Tensor> normalizer) {
+                                                 std::optional<Tensor> normalizer, bool wide) {
   return with_arithmetic_type(logits, [&](auto zero) {
     using T = decltype(zero);
     const auto reduction = static_cast<Reduction>(reduction_);
     SigmoidFocal<T> in(logits, target, alpha, class_alpha, gamma, weight, ignore_index);
     const bool none = reduction == Reduction::none;
-    Tensor loss = none ? with_huge_pages(torch::stable::empty_like(logits)) : torch::stable::new_empty(logits, {});
+    Tensor loss = none && !wide ? torch::stable::empty_like(logits)
+                  : none        ? torch::stable::new_empty(logits, logits.sizes(), scalar_type_of<T>())
+                                : torch::stable::new_empty(logits, {}, loss_type<T>(logits, wide));
+    if (none) with_huge_pages(loss);
     const View out = none ? view_of(loss) : View{};
     std::vector<Partial> partials(tile_count(in.g, in.tile));
     with_square(gamma, [&](auto square) {
@@ -257,7 +266,7 @@ Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Te
   return with_arithmetic_type(logits, [&](auto zero) {
     using T = decltype(zero);
     SigmoidFocal<T> in(logits, target, alpha, class_alpha, gamma, weight, ignore_index);
-    const IncomingGradient<T> incoming(grad, scale, static_cast<Reduction>(reduction));
+    const IncomingGradient<T> incoming(grad, scale, logits, true, static_cast<Reduction>(reduction));
     Tensor grad_logits = with_huge_pages(torch::stable::empty_like(logits));
     const View out = view_of(grad_logits);
     with_square(gamma, [&](auto square) {
@@ -320,18 +329,16 @@ class SoftmaxFocal {
   SoftmaxFocal(const Tensor& logits, const Tensor& target, double alpha, const std::optional<Tensor>& class_alpha, double gamma,
                double smoothing, std::optional<int64_t> ignore_index)
       : g(geometry_of(logits)),
-        tile(tile_length(g.channels * (smoothing > 0 ? 3 : 1), sizeof(T))),
+        tile(tile_length(g.channels * (smoothing > 0 ? 3 : 1), sizeof(T), g.images * g.pixels)),
         logits_(view_of(logits)),
         target_(view_of(target)),
         rule_{g.channels, ignore_index.has_value(), ignore_index.value_or(0)},
         gamma_(static_cast<T>(gamma)),
         smoothing_(static_cast<T>(smoothing)),
         one_alpha_(static_cast<T>(alpha)),
-        alpha_(class_alpha ? static_cast<const T*>(class_alpha->data_ptr()) : &one_alpha_),
+        alpha_(class_alpha ? arithmetic_data<T>(*class_alpha, g.channels, expected_class_alpha) : &one_alpha_),
         alpha_step_(class_alpha ? 1 : 0) {
-    check_like(target, g, false, "target");
-    if (class_alpha && (class_alpha->numel() != g.channels || class_alpha->scalar_type() != scalar_type_of<T>()))
-      throw std::invalid_argument("veerloss: class_alpha needs one value per class, in the arithmetic type");
+    check_like(target, logits, false, "a target [N, P] for logits [N, C, P]");
   }
 
   const Geometry g;
@@ -414,14 +421,14 @@ class SoftmaxFocal {
 std::tuple<Tensor, Tensor> softmax_focal_forward(const Tensor& logits, const Tensor& target, double alpha,
                                                  std::optional<Tensor> class_alpha, double gamma, double label_smoothing,
                                                  std::optional<int64_t> ignore_index, int64_t reduction_, double factor,
-                                                 std::optional<Tensor> normalizer) {
+                                                 std::optional<Tensor> normalizer, bool wide) {
   return with_arithmetic_type(logits, [&](auto zero) {
     using T = decltype(zero);
     const auto reduction = static_cast<Reduction>(reduction_);
     SoftmaxFocal<T> in(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index);
     const bool none = reduction == Reduction::none;
-    Tensor loss =
-        none ? torch::stable::new_empty(logits, {logits.size(0), logits.size(2)}) : torch::stable::new_empty(logits, {});
+    Tensor loss = none ? torch::stable::new_empty(logits, {logits.size(0), logits.size(2)}, loss_type<T>(logits, wide))
+                       : torch::stable::new_empty(logits, {}, loss_type<T>(logits, wide));
     const View out = none ? view_of(loss) : View{};
     std::vector<Partial> partials(tile_count(in.g, in.tile));
     with_square(gamma, [&](auto square) {
@@ -443,7 +450,7 @@ Tensor softmax_focal_backward(const Tensor& grad, const Tensor& logits, const Te
   return with_arithmetic_type(logits, [&](auto zero) {
     using T = decltype(zero);
     SoftmaxFocal<T> in(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index);
-    const IncomingGradient<T> incoming(grad, scale, static_cast<Reduction>(reduction));
+    const IncomingGradient<T> incoming(grad, scale, logits, false, static_cast<Reduction>(reduction));
     Tensor grad_logits = with_huge_pages(torch::stable::empty_like(logits));
     const View out = view_of(grad_logits);
     with_square(gamma, [&](auto square) {

@@ -49,12 +49,14 @@ struct FocalTiles {
     return outside == 0;
   }
 
-  // Takes the ignored elements of a dense target out; they become 0. Returns how many are valid.
+  // Takes the ignored elements of a dense target out; they become 0. stored is the target before it was rounded to T. Returns
+  // how many are valid.
   template <class T>
-  static int64_t mask_dense(T* __restrict t, T* __restrict weight, T* __restrict x, int64_t n, T ignore) {
+  static int64_t mask_dense(T* __restrict t, T* __restrict weight, T* __restrict x, int64_t n, const double* __restrict stored,
+                            double ignore) {
     int32_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const bool valid = t[i] != ignore;
+      const bool valid = stored[i] != ignore;
       count += valid;
       weight[i] = valid ? weight[i] : T(0);
       x[i] = valid ? x[i] : T(0);

@@ -75,10 +75,10 @@ enum class Errors { softmax, probabilities, hinge };
 template <class T>
 std::vector<SegmentCounts<T>> write_keys(const Tensor& logits, const Tensor& target, const Geometry& g, const Segments& s,
                                          Errors errors, std::optional<int64_t> ignore_index, typename ErrorKey<T>::Word* keys) {
-  check_like(target, g, false, "target");
+  check_like(target, logits, false, "a target [N, P] for logits [N, C, P]");
   const View x = view_of(logits), y = view_of(target);
   const TargetRule rule{errors == Errors::hinge ? 2 : g.channels, ignore_index.has_value(), ignore_index.value_or(0)};
-  const int64_t tile = tile_length(g.channels, sizeof(T)), flat = g.images * g.pixels;
+  const int64_t tile = tile_length(g.channels, sizeof(T), s.length), flat = g.images * g.pixels;
   std::vector<SegmentCounts<T>> counts(s.count());
   BadTarget bad;
   for_each_tile(
@@ -108,7 +108,7 @@ std::vector<SegmentCounts<T>> write_keys(const Tensor& logits, const Tensor& tar
       [&](const Buffers<T>& b) {
         for (int64_t i = 0; i < s.count(); ++i) counts[i].add(b.counts[i]);
       });
-  bad.raise_if_any(y, g, expected_labels(rule));
+  bad.raise_if_any(y, g, expected_labels(rule, errors == Errors::hinge));
   return counts;
 }
 
@@ -147,7 +147,7 @@ struct Options {
   bool per_image;
   std::optional<int64_t> ignore_index;
   Reduction reduction;
-  bool keep;
+  bool keep, wide;
   bool present;          // only classes with foreground
   const char* selected;  // [C] bool, or null for all classes
   std::optional<Tensor> class_weight;
@@ -157,6 +157,7 @@ struct Options {
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target, const Options& o) {
   using Word = typename ErrorKey<T>::Word;
+  require(logits.dim() == 3, "logits [N, C, P]");
   const Geometry g = segment_geometry(logits, o.per_image);
   const Segments s(g, o.per_image);
   const std::vector<int64_t> shape = o.errors == Errors::hinge
@@ -165,7 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
                                                    : std::vector<int64_t>{s.classes};
   Tensor keys =
       with_huge_pages(torch::stable::new_empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, scalar_type_of<T>()));
-  Tensor loss = o.reduction == Reduction::none ? torch::stable::new_empty(logits, shape) : torch::stable::new_empty(logits, {});
+  Tensor loss = torch::stable::new_empty(logits, o.reduction == Reduction::none ? shape : std::vector<int64_t>{},
+                                         loss_type<T>(logits, o.wide));
   Tensor scale = torch::stable::new_empty(logits, shape, scalar_type_of<T>());
 
   auto* words = static_cast<Word*>(keys.data_ptr());
@@ -176,7 +178,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
         counts[i].valid > 0 && (!o.selected || o.selected[i % s.classes]) && (!o.present || counts[i].foreground > 0);
   const std::vector<double> losses = segment_losses<T>(words, s, o.errors, counts, takes_part, o.keep);
 
-  const T* class_weight = o.class_weight ? static_cast<const T*>(o.class_weight->data_ptr()) : nullptr;
+  const T* class_weight =
+      o.class_weight ? arithmetic_data<T>(*o.class_weight, s.classes, "class_weight with one value per class, contiguous")
+                     : nullptr;
   double sum = 0;
   for (int64_t row = 0; row < s.rows; ++row) {
     const auto in_mean = std::count(&takes_part[row * s.classes], &takes_part[row * s.classes] + s.classes, 1);
@@ -200,9 +204,9 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights,
                 bool per_image, Reduction reduction) {
   const Geometry g = segment_geometry(logits, per_image);
   const Segments s(g, per_image);
-  const int64_t flat = g.images * g.pixels, tile = tile_length(2 * g.channels, sizeof(T));
-  if (weights.numel() != flat * g.channels || scale.numel() != s.count())
-    throw std::invalid_argument("veerloss: the weights of the forward pass were not kept (keep=False)");
+  const int64_t flat = g.images * g.pixels, tile = tile_length(2 * g.channels, sizeof(T), s.length);
+  require(scale.is_contiguous() && scale.numel() == s.count(), "the scale of the forward pass");
+  require(grad.numel() == (reduction == Reduction::none ? s.count() : 1), "a gradient of the shape of the loss");
   std::vector<T> factor(s.count());
   load_row(factor.data(), element_view(scale), {1, 1, s.count()}, 0, {0, s.count()});
   const Tensor incoming = torch::stable::contiguous(grad);
@@ -213,7 +217,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights,
   }
   Tensor grad_logits = with_huge_pages(torch::stable::empty_like(logits));
   const View x = view_of(logits), out = view_of(grad_logits);
-  const T* weight = static_cast<const T*>(weights.data_ptr());
+  const T* weight = arithmetic_data<T>(weights, flat * g.channels, "the weights of a forward pass with keep=True");
   for_each_tile(
       s, tile, [&] { return Buffers<T>(g.channels, tile, 0); },
       [&](int64_t row, Run run, Buffers<T>& b) {
@@ -242,18 +246,17 @@ std::tuple<Tensor, Tensor, Tensor> lovasz_softmax_forward(const Tensor& logits, 
                                                           std::optional<Tensor> selected, bool present, bool per_image,
                                                           std::optional<Tensor> class_weight,
                                                           std::optional<int64_t> ignore_index, bool from_logits,
-                                                          int64_t reduction, bool keep) {
+                                                          int64_t reduction, bool keep, bool wide) {
   return with_arithmetic_type(logits, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t classes = logits.size(1);
-    if (selected && (selected->numel() != classes || dtype_of(*selected) != DType::u8))
-      throw std::invalid_argument("veerloss: selected needs one bool per class");
-    if (class_weight && (class_weight->numel() != classes || class_weight->scalar_type() != scalar_type_of<T>()))
-      throw std::invalid_argument("veerloss: class_weight needs one value per class, in the arithmetic type");
+
+    require(!selected || (selected->is_cpu() && selected->is_contiguous() && selected->numel() == logits.size(1) &&
+                          dtype_of(*selected) == DType::u8),
+            "selected with one bool per class, contiguous");
     return forward<T>(
         logits, target,
         {from_logits ? Errors::softmax : Errors::probabilities, per_image, ignore_index, static_cast<Reduction>(reduction),
-         keep, present, selected ? static_cast<const char*>(selected->data_ptr()) : nullptr, class_weight});
+         keep, wide, present, selected ? static_cast<const char*>(selected->data_ptr()) : nullptr, class_weight});
   });
 }
 
@@ -266,11 +269,13 @@ Tensor lovasz_softmax_backward(const Tensor& grad, const Tensor& logits, const T
 }
 
 std::tuple<Tensor, Tensor, Tensor> lovasz_hinge_forward(const Tensor& logits, const Tensor& target, bool per_image,
-                                                        std::optional<int64_t> ignore_index, int64_t reduction, bool keep) {
+                                                        std::optional<int64_t> ignore_index, int64_t reduction, bool keep,
+                                                        bool wide) {
+  require(logits.dim() == 3 && logits.size(1) == 1, "logits [N, 1, P]");
   return with_arithmetic_type(logits, [&](auto zero) {
     return forward<decltype(zero)>(
         logits, target,
-        {Errors::hinge, per_image, ignore_index, static_cast<Reduction>(reduction), keep, false, nullptr, std::nullopt});
+        {Errors::hinge, per_image, ignore_index, static_cast<Reduction>(reduction), keep, wide, false, nullptr, std::nullopt});
   });
 }
 

@@ -90,12 +90,15 @@ struct LovaszTiles {
     }
   }
 
-  // The weights are signed as for probabilities in [0, 1]; the error |y - p| of one outside may slope the other way.
+  // The weights are signed as for probabilities inside (0, 1). The error |y - p| of one outside may slope the other way, and
+  // one that is right exactly has none.
   template <class T>
   static void sign_outside(const T* __restrict p, T* __restrict weight, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const T magnitude = weight[i] < T(0) ? -weight[i] : weight[i];
-      weight[i] = p[i] < T(0) ? -magnitude : (p[i] > T(1) ? magnitude : weight[i]);
+      const T outside = p[i] < T(0) ? -magnitude : (p[i] > T(1) ? magnitude : weight[i]);
+      const bool right = ((p[i] == T(0)) & (weight[i] > T(0))) | ((p[i] == T(1)) & (weight[i] < T(0)));
+      weight[i] = right ? T(0) : outside;
     }
   }
 
@@ -108,7 +111,9 @@ struct LovaszTiles {
   template <class T>
   static VEERLOSS_HD typename ErrorKey<T>::Word mark(typename ErrorKey<T>::Word key, bool foreground, bool valid) {
     using Key = ErrorKey<T>;
-    return valid ? (key | (foreground ? Key::foreground : typename Key::Word(0))) : Key::ignored;
+    // Every NaN becomes the key of infinity: the bits of one are those of `ignored`.
+    const auto ranked = key < Key::infinity ? key : Key::infinity;
+    return valid ? (ranked | (foreground ? Key::foreground : typename Key::Word(0))) : Key::ignored;
   }
 
   template <class T>

@@ -12,7 +12,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
+#include <iomanip>
 #include <limits>
 #include <optional>
 #include <sstream>
@@ -61,21 +63,44 @@ inline Geometry geometry_of(const Tensor& logits) {
   return {images, logits.size(1), pixels};
 }
 
-inline void check_like(const Tensor& t, const Geometry& g, bool channels, const char* name) {
-  const int64_t expected = g.images * g.pixels * (channels ? g.channels : 1);
-  if (t.numel() != expected || t.dim() != (channels ? 3 : 2) || !t.is_cpu())
-    throw std::invalid_argument(std::string("veerloss: ") + name + " does not match the shape or device of logits");
+// The operators check what the public functions cannot get wrong: they can be called directly.
+inline void require(bool condition, const char* expected) {
+  if (!condition) throw std::invalid_argument(std::string("veerloss: expected ") + expected);
+}
+
+// t is [N, P], or [N, C, P] with channels, beside logits [N, C, P].
+inline void check_like(const Tensor& t, const Tensor& logits, bool channels, const char* expected) {
+  bool fits = t.is_cpu() && t.dim() == (channels ? 3 : 2) && t.size(0) == logits.size(0);
+  fits = fits && t.size(t.dim() - 1) == logits.size(2) && (!channels || t.size(1) == logits.size(1));
+  require(fits, expected);
+}
+
+// A contiguous tensor of `count` values in the arithmetic type.
+template <class T>
+const T* arithmetic_data(const Tensor& t, int64_t count, const char* expected) {
+  require(t.is_cpu() && t.is_contiguous() && t.numel() == count && dtype_of(t) == (sizeof(T) == 8 ? DType::f64 : DType::f32),
+          expected);
+  return static_cast<const T*>(t.data_ptr());
 }
 
 // Arithmetic is in float32, or float64 for float64 logits.
 template <class F>
 auto with_arithmetic_type(const Tensor& logits, const F& f) {
-  return dtype_of(logits) == DType::f64 ? f(double{}) : f(float{});
+  const DType dtype = dtype_of(logits);
+  require(logits.is_cpu() && (dtype == DType::f64 || dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16),
+          "logits of float32, float64, bfloat16 or float16 on the CPU");
+  return dtype == DType::f64 ? f(double{}) : f(float{});
 }
 
 template <class T>
 constexpr ScalarType scalar_type_of() {
   return sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+}
+
+// The type of a loss: that of the logits, or the arithmetic type where it is to be `wide`.
+template <class T>
+ScalarType loss_type(const Tensor& logits, bool wide) {
+  return wide ? scalar_type_of<T>() : logits.scalar_type();
 }
 
 inline View element_view(const Tensor& t) {
@@ -97,10 +122,12 @@ inline void write_element(const Tensor& t, int64_t i, double value) {
 
 // How many pixels make a tile of `rows` rows: a multiple of every vector length, the tile in L2 with room to spare. 64 to 512
 // KiB measured alike to within noise (Sapphire Rapids, 19 classes), and so did prefetching the next tile's rows.
-inline int64_t tile_length(int64_t rows, size_t element_size) {
-  constexpr int64_t tile_bytes = 1 << 16;
-  const int64_t fit = tile_bytes / static_cast<int64_t>(element_size) / std::max<int64_t>(rows, 1) / 64 * 64;
-  return std::clamp<int64_t>(fit, 64, 1024);
+// Many classes take short tiles: 16 pixels at the least, or all there are.
+inline int64_t tile_length(int64_t rows, size_t element_size, int64_t pixels) {
+  constexpr int64_t tile_bytes = 1 << 16, vector = 16;
+  const int64_t fit = tile_bytes / static_cast<int64_t>(element_size) / std::max<int64_t>(rows, 1) / vector * vector;
+  const int64_t all = std::max((pixels + vector - 1) / vector * vector, vector);
+  return std::min(std::clamp<int64_t>(fit, vector, 1024), all);
 }
 
 // Large outputs are written once, and the first touch of each 4 KiB page costs more than writing it: 40 MB took 15 ms of page
@@ -146,8 +173,12 @@ class BadTarget {
     double value;
     load_row(&value, target, g, index % channels, {flat, 1});
     std::ostringstream message;
-    message << "target holds " << value << " (image " << flat / g.pixels << ", pixel " << flat % g.pixels << "), expected "
-            << expected;
+    message << "target holds ";
+    if (value == std::floor(value) && std::fabs(value) < 9e15)
+      message << static_cast<int64_t>(value);
+    else
+      message << std::setprecision(17) << value;
+    message << ", expected " << expected;
     throw std::out_of_range(message.str());
   }
 
@@ -162,8 +193,8 @@ inline void load_labels(int32_t* out, const View& target, const Geometry& g, con
     if (out[i] == label_bad) return bad.at(0, run.first + i);
 }
 
-inline std::string expected_labels(const TargetRule& rule) {
-  std::string text = "class indices in [0, " + std::to_string(rule.classes) + ")";
+inline std::string expected_labels(const TargetRule& rule, bool binary = false) {
+  std::string text = binary ? "0 or 1" : "class indices in [0, " + std::to_string(rule.classes) + ")";
   return rule.has_ignore ? text + " or ignore_index=" + std::to_string(rule.ignore) : text;
 }
 

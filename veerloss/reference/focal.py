@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._arguments import arithmetic_dtype
+from .._arguments import arithmetic_dtype, loss_dtype, widened
 
 
 def sigmoid_focal_loss(
@@ -23,6 +23,7 @@ def sigmoid_focal_loss(
     """Binary focal loss of each logit; arguments as in :func:`veerloss.sigmoid_focal_loss`."""
     x = logits.to(arithmetic_dtype(logits))
     if target.shape == logits.shape:
+        target = widened(target)
         valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
         t = torch.where(valid, target, torch.zeros_like(target)).to(x.dtype)
     else:
@@ -40,7 +41,7 @@ def sigmoid_focal_loss(
     if weight is not None:
         loss = loss * _per_channel(weight, x)
     loss = torch.where(valid, loss, torch.zeros_like(loss))
-    return _reduce(loss, valid, reduction, normalizer).to(logits.dtype)
+    return _reduce(loss, valid, reduction, normalizer).to(loss_dtype(logits))
 
 
 def softmax_focal_loss(
@@ -78,7 +79,7 @@ def softmax_focal_loss(
         q = -torch.expm1(log_p)
         loss = -(t * _power(q, gamma) * log_p).sum(class_dim)
     loss = torch.where(valid, loss, torch.zeros_like(loss))
-    return _reduce(loss, valid, reduction, normalizer).to(logits.dtype)
+    return _reduce(loss, valid, reduction, normalizer).to(loss_dtype(logits))
 
 
 def _valid_labels(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._arguments import arithmetic_dtype
+from .._arguments import arithmetic_dtype, loss_dtype, widened
 
 
 def lovasz_weights(errors: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
@@ -60,9 +60,9 @@ def lovasz_softmax_loss(
     if from_logits:
         p = x.softmax(1)
         others = torch.where(foreground, torch.zeros_like(p), p).sum(1, keepdim=True)
-        errors = torch.where(foreground, others, p)
+        errors = torch.where(foreground, others, p) + (p - p).detach()  # NaN also where there are no others
     else:
-        errors = (foreground.to(x.dtype) - x).abs()
+        errors = (foreground.to(x.dtype) - x).abs() + (x - x).detach()
     values, has_foreground, has_valid = _segment_values(errors, foreground, valid.expand_as(errors), per_image)
 
     selected = has_valid
@@ -82,7 +82,7 @@ def lovasz_softmax_loss(
     else:
         per_row = values.sum(1) / selected.sum(1).clamp_min(1)
         loss = per_row.sum() / max(per_row.numel(), 1)
-    return loss.to(logits.dtype)
+    return loss.to(loss_dtype(logits))
 
 
 def lovasz_hinge_loss(
@@ -96,7 +96,7 @@ def lovasz_hinge_loss(
     """Binary Lovász hinge; arguments as in :func:`veerloss.lovasz_hinge_loss`."""
     n = logits.size(0)
     x = logits.to(arithmetic_dtype(logits)).reshape(n, 1, -1 if logits.numel() else 0)
-    labels = target.reshape(n, 1, x.size(2))
+    labels = widened(target).reshape(n, 1, x.size(2))
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     foreground = (labels == 1) & valid
     x = torch.where(valid, x, torch.zeros_like(x))
@@ -110,7 +110,7 @@ def lovasz_hinge_loss(
         loss = values.sum()
     else:
         loss = values.sum() / max(values.numel(), 1)
-    return loss.to(logits.dtype)
+    return loss.to(loss_dtype(logits))
 
 
 def _segment_values(errors: Tensor, foreground: Tensor, valid: Tensor, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
