@@ -6,6 +6,8 @@
 // loses the step to rounding; the closed forms below do not.
 #pragma once
 
+#include <cmath>
+
 #include "platform.h"
 
 namespace veerloss {
@@ -68,6 +70,109 @@ VEERLOSS_HD double probability_of_key(typename ErrorKey<T>::Word key) {
 template <class T>
 VEERLOSS_HD typename ErrorKey<T>::Word key_of_error(T error) {
   return bit_cast<typename ErrorKey<T>::Word>(error) & ~ErrorKey<T>::foreground;  // a NaN may carry a sign
+}
+
+// ---- bins: method "histogram"
+//
+// The weight of a pixel depends on how many pixels of either kind have a larger error, so pixels are counted by error, not
+// sorted. Any order within a bin gives a subgradient of the loss of the rounded errors; we take the mean of "foreground first"
+// and "background first", in which a bin's weights still add up to its step of J.
+
+struct JaccardBin {
+  double fg, bg;  // the weight of one pixel
+  double step;    // of J over the bin
+};
+
+// A bin of `fg` and `bg` pixels with fg_before and bg_before in the bins of larger errors. total > 0.
+VEERLOSS_HD JaccardBin jaccard_bin(int64_t total, int64_t fg_before, int64_t bg_before, int64_t fg, int64_t bg) {
+  const double left = static_cast<double>(total - fg_before), first = static_cast<double>(total + bg_before);
+  const double f = static_cast<double>(fg), b = static_cast<double>(bg), last = first + b;
+  JaccardBin bin;
+  bin.fg = 0.5 * (1.0 / first + 1.0 / last);
+  bin.bg = (left - 0.5 * f) / (first * last);
+  bin.step = f * bin.fg + b * bin.bg;
+  return bin;
+}
+
+// A bound on the sum over a bin's pixels of |weight of jaccard_bin - exact weight|, whatever their order: of the foreground,
+// and of the background.
+//
+// The exact weight of a foreground pixel is between those of the two ends. That of the background pixel with j others of its
+// bin before it is between left / ((first + j)(first + j + 1)) and the same with left - fg. The one is further from bin.bg
+// while (first + j)(first + j + 1) <= first * last, the other from then on; both sums telescope.
+struct JaccardBound {
+  double fg, bg;
+};
+
+VEERLOSS_HD JaccardBound jaccard_bin_bound(int64_t total, int64_t fg_before, int64_t bg_before, int64_t fg, int64_t bg) {
+  const double left = static_cast<double>(total - fg_before), first = static_cast<double>(total + bg_before);
+  const double f = static_cast<double>(fg), b = static_cast<double>(bg), last = first + b;
+  const double weight = (left - 0.5 * f) / (first * last);
+  using std::sqrt;
+  double turn = 0.5 * (sqrt(1.0 + 4.0 * first * last) - 1.0) - first + 1.0;
+  turn = static_cast<double>(static_cast<int32_t>(turn < 0.0 ? 0.0 : (turn > b ? b : turn)));
+  JaccardBound bound;
+  bound.fg = 0.5 * f * b / (first * last);
+  bound.bg = turn * (left / (first * (first + turn)) - weight) + (b - turn) * (weight - (left - f) / ((first + turn) * last));
+  return bound;
+}
+
+// Cells cut [0, infinity) by the bits of error + 2^-10: 256 cells to an octave up to 2^4, four from there on, equal cells below
+// 2^-10. The counts of a coarse pass say how many bins each cell is worth (lovasz_histogram.cpp); a pixel finds its bin with
+// one look-up. 256 cells and 8192 bins bring every 32-bit error near 1 into a bin of at most a few of its neighbours.
+struct ErrorCells {
+  static constexpr float offset = 0.0009765625f;     // 2^-10
+  static constexpr uint32_t origin = 0x3a800000u;    // its bits
+  static constexpr int position_bits = 15;           // of an error within its cell
+  static constexpr uint32_t narrow_end = 14u << 23;  // 2^4
+  static constexpr int wide_shift = 6;
+  static constexpr uint32_t narrow_cells = narrow_end >> position_bits;
+  static constexpr uint32_t bounded = (10u << (23 - position_bits)) + 1;  // errors of at most 1
+  static constexpr uint32_t unbounded = narrow_cells + ((0x7f800000u - origin - narrow_end) >> (position_bits + wide_shift));
+};
+
+// The bits of an error, counted from the first cell's. `is_bounded`: errors are at most 1.
+template <bool is_bounded>
+VEERLOSS_HD uint32_t cell_of_bits(uint32_t bits) {
+  using Cells = ErrorCells;
+  const uint32_t narrow = bits >> Cells::position_bits;
+  if (is_bounded) return narrow < Cells::bounded ? narrow : Cells::bounded - 1;  // NaN ends in the last cell
+  const uint32_t wide = Cells::narrow_cells + ((bits - Cells::narrow_end) >> (Cells::position_bits + Cells::wide_shift));
+  const uint32_t cell = bits < Cells::narrow_end ? narrow : wide;
+  return cell < Cells::unbounded ? cell : Cells::unbounded - 1;
+}
+
+template <bool is_bounded>
+VEERLOSS_HD uint32_t position_of_bits(uint32_t bits) {
+  constexpr uint32_t mask = (1u << ErrorCells::position_bits) - 1;
+  const uint32_t wide = (bits - ErrorCells::narrow_end) >> ErrorCells::wide_shift;
+  return (is_bounded || bits < ErrorCells::narrow_end ? bits : wide) & mask;
+}
+
+VEERLOSS_HD uint32_t bits_of_error(float error) {
+  return bit_cast<uint32_t>(error + ErrorCells::offset) - ErrorCells::origin;
+}
+
+// Where a cell begins; cell + 1 where it ends. Within it errors are linear in their positions.
+VEERLOSS_HD double cell_begin(uint32_t cell) {
+  using Cells = ErrorCells;
+  const uint32_t bits = cell < Cells::narrow_cells ? cell << Cells::position_bits
+                                                   : Cells::narrow_end + ((cell - Cells::narrow_cells)
+                                                                          << (Cells::position_bits + Cells::wide_shift));
+  const double begin = cell < Cells::unbounded ? static_cast<double>(bit_cast<float>(bits + Cells::origin)) : 0x1p128;
+  return begin - static_cast<double>(Cells::offset);
+}
+
+// A cell's entry in the look-up table: its first bin, and its number of bins above. Bin 0 holds the errors of exactly 0.
+constexpr uint32_t cell_entry(uint32_t first_bin, uint32_t bins) {
+  return first_bin | bins << 16;
+}
+
+template <bool is_bounded>
+VEERLOSS_HD uint32_t bin_of_error(float error, const uint32_t* table) {
+  const uint32_t bits = bits_of_error(error), entry = table[cell_of_bits<is_bounded>(bits)];
+  const uint32_t bin = (entry & 0xffffu) + ((position_of_bits<is_bounded>(bits) * (entry >> 16)) >> ErrorCells::position_bits);
+  return error == 0.0f ? 0u : bin;
 }
 
 }  // namespace veerloss

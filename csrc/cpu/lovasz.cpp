@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "lovasz_segments.h"
 #include "segment.h"
 #include "vecmath.h"
 
@@ -19,57 +20,11 @@
 namespace veerloss {
 namespace {
 
-// Segments of one call: rows x classes of `length` pixels, row r and class c being keys[(c * rows + r) * length ...].
-struct Segments {
-  int64_t rows, classes, length;
-
-  // [C, N, P] has the images of a class side by side, so a segment is contiguous whether it is one image or the batch.
-  Segments(const Geometry& g, bool per_image)
-      : rows(per_image ? g.images : 1), classes(g.channels), length(per_image ? g.pixels : g.images * g.pixels) {
-    if (length >= max_segment)
-      throw std::invalid_argument(
-          "veerloss: a segment (the pixels of the batch, or of an image with per_image) must have less than 2^31");
-  }
-  int64_t count() const { return rows * classes; }
-};
-
-// Images of one pixel fold into one image of many, unless each is a segment of its own.
-Geometry segment_geometry(const Tensor& logits, bool per_image) {
-  return per_image ? Geometry{logits.size(0), logits.size(1), logits.size(2)} : geometry_of(logits);
-}
-
-// f(row, run, buffers) over tiles that do not cross segments; then `merge` takes each thread's buffers, under a lock.
-template <class MakeBuffers, class F, class Merge>
-void for_each_tile(const Segments& s, int64_t tile, const MakeBuffers& make_buffers, const F& f, const Merge& merge) {
-  const int64_t per_row = (s.length + tile - 1) / tile;
-  std::mutex mutex;
-  parallel_for(s.rows * per_row, [&](int64_t begin, int64_t end) {
-    auto buffers = make_buffers();
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t row = k / per_row, start = k % per_row * tile;
-      f(row, Run{row * s.length + start, std::min(tile, s.length - start)}, buffers);
-    }
-    const std::lock_guard<std::mutex> lock(mutex);
-    merge(buffers);
-  });
-}
-
 template <class T>
-struct Buffers {
-  Buffers(int64_t classes, int64_t tile, int64_t counts_)
-      : label(tile), counts(counts_), storage(tile * (2 * classes + 3)), x(storage.data()), g(x + classes * tile) {
-    maximum = g + classes * tile;
-    inverse_sum = maximum + tile;
-    rest = inverse_sum + tile;
-  }
-  std::vector<int32_t> label;
+struct Buffers : TileRows<T> {
+  Buffers(int64_t classes, int64_t tile, int64_t segments) : TileRows<T>(classes, tile, false), counts(segments) {}
   std::vector<SegmentCounts<T>> counts;  // [rows, classes]
-  std::vector<T> storage;
-  T *x, *g;                         // [classes][tile]
-  T *maximum, *inverse_sum, *rest;  // [tile]
 };
-
-enum class Errors { softmax, probabilities, hinge };
 
 // Logits to keys [C, N, P] and counts [rows, classes].
 template <class T>
@@ -142,17 +97,6 @@ std::vector<double> segment_losses(typename ErrorKey<T>::Word* keys, const Segme
   return losses;
 }
 
-struct Options {
-  Errors errors;
-  bool per_image;
-  std::optional<int64_t> ignore_index;
-  Reduction reduction;
-  bool keep, wide;
-  bool present;          // only classes with foreground
-  const char* selected;  // [C] bool, or null for all classes
-  std::optional<Tensor> class_weight;
-};
-
 // (loss, scale, weights): scale[row, class] is d loss / d (loss of the segment).
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target, const Options& o) {
@@ -160,41 +104,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   require(logits.dim() == 3, "logits [N, C, P]");
   const Geometry g = segment_geometry(logits, o.per_image);
   const Segments s(g, o.per_image);
-  const std::vector<int64_t> shape = o.errors == Errors::hinge
-                                         ? (o.per_image ? std::vector<int64_t>{s.rows} : std::vector<int64_t>{})
-                                     : o.per_image ? std::vector<int64_t>{s.rows, s.classes}
-                                                   : std::vector<int64_t>{s.classes};
   Tensor keys =
       with_huge_pages(torch::stable::new_empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, scalar_type_of<T>()));
-  Tensor loss = torch::stable::new_empty(logits, o.reduction == Reduction::none ? shape : std::vector<int64_t>{},
-                                         loss_type<T>(logits, o.wide));
-  Tensor scale = torch::stable::new_empty(logits, shape, scalar_type_of<T>());
-
   auto* words = static_cast<Word*>(keys.data_ptr());
   const auto counts = write_keys<T>(logits, target, g, s, o.errors, o.ignore_index, words);
   std::vector<char> takes_part(s.count());
   for (int64_t i = 0; i < s.count(); ++i)
-    takes_part[i] =
-        counts[i].valid > 0 && (!o.selected || o.selected[i % s.classes]) && (!o.present || counts[i].foreground > 0);
+    takes_part[i] = o.take_part(i % s.classes, counts[i].valid > 0, counts[i].foreground > 0);
   const std::vector<double> losses = segment_losses<T>(words, s, o.errors, counts, takes_part, o.keep);
-
-  const T* class_weight =
-      o.class_weight ? arithmetic_data<T>(*o.class_weight, s.classes, "class_weight with one value per class, contiguous")
-                     : nullptr;
-  double sum = 0;
-  for (int64_t row = 0; row < s.rows; ++row) {
-    const auto in_mean = std::count(&takes_part[row * s.classes], &takes_part[row * s.classes] + s.classes, 1);
-    for (int64_t c = 0; c < s.classes; ++c) {
-      const int64_t i = row * s.classes + c;
-      double factor = takes_part[i] ? (class_weight ? static_cast<double>(class_weight[c]) : 1.0) : 0.0;
-      if (o.reduction == Reduction::mean && takes_part[i]) factor /= static_cast<double>(in_mean * s.rows);
-      const double value = takes_part[i] ? factor * losses[i] : 0.0;
-      sum += value;
-      write_element(scale, i, factor);
-      if (o.reduction == Reduction::none) write_element(loss, i, value);
-    }
-  }
-  if (o.reduction != Reduction::none) write_element(loss, 0, sum);
+  const auto [loss, scale] = reduce_segments<T>(logits, s, o, losses, takes_part);
   return {loss, scale, o.keep ? keys : torch::stable::new_empty(logits, {0}, scalar_type_of<T>())};
 }
 
@@ -205,22 +123,13 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights,
   const Geometry g = segment_geometry(logits, per_image);
   const Segments s(g, per_image);
   const int64_t flat = g.images * g.pixels, tile = tile_length(2 * g.channels, sizeof(T), s.length);
-  require(scale.is_contiguous() && scale.numel() == s.count(), "the scale of the forward pass");
-  require(grad.numel() == (reduction == Reduction::none ? s.count() : 1), "a gradient of the shape of the loss");
-  std::vector<T> factor(s.count());
-  load_row(factor.data(), element_view(scale), {1, 1, s.count()}, 0, {0, s.count()});
-  const Tensor incoming = torch::stable::contiguous(grad);
-  for (int64_t i = 0; i < s.count(); ++i) {
-    T value;
-    load_row(&value, element_view(incoming), {1, 1, incoming.numel()}, 0, {reduction == Reduction::none ? i : 0, 1});
-    factor[i] *= value;
-  }
+  const std::vector<T> factor = segment_factors<T>(grad, scale, s, reduction);
   Tensor grad_logits = with_huge_pages(torch::stable::empty_like(logits));
   const View x = view_of(logits), out = view_of(grad_logits);
   const T* weight = arithmetic_data<T>(weights, flat * g.channels, "the weights of a forward pass with keep=True");
   for_each_tile(
-      s, tile, [&] { return Buffers<T>(g.channels, tile, 0); },
-      [&](int64_t row, Run run, Buffers<T>& b) {
+      s, tile, [&] { return TileRows<T>(g.channels, tile, true); },
+      [&](int64_t row, Run run, TileRows<T>& b) {
         const int64_t n = run.count;
         for (int64_t c = 0; c < g.channels; ++c) {
           T *x_row = b.x + c * tile, *g_row = b.g + c * tile;
@@ -232,13 +141,19 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights,
         if (errors == Errors::softmax) {
           VEERLOSS_DISPATCH(SoftmaxTiles::maximum(b.x, g.channels, tile, n, b.maximum));
           VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(b.x, g.channels, tile, n, b.maximum, b.rest, b.inverse_sum));
-          VEERLOSS_DISPATCH(
-              LovaszTiles::softmax_gradient(b.x, b.g, g.channels, tile, n, b.inverse_sum, b.maximum, b.rest, b.label.data()));
+          VEERLOSS_DISPATCH(LovaszTiles::begin_gradient(n, b.pivot, b.others, b.state.data()));
+          for (int64_t c = 0; c < g.channels; ++c)
+            VEERLOSS_DISPATCH(
+                LovaszTiles::accumulate_gradient(b.x + c * tile, b.g + c * tile, n, b.pivot, b.others, b.state.data()));
+          VEERLOSS_DISPATCH(LovaszTiles::end_gradient(n, b.rest, b.inverse_sum, b.pivot, b.others));
+          for (int64_t c = 0; c < g.channels; ++c)
+            VEERLOSS_DISPATCH(LovaszTiles::softmax_gradient(b.x + c * tile, b.g + c * tile, n, b.inverse_sum, b.pivot, b.others,
+                                                            b.state.data()));
         }
         const T* gradient = errors == Errors::softmax ? b.x : b.g;
         for (int64_t c = 0; c < g.channels; ++c) store_row(gradient + c * tile, out, g, c, run);
       },
-      [](const Buffers<T>&) {});
+      [](const TileRows<T>&) {});
   return grad_logits;
 }
 
@@ -249,14 +164,9 @@ std::tuple<Tensor, Tensor, Tensor> lovasz_softmax_forward(const Tensor& logits, 
                                                           int64_t reduction, bool keep, bool wide) {
   return with_arithmetic_type(logits, [&](auto zero) {
     using T = decltype(zero);
-
-    require(!selected || (selected->is_cpu() && selected->is_contiguous() && selected->numel() == logits.size(1) &&
-                          dtype_of(*selected) == DType::u8),
-            "selected with one bool per class, contiguous");
-    return forward<T>(
-        logits, target,
-        {from_logits ? Errors::softmax : Errors::probabilities, per_image, ignore_index, static_cast<Reduction>(reduction),
-         keep, wide, present, selected ? static_cast<const char*>(selected->data_ptr()) : nullptr, class_weight});
+    return forward<T>(logits, target,
+                      {from_logits ? Errors::softmax : Errors::probabilities, per_image, ignore_index,
+                       static_cast<Reduction>(reduction), keep, wide, present, class_flags(selected, logits), class_weight});
   });
 }
 

@@ -53,40 +53,44 @@ struct LovaszTiles {
     counts->add(within);
   }
 
-  // The gradient of the logits from dL/dp: p_j (g_j - sum_c p_c g_c), x holding exponentials on entry, the gradient on return.
-  // g is [classes][stride]. Taken relative to the g of a most probable class, the sum has no large term that cancels: for
+  // The gradient of the logits from dL/dp: p_j (g_j - sum_c p_c g_c), in two steps of one class at a time. x holds exponentials,
+  // g dL/dp. The g of a most probable class is the pivot: taken relative to it, the sum has no large term that cancels; for
   // confident pixels float32 would otherwise keep no digit of it. Where all g are 0 so is the gradient: an ignored pixel may
   // hold NaN.
   template <class T>
-  static void softmax_gradient(T* __restrict x, T* __restrict g, int64_t classes, int64_t stride, int64_t n,
-                               const T* __restrict inverse_sum, T* __restrict pivot, T* __restrict mean,
-                               int32_t* __restrict weighted) {
+  static void begin_gradient(int64_t n, T* __restrict pivot, T* __restrict others, int32_t* __restrict state) {
     for (int64_t i = 0; i < n; ++i) {
       pivot[i] = 0;
-      mean[i] = 0;
-      weighted[i] = 0;
+      others[i] = 0;
+      state[i] = 0;
     }
-    for (int64_t c = 0; c < classes; ++c) {
-      const T* __restrict e = x + c * stride;
-      const T* __restrict row = g + c * stride;
-      for (int64_t i = 0; i < n; ++i) {
-        pivot[i] = e[i] == T(1) ? row[i] : pivot[i];
-        weighted[i] |= row[i] != T(0);
-      }
+  }
+
+  template <class T>
+  static void accumulate_gradient(const T* __restrict x, const T* __restrict g, int64_t n, T* __restrict pivot,
+                                  T* __restrict others, int32_t* __restrict state) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t before = state[i];
+      const bool is_pivot = (x[i] == T(1)) & !(before & has_pivot);
+      pivot[i] = is_pivot ? g[i] : pivot[i];
+      others[i] += is_pivot ? T(0) : x[i] * g[i];
+      state[i] = before | (is_pivot ? has_pivot : 0) | (g[i] != T(0) ? has_gradient : 0);
     }
-    for (int64_t c = 0; c < classes; ++c) {
-      const T* __restrict e = x + c * stride;
-      const T* __restrict row = g + c * stride;
-      for (int64_t i = 0; i < n; ++i) mean[i] += e[i] * (row[i] - pivot[i]);
-    }
-    for (int64_t i = 0; i < n; ++i) mean[i] *= inverse_sum[i];
-    for (int64_t c = 0; c < classes; ++c) {
-      T* __restrict e = x + c * stride;
-      const T* __restrict row = g + c * stride;
-      for (int64_t i = 0; i < n; ++i) {
-        const T dz = e[i] * inverse_sum[i] * ((row[i] - pivot[i]) - mean[i]);
-        e[i] = weighted[i] ? dz : T(0);
-      }
+  }
+
+  // From the sums over all classes to sum_c p_c (g_c - pivot), in `others`.
+  template <class T>
+  static void end_gradient(int64_t n, const T* __restrict rest, const T* __restrict inverse_sum, const T* __restrict pivot,
+                           T* __restrict others) {
+    for (int64_t i = 0; i < n; ++i) others[i] = (others[i] - pivot[i] * rest[i]) * inverse_sum[i];
+  }
+
+  template <class T>
+  static void softmax_gradient(T* __restrict x, const T* __restrict g, int64_t n, const T* __restrict inverse_sum,
+                               const T* __restrict pivot, const T* __restrict mean, const int32_t* __restrict state) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T dz = x[i] * inverse_sum[i] * ((g[i] - pivot[i]) - mean[i]);
+      x[i] = state[i] & has_gradient ? dz : T(0);
     }
   }
 
@@ -108,6 +112,8 @@ struct LovaszTiles {
   }
 
  private:
+  static constexpr int32_t has_pivot = 1, has_gradient = 2;  // bits of a pixel's state
+
   template <class T>
   static VEERLOSS_HD typename ErrorKey<T>::Word mark(typename ErrorKey<T>::Word key, bool foreground, bool valid) {
     using Key = ErrorKey<T>;

@@ -32,8 +32,6 @@ struct SegmentCounts {
   }
 };
 
-constexpr int64_t max_segment = int64_t{1} << 31;  // a pixel's index takes 31 bits beside the foreground bit
-
 template <class T>
 class SegmentSorter {
  public:
