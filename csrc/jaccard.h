@@ -83,14 +83,13 @@ struct JaccardBin {
   double step;    // of J over the bin
 };
 
-// A bin of `fg` and `bg` pixels with fg_before and bg_before in the bins of larger errors. total > 0.
-VEERLOSS_HD JaccardBin jaccard_bin(int64_t total, int64_t fg_before, int64_t bg_before, int64_t fg, int64_t bg) {
-  const double left = static_cast<double>(total - fg_before), first = static_cast<double>(total + bg_before);
-  const double f = static_cast<double>(fg), b = static_cast<double>(bg), last = first + b;
+// A bin of `fg` and `bg` pixels with fg_before and bg_before in the bins of larger errors: whole numbers. total > 0.
+VEERLOSS_HD JaccardBin jaccard_bin(double total, double fg_before, double bg_before, double fg, double bg) {
+  const double left = total - fg_before, first = total + bg_before, last = first + bg;
   JaccardBin bin;
   bin.fg = 0.5 * (1.0 / first + 1.0 / last);
-  bin.bg = (left - 0.5 * f) / (first * last);
-  bin.step = f * bin.fg + b * bin.bg;
+  bin.bg = (left - 0.5 * fg) / (first * last);
+  bin.step = fg * bin.fg + bg * bin.bg;
   return bin;
 }
 
@@ -104,16 +103,15 @@ struct JaccardBound {
   double fg, bg;
 };
 
-VEERLOSS_HD JaccardBound jaccard_bin_bound(int64_t total, int64_t fg_before, int64_t bg_before, int64_t fg, int64_t bg) {
-  const double left = static_cast<double>(total - fg_before), first = static_cast<double>(total + bg_before);
-  const double f = static_cast<double>(fg), b = static_cast<double>(bg), last = first + b;
-  const double weight = (left - 0.5 * f) / (first * last);
+VEERLOSS_HD JaccardBound jaccard_bin_bound(double total, double fg_before, double bg_before, double fg, double bg) {
+  const double left = total - fg_before, first = total + bg_before, last = first + bg;
+  const double weight = (left - 0.5 * fg) / (first * last);
   using std::sqrt;
-  double turn = 0.5 * (sqrt(1.0 + 4.0 * first * last) - 1.0) - first + 1.0;
-  turn = static_cast<double>(static_cast<int32_t>(turn < 0.0 ? 0.0 : (turn > b ? b : turn)));
+  const double root = 0.5 * (sqrt(1.0 + 4.0 * first * last) - 1.0);                   // first - 1/2 < root < last
+  const double turn = static_cast<double>(static_cast<int32_t>(root - first + 1.0));  // 0 <= turn <= bg
   JaccardBound bound;
-  bound.fg = 0.5 * f * b / (first * last);
-  bound.bg = turn * (left / (first * (first + turn)) - weight) + (b - turn) * (weight - (left - f) / ((first + turn) * last));
+  bound.fg = 0.5 * fg * bg / (first * last);
+  bound.bg = turn * (left / (first * (first + turn)) - weight) + (bg - turn) * (weight - (left - fg) / ((first + turn) * last));
   return bound;
 }
 
@@ -156,9 +154,9 @@ VEERLOSS_HD uint32_t bits_of_error(float error) {
 // Where a cell begins; cell + 1 where it ends. Within it errors are linear in their positions.
 VEERLOSS_HD double cell_begin(uint32_t cell) {
   using Cells = ErrorCells;
-  const uint32_t bits = cell < Cells::narrow_cells ? cell << Cells::position_bits
-                                                   : Cells::narrow_end + ((cell - Cells::narrow_cells)
-                                                                          << (Cells::position_bits + Cells::wide_shift));
+  const uint32_t bits = cell < Cells::narrow_cells
+                            ? cell << Cells::position_bits
+                            : Cells::narrow_end + ((cell - Cells::narrow_cells) << (Cells::position_bits + Cells::wide_shift));
   const double begin = cell < Cells::unbounded ? static_cast<double>(bit_cast<float>(bits + Cells::origin)) : 0x1p128;
   return begin - static_cast<double>(Cells::offset);
 }
@@ -168,11 +166,12 @@ constexpr uint32_t cell_entry(uint32_t first_bin, uint32_t bins) {
   return first_bin | bins << 16;
 }
 
+// Signed, as indices are to be: a gather of 32-bit indices takes them as such.
 template <bool is_bounded>
-VEERLOSS_HD uint32_t bin_of_error(float error, const uint32_t* table) {
-  const uint32_t bits = bits_of_error(error), entry = table[cell_of_bits<is_bounded>(bits)];
+VEERLOSS_HD int32_t bin_of_error(float error, const uint32_t* table) {
+  const uint32_t bits = bits_of_error(error), entry = table[static_cast<int32_t>(cell_of_bits<is_bounded>(bits))];
   const uint32_t bin = (entry & 0xffffu) + ((position_of_bits<is_bounded>(bits) * (entry >> 16)) >> ErrorCells::position_bits);
-  return error == 0.0f ? 0u : bin;
+  return error == 0.0f ? 0 : static_cast<int32_t>(bin);
 }
 
 }  // namespace veerloss

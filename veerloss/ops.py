@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _histogram
 from ._arguments import arithmetic_dtype, loss_dtype
 
 #: As ``Reduction`` in csrc/cpu/tensor.h.
@@ -34,6 +35,18 @@ _SCHEMAS = {
     "lovasz_softmax_backward": f"{_LOVASZ_BACKWARD}, bool from_logits, int reduction) -> Tensor",
     "lovasz_hinge_forward": f"(Tensor logits, Tensor target, bool per_image, int? ignore_index, {_LOVASZ_RESULT}",
     "lovasz_hinge_backward": f"{_LOVASZ_BACKWARD}, int reduction) -> Tensor",
+    # Method "histogram": the whole, and its steps. `errors` tells what logits are (_histogram.py).
+    "lovasz_histogram_forward": "(Tensor logits, Tensor target, Tensor? selected, bool present, bool per_image, "
+    "Tensor? class_weight, int? ignore_index, int errors, int reduction, bool wide) "
+    "-> (Tensor loss, Tensor scale, Tensor table, Tensor weights, Tensor tops, Tensor bounds)",
+    "lovasz_histogram_count": "(Tensor logits, Tensor target, Tensor? table, Tensor? wanted, int errors, bool per_image, "
+    "int? ignore_index, bool sampled) -> (Tensor counts, Tensor largest)",
+    "lovasz_histogram_place": "(Tensor counts, Tensor? table, int errors) -> Tensor",
+    "lovasz_histogram_weigh": "(Tensor logits, Tensor counts, Tensor largest, Tensor table, Tensor? selected, bool present, "
+    "Tensor? class_weight, int errors, bool per_image, int reduction, bool wide) "
+    "-> (Tensor loss, Tensor scale, Tensor weights, Tensor tops, Tensor bounds, Tensor doubtful)",
+    "lovasz_histogram_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor tops, "
+    "Tensor scale, int errors, bool per_image, int? ignore_index, int reduction) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"veerloss::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -86,7 +99,7 @@ def _(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, 
     return loss, logits.new_empty((), dtype=arithmetic_dtype(logits))
 
 
-def _fake_focal_backward(grad, logits, *args):
+def _fake_backward(grad, logits, *args):
     return torch.empty_like(logits)
 
 
@@ -147,6 +160,48 @@ def _(logits, target, per_image, ignore_index, reduction, keep, wide):
     return loss, logits.new_empty(shape, dtype=dtype), weights
 
 
+def lovasz_histogram(
+    logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction
+) -> tuple[Tensor, Tensor]:
+    """(loss, bounds): the bounds on what binning moved, one per segment [N or 1, C]."""
+    options = (selected, present, per_image, class_weight, ignore_index, errors, _REDUCTION[reduction], _wide(logits))
+    loss, _, _, _, _, bounds = torch.ops.veerloss.lovasz_histogram_forward(logits, target, *options)
+    return loss, bounds
+
+
+@torch.library.register_fake("veerloss::lovasz_histogram_forward")
+def _(logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, wide):
+    n, c, _ = logits.shape
+    rows = n if per_image else 1
+    shape = ((n,) if per_image else ()) if errors == _histogram.HINGE else ((n, c) if per_image else (c,))
+    dtype = arithmetic_dtype(logits)
+    cells, bins = _histogram.cells_and_bins(errors)
+    return (
+        logits.new_empty(shape if reduction == NONE else (), dtype=_loss_dtype(logits, wide)),
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty((rows, c, cells), dtype=torch.int32),
+        logits.new_empty((rows, c, 2, bins), dtype=dtype),
+        logits.new_empty((rows, c, 2), dtype=dtype),
+        logits.new_empty((rows, c), dtype=torch.float64),
+    )
+
+
+torch.library.impl("veerloss::lovasz_histogram_forward", "CPU")(_histogram.forward)
+
+
+def _save_histogram(ctx, inputs, output) -> None:
+    logits, target, _, _, per_image, _, ignore_index, errors, reduction, _ = inputs
+    _, scale, table, weights, tops, bounds = output
+    ctx.save_for_backward(logits, target, table, weights, tops, scale)
+    ctx.options = (errors, per_image, ignore_index, reduction)
+    ctx.mark_non_differentiable(scale, table, weights, tops, bounds)
+
+
+def _histogram_backward(ctx, grad, *_):
+    grad_logits = torch.ops.veerloss.lovasz_histogram_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return grad_logits, *[None] * 9
+
+
 def _save_softmax(ctx, inputs, output) -> None:
     logits, _, _, _, per_image, _, _, from_logits, reduction, _, _ = inputs
     _, scale, weights = output
@@ -178,6 +233,7 @@ _AUTOGRAD = {
     "softmax_focal": (_focal_backward("softmax_focal_backward"), _save_focal),
     "lovasz_softmax": (_softmax_backward, _save_softmax),
     "lovasz_hinge": (_hinge_backward, _save_hinge),
+    "lovasz_histogram": (_histogram_backward, _save_histogram),
 }
 
 
@@ -190,5 +246,5 @@ def _no_second_derivative(ctx, *grads):
 
 for _loss, (_backward, _save) in _AUTOGRAD.items():
     torch.library.register_autograd(f"veerloss::{_loss}_forward", _backward, setup_context=_save)
-    torch.library.register_fake(f"veerloss::{_loss}_backward", _fake_focal_backward)
+    torch.library.register_fake(f"veerloss::{_loss}_backward", _fake_backward)
     torch.library.register_autograd(f"veerloss::{_loss}_backward", _no_second_derivative)

@@ -358,7 +358,8 @@ class SoftmaxFocal {
     VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.x, g.channels, tile, n, t.rows.maximum));
     if (smoothing_ > T(0)) return forward_smooth<square>(run, t);
     VEERLOSS_DISPATCH(FocalTiles::difference(t.x, tile, n, label, t.rows.maximum, t.rows.log_p));
-    VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.x, g.channels, tile, n, t.rows.maximum, t.rows.rest, t.rows.inverse_sum));
+    VEERLOSS_DISPATCH(
+        SoftmaxTiles::exponentials(t.x, tile, t.x, g.channels, tile, n, t.rows.maximum, t.rows.rest, t.rows.inverse_sum));
     VEERLOSS_DISPATCH(FocalTiles::log_probability(n, label, t.rows));
     VEERLOSS_DISPATCH(FocalTiles::gather_alpha(t.alpha, alpha_, alpha_step_, label, n));
     return VEERLOSS_DISPATCH(FocalTiles::softmax_forward<T, square>(t.rows.log_p, t.rows.q, t.alpha, n, gamma_, t.loss));
@@ -397,7 +398,8 @@ class SoftmaxFocal {
     std::fill_n(t.loss, n, T(0));
     std::fill_n(t.top, n, T(0));
     std::fill_n(t.low, n, T(0));
-    VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.x, g.channels, tile, n, t.rows.maximum, t.rows.rest, t.rows.inverse_sum));
+    VEERLOSS_DISPATCH(
+        SoftmaxTiles::exponentials(t.x, tile, t.x, g.channels, tile, n, t.rows.maximum, t.rows.rest, t.rows.inverse_sum));
     VEERLOSS_DISPATCH(FocalTiles::log_sum(t.rows.rest, n, t.rows.log_p));
     const T share = smoothing_ / static_cast<T>(g.channels);
     for (int64_t c = 0; c < g.channels; ++c) {

@@ -80,9 +80,11 @@ namespace veerloss::avx2 {
 // arithmetic.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 #endif
+#define VEERLOSS_AVX512  // for what compilers do not find by themselves
 namespace veerloss::avx512 {
 #include VEERLOSS_TILES
 }
+#undef VEERLOSS_AVX512
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -14,6 +14,8 @@
 
 #define VEERLOSS_TILES "softmax_tiles.h"
 #include "for_each_target.h"
+#define VEERLOSS_TILES "exact_tiles.h"
+#include "for_each_target.h"
 #define VEERLOSS_TILES "lovasz_tiles.h"
 #include "for_each_target.h"
 
@@ -45,7 +47,7 @@ std::vector<SegmentCounts<T>> write_keys(const Tensor& logits, const Tensor& tar
         for (int64_t c = 0; c < g.channels; ++c) load_row(b.x + c * tile, x, g, c, run);
         if (errors == Errors::softmax) {
           VEERLOSS_DISPATCH(SoftmaxTiles::maximum(b.x, g.channels, tile, n, b.maximum));
-          VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(b.x, g.channels, tile, n, b.maximum, b.rest, b.inverse_sum));
+          VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(b.x, tile, b.x, g.channels, tile, n, b.maximum, b.rest, b.inverse_sum));
         }
         for (int64_t c = 0; c < g.channels; ++c) {
           const T* in = b.x + c * tile;
@@ -53,11 +55,11 @@ std::vector<SegmentCounts<T>> write_keys(const Tensor& logits, const Tensor& tar
           SegmentCounts<T>* count = &b.counts[row * s.classes + c];
           const auto cls = static_cast<int32_t>(c);
           if (errors == Errors::softmax)
-            VEERLOSS_DISPATCH(LovaszTiles::softmax_keys(in, n, label, cls, b.rest, b.inverse_sum, out, count));
+            VEERLOSS_DISPATCH(ExactTiles::softmax_keys(in, n, label, cls, b.rest, b.inverse_sum, out, count));
           else if (errors == Errors::probabilities)
-            VEERLOSS_DISPATCH(LovaszTiles::probability_keys(in, n, label, cls, out, count));
+            VEERLOSS_DISPATCH(ExactTiles::probability_keys(in, n, label, cls, out, count));
           else
-            VEERLOSS_DISPATCH(LovaszTiles::hinge_keys(in, n, label, out, count));
+            VEERLOSS_DISPATCH(ExactTiles::hinge_keys(in, n, label, out, count));
         }
       },
       [&](const Buffers<T>& b) {
@@ -140,18 +142,21 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Tensor& weights,
         }
         if (errors == Errors::softmax) {
           VEERLOSS_DISPATCH(SoftmaxTiles::maximum(b.x, g.channels, tile, n, b.maximum));
-          VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(b.x, g.channels, tile, n, b.maximum, b.rest, b.inverse_sum));
-          VEERLOSS_DISPATCH(LovaszTiles::begin_gradient(n, b.pivot, b.others, b.state.data()));
+          VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(b.x, tile, b.x, g.channels, tile, n, b.maximum, b.rest, b.inverse_sum));
+          VEERLOSS_DISPATCH(LovaszTiles::begin_gradient(n, b.pivot, b.others, b.weighted.data()));
           for (int64_t c = 0; c < g.channels; ++c)
             VEERLOSS_DISPATCH(
-                LovaszTiles::accumulate_gradient(b.x + c * tile, b.g + c * tile, n, b.pivot, b.others, b.state.data()));
+                LovaszTiles::accumulate_gradient(b.x + c * tile, b.g + c * tile, n, b.pivot, b.others, b.weighted.data()));
           VEERLOSS_DISPATCH(LovaszTiles::end_gradient(n, b.rest, b.inverse_sum, b.pivot, b.others));
-          for (int64_t c = 0; c < g.channels; ++c)
-            VEERLOSS_DISPATCH(LovaszTiles::softmax_gradient(b.x + c * tile, b.g + c * tile, n, b.inverse_sum, b.pivot, b.others,
-                                                            b.state.data()));
         }
-        const T* gradient = errors == Errors::softmax ? b.x : b.g;
-        for (int64_t c = 0; c < g.channels; ++c) store_row(gradient + c * tile, out, g, c, run);
+        for (int64_t c = 0; c < g.channels; ++c) {
+          T *x_row = b.x + c * tile, *g_row = b.g + c * tile;
+          T* const in_place = errors == Errors::softmax ? row_in_place<T>(out, g, c, run) : nullptr;
+          if (errors == Errors::softmax)
+            VEERLOSS_DISPATCH(LovaszTiles::softmax_gradient(x_row, g_row, n, b.inverse_sum, b.pivot, b.others,
+                                                            b.weighted.data(), in_place ? in_place : g_row));
+          if (!in_place) store_row(g_row, out, g, c, run);
+        }
       },
       [](const TileRows<T>&) {});
   return grad_logits;

@@ -1,5 +1,5 @@
-// What the methods "exact" and "histogram" of the Lovász losses share on the CPU: segments, tiles that keep to one, and the loss
-// of a batch from the losses of its segments.
+// What the methods "exact" and "histogram" of the Lovász losses share on the CPU: segments, tiles that keep to one, and the
+// loss of a batch from the losses of its segments.
 #pragma once
 
 #include <mutex>
@@ -54,7 +54,7 @@ void for_each_tile(const Segments& s, int64_t tile, const MakeBuffers& make_buff
 template <class T>
 struct TileRows {
   TileRows(int64_t classes, int64_t tile, bool gradient)
-      : label(tile), state(gradient ? tile : 0), storage(tile * ((gradient ? 2 : 1) * classes + (gradient ? 5 : 3))) {
+      : label(tile), weighted(gradient ? tile : 0), storage(tile * ((gradient ? 2 : 1) * classes + (gradient ? 5 : 3))) {
     T* rows = storage.data();
     const auto take = [&](int64_t count) { return std::exchange(rows, rows + count * tile); };
     x = take(classes);
@@ -66,9 +66,9 @@ struct TileRows {
     pivot = take(1);
     others = take(1);
   }
-  std::vector<int32_t> label, state;  // [tile]
+  std::vector<int32_t> label, weighted;  // [tile]
   std::vector<T> storage;
-  T *x, *g = nullptr;                                           // [classes][tile]
+  T *x, *g = nullptr;                                                    // [classes][tile]
   T *maximum, *inverse_sum, *rest, *pivot = nullptr, *others = nullptr;  // [tile]
 };
 

@@ -1,0 +1,85 @@
+// Method "exact" of the Lovász losses over one tile of pixels, one class at a time: logits to error keys. Included once per
+// instruction set by for_each_target.h: no include guard. Loops over pixels vectorise.
+
+struct ExactTiles {
+  // Keys of class c from its exponentials: the error is 1 - p on foreground, p on background. Each of p and 1 - p is known to
+  // all its digits: 1 - p of a most probable class (exponential 1) from the sum of the others, and else p <= 1/2.
+  template <class T>
+  static void softmax_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label, int32_t c,
+                           const T* __restrict rest, const T* __restrict inverse_sum,
+                           typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T p = x[i] * inverse_sum[i];
+      const T not_p = x[i] == T(1) ? rest[i] * inverse_sum[i] : T(1) - p;
+      const bool fg = label[i] == c;
+      keys[i] = mark<T>(key_of_probability(fg ? not_p : p, fg ? p : not_p), fg, label[i] >= 0);
+    }
+    count_keys<T>(keys, n, counts);
+  }
+
+  // Keys of class c from its probabilities.
+  template <class T>
+  static void probability_keys(const T* __restrict p, int64_t n, const int32_t* __restrict label, int32_t c,
+                               typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T difference = label[i] == c ? T(1) - p[i] : p[i];
+      keys[i] = mark<T>(key_of_error(difference), label[i] == c, label[i] >= 0);  // drops the sign: |y - p|
+    }
+    count_keys<T>(keys, n, counts);
+  }
+
+  // Keys of a binary segment from its logits. A pixel beyond the margin (error 0) is ignored: it contributes nothing and,
+  // ranking last, changes no other weight. It counts, though: as foreground, and as the smallest foreground error.
+  template <class T>
+  static void hinge_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label,
+                         typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T margin = T(1) - (label[i] == 1 ? x[i] : -x[i]);
+      const bool in = !(margin <= T(0));                     // true for NaN
+      const T error = (in ? margin : T(0)) + (x[i] - x[i]);  // an infinite logit: NaN
+      keys[i] = mark<T>(key_of_error(error), label[i] == 1, (label[i] >= 0) & (in | (error != error)));
+    }
+    SegmentCounts<T> within;
+    count_keys<T>(keys, n, &within);
+    int32_t valid = 0, foreground = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      valid += label[i] >= 0;
+      foreground += label[i] == 1;
+    }
+    if (foreground > within.foreground) within.smallest_fg = 0;
+    within.valid = valid;
+    within.foreground = foreground;
+    counts->add(within);
+  }
+
+ private:
+  template <class T>
+  static VEERLOSS_HD typename ErrorKey<T>::Word mark(typename ErrorKey<T>::Word key, bool foreground, bool valid) {
+    using Key = ErrorKey<T>;
+    // Every NaN becomes the key of infinity: the bits of one are those of `ignored`.
+    const auto ranked = key < Key::infinity ? key : Key::infinity;
+    return valid ? (ranked | (foreground ? Key::foreground : typename Key::Word(0))) : Key::ignored;
+  }
+
+  template <class T>
+  static void count_keys(const typename ErrorKey<T>::Word* __restrict keys, int64_t n, SegmentCounts<T>* counts) {
+    using Key = ErrorKey<T>;
+    using Word = typename Key::Word;
+    // In arithmetic that GCC 12 vectorises; it does not take `fg ? min : same`.
+    Word valid = 0, foreground = 0, smallest = ~Word(0), largest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const Word background_last = keys[i] ^ Key::foreground;      // a foreground key is its error, the others are above
+      const Word ignored_is_0 = (keys[i] + 1) & ~Key::foreground;  // the error's key + 1
+      foreground += keys[i] / Key::foreground;
+      valid += ignored_is_0 != 0;
+      smallest = background_last < smallest ? background_last : smallest;
+      largest = ignored_is_0 > largest ? ignored_is_0 : largest;
+    }
+    SegmentCounts<T> here;
+    here.valid = static_cast<int64_t>(valid);
+    here.foreground = static_cast<int64_t>(foreground);
+    if (foreground > 0) here.smallest_fg = smallest;
+    if (valid > 0) here.largest = largest - 1;
+    counts->add(here);
+  }
+};

@@ -1,0 +1,55 @@
+"""Method "histogram" of the Lovász losses: its steps put together, in one process or many.
+
+The steps are operators (ops.py, kernels in csrc/cpu/lovasz_histogram.cpp). Between them only counts travel, so that the loss of
+a batch that is spread over ranks costs two sums of integers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: As ``Errors`` in csrc/cpu/lovasz_segments.h.
+SOFTMAX, PROBABILITIES, HINGE = 0, 1, 2
+
+#: Segments of this many pixels place their bins by a sample, 32 of every 521 pixels; below, by all pixels. 16 000 sampled
+#: pixels place the bins of common classes as well as all do; those of rare ones are then placed again.
+SAMPLED_FROM = 1 << 18
+#: Of images at least this large, for a sample that has not the first pixels of each image only.
+SAMPLED_IMAGE = 1 << 12
+
+
+def cells_and_bins(errors: int) -> tuple[int, int]:
+    """Cells of a table and the most bins that they hold, as in ``BinLayout`` in csrc/cpu/lovasz_histogram.cpp."""
+    cells = 2561 if errors == SOFTMAX else 4080
+    return cells, 1 + cells + 8192
+
+
+def forward(
+    logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, wide
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, scale, table, weights, tops, bounds): see lovasz_histogram_weigh."""
+    ops = torch.ops.veerloss
+    n, c, p = logits.shape
+    rows, length = (n, p) if per_image else (1, n * p)
+    how = (errors, per_image, ignore_index)
+    sampled = errors != HINGE and length >= SAMPLED_FROM and p >= SAMPLED_IMAGE
+    wanted = None if selected is None else selected.expand(rows, c).contiguous()
+
+    counts, _ = ops.lovasz_histogram_count(logits, target, None, wanted, *how, sampled)
+    table = ops.lovasz_histogram_place(counts, None, errors)
+    counts, largest = ops.lovasz_histogram_count(logits, target, table, wanted, *how, False)
+
+    def weigh():
+        options = (selected, present, class_weight, errors, per_image, reduction, wide)
+        return ops.lovasz_histogram_weigh(logits, counts, largest, table, *options)
+
+    *result, doubtful = weigh()
+    if sampled and doubtful.any():
+        better = ops.lovasz_histogram_place(counts, table, errors)
+        table = torch.where(doubtful[..., None], better, table)
+        again, _ = ops.lovasz_histogram_count(logits, target, table, doubtful, *how, False)
+        counts = torch.where(doubtful[..., None, None], again, counts)
+        *result, _ = weigh()
+    loss, scale, weights, tops, bounds = result
+    return loss, scale, table, weights, tops, bounds
