@@ -115,6 +115,29 @@ VEERLOSS_HD JaccardBound jaccard_bin_bound(double total, double fg_before, doubl
   return bound;
 }
 
+// What binning costs: mean squares over a bin, as sums over its pixels. `gradient` of weight times `slope` (the factor of the
+// gradient over the weight), `loss` of weight times error where errors are spread evenly over the bin's width, and `weights` of
+// the weights times `slope` themselves.
+struct JaccardDeviation {
+  double gradient, loss, weights;
+};
+
+VEERLOSS_HD JaccardDeviation jaccard_bin_deviation(JaccardBin bin, JaccardBound bound, double fg, double bg, double slope,
+                                                   double width) {
+  const double square = fg * bin.fg * bin.fg + bg * bin.bg * bin.bg;
+  const double f = fg > 0.0 ? fg : 1.0, b = bg > 0.0 ? bg : 1.0;
+  JaccardDeviation deviation;
+  deviation.gradient = slope * slope * (bound.fg * bound.fg / f + bound.bg * bound.bg / b);
+  deviation.loss = square * width * width / 12.0;
+  deviation.weights = slope * slope * square;
+  return deviation;
+}
+
+// The factor of a logit's gradient over the weight of its error: p (1 - p) of a softmax, else 1.
+VEERLOSS_HD double slope_of_error(double error, bool softmax) {
+  return softmax ? error * (1.0 - error) : 1.0;
+}
+
 // Cells cut [0, infinity) by the bits of error + 2^-10: 256 cells to an octave up to 2^4, four from there on, equal cells below
 // 2^-10. The counts of a coarse pass say how many bins each cell is worth (lovasz_histogram.cpp); a pixel finds its bin with
 // one look-up. 256 cells and 8192 bins bring every 32-bit error near 1 into a bin of at most a few of its neighbours.

@@ -161,7 +161,7 @@ def test_lovasz_options():
         y = target_of(function)
         with pytest.raises(TypeError, match="per_image must be True or False, got 1"):
             function(X, y, per_image=1)
-        with pytest.raises(ValueError, match=r"method must be one of \('auto', 'exact'\), got 'fast'"):
+        with pytest.raises(ValueError, match=r"method must be one of \('auto', 'exact', 'histogram'\), got 'fast'"):
             function(X, y, method="fast")
     with pytest.raises(ValueError, match=r"class_weight must have the shape \[3\].*got \[2\]"):
         lovasz_softmax_loss(X, Y, class_weight=torch.ones(2))

@@ -17,6 +17,11 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(params=["exact", "histogram"])
+def method(request):
+    return request.param
+
+
 def sort_and_subtract(errors, foreground):
     """Berman's algorithm as published (alg. 1), in float64: the loss of one segment. Right as a value, not as a gradient."""
     errors, order = errors.double().sort(descending=True)
@@ -123,7 +128,7 @@ def test_gradient_at_a_million_pixels():
     grads = []
     for run, value in (("native", x), ("reference", x.double())):
         value = value.requires_grad_()
-        grads.append(torch.autograd.grad(lovasz_softmax_loss(value, target, backend=run), value)[0].double())
+        grads.append(torch.autograd.grad(lovasz_softmax_loss(value, target, method="exact", backend=run), value)[0].double())
     assert (grads[0] - grads[1]).norm() <= 1e-5 * grads[1].norm()
 
 
@@ -190,13 +195,13 @@ def test_order_of_pixels_does_not_matter(pixels, seed):
     torch.testing.assert_close(grads[0][..., order], grads[1], rtol=1e-5, atol=1e-9)
 
 
-def test_ties_get_a_subgradient(backend):
+def test_ties_get_a_subgradient(method, backend):
     """In each group of equal errors the weights add up to the step of the Jaccard loss, in whatever order they were ranked."""
     levels = torch.randint(1, 4, (1, 300), generator=torch.Generator().manual_seed(0))
     target = labels((1, 2, 300), 2)
     p = torch.where(target == 1, 1 - levels / 4, levels / 4).requires_grad_()
     both = torch.stack([1 - p, p], 1)
-    loss = lovasz_softmax_loss(both, target, classes=[1], from_logits=False, backend=backend)
+    loss = lovasz_softmax_loss(both, target, classes=[1], from_logits=False, method=method, backend=backend)
     weights = torch.autograd.grad(loss, p)[0].abs()
     total, fg, bg, before = target.sum().item(), 0, 0, 0.0
     for level in (3, 2, 1):
@@ -210,35 +215,46 @@ def test_ties_get_a_subgradient(backend):
 # ---- classes, images, reductions
 
 
-def test_absent_class_counts_under_all(backend):
+def test_absent_class_counts_under_all(method, backend):
     """Its whole weight goes to its largest error."""
     p = logits((1, 3, 20)).softmax(1)
     target = labels((1, 2, 20), 2)
-    values = lovasz_softmax_loss(p, target, classes="all", from_logits=False, reduction="none", backend=backend)
+    values = lovasz_softmax_loss(p, target, classes="all", from_logits=False, reduction="none", method=method, backend=backend)
     torch.testing.assert_close(values[2], p[0, 2].max())
-    present = lovasz_softmax_loss(p, target, from_logits=False, reduction="none", backend=backend)
+    present = lovasz_softmax_loss(p, target, from_logits=False, reduction="none", method=method, backend=backend)
     assert present[2] == 0
-    torch.testing.assert_close(lovasz_softmax_loss(p, target, from_logits=False, backend=backend), present[:2].mean())
+    torch.testing.assert_close(
+        lovasz_softmax_loss(p, target, from_logits=False, method=method, backend=backend), present[:2].mean()
+    )
 
 
-def test_reductions_and_images(backend):
+def test_reductions_and_images(method, backend):
     x, target = logits((3, 4, 6, 5)), labels((3, 4, 6, 5), 4)
-    values = lovasz_softmax_loss(x, target, per_image=True, reduction="none", backend=backend)
+    values = lovasz_softmax_loss(x, target, per_image=True, reduction="none", method=method, backend=backend)
     assert values.shape == (3, 4)
-    single = [lovasz_softmax_loss(x[i : i + 1], target[i : i + 1], backend=backend) for i in range(3)]
-    torch.testing.assert_close(lovasz_softmax_loss(x, target, per_image=True, backend=backend), torch.stack(single).mean())
-    torch.testing.assert_close(lovasz_softmax_loss(x, target, per_image=True, reduction="sum", backend=backend), values.sum())
-    hinge = lovasz_hinge_loss(x[:, 0], target.clamp(max=1), reduction="none", backend=backend)
+    single = [lovasz_softmax_loss(x[i : i + 1], target[i : i + 1], method=method, backend=backend) for i in range(3)]
+    torch.testing.assert_close(
+        lovasz_softmax_loss(x, target, per_image=True, method=method, backend=backend), torch.stack(single).mean()
+    )
+    torch.testing.assert_close(
+        lovasz_softmax_loss(x, target, per_image=True, reduction="sum", method=method, backend=backend), values.sum()
+    )
+    hinge = lovasz_hinge_loss(x[:, 0], target.clamp(max=1), reduction="none", method=method, backend=backend)
     assert hinge.shape == (3,)
-    torch.testing.assert_close(lovasz_hinge_loss(x[:, :1], target.clamp(max=1), backend=backend), hinge.mean())
-    assert lovasz_hinge_loss(x[:, 0], target.clamp(max=1), per_image=False, reduction="none", backend=backend).shape == ()
+    torch.testing.assert_close(lovasz_hinge_loss(x[:, :1], target.clamp(max=1), method=method, backend=backend), hinge.mean())
+    assert (
+        lovasz_hinge_loss(x[:, 0], target.clamp(max=1), per_image=False, reduction="none", method=method, backend=backend).shape
+        == ()
+    )
 
 
-def test_class_weight_scales_but_does_not_normalise(backend):
+def test_class_weight_scales_but_does_not_normalise(method, backend):
     x, target = logits((1, 3, 30)), labels((1, 3, 30), 3)
     weight = torch.tensor([0.5, 0.0, 4.0])
-    values = lovasz_softmax_loss(x, target, reduction="none", backend=backend)
-    torch.testing.assert_close(lovasz_softmax_loss(x, target, class_weight=weight, backend=backend), (values * weight).mean())
+    values = lovasz_softmax_loss(x, target, reduction="none", method=method, backend=backend)
+    torch.testing.assert_close(
+        lovasz_softmax_loss(x, target, class_weight=weight, method=method, backend=backend), (values * weight).mean()
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,17 +272,17 @@ def test_hinge_target_types(target_type):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_nan_and_infinity_give_nan(bad, channels, backend):
+def test_nan_and_infinity_give_nan(bad, channels, method, backend):
     x = logits((2, channels, 40)).requires_grad_()
     with torch.no_grad():
         x[1, channels - 1, 17] = bad
     target = labels((2, channels, 40), channels)
     binary = target.clamp(max=1).unsqueeze(1).expand(x.shape)
     for loss in (
-        lovasz_softmax_loss(x, target, backend=backend),
-        lovasz_softmax_loss(x, target, from_logits=False, backend=backend),
-        lovasz_hinge_loss(x, binary, backend=backend),
-        lovasz_hinge_loss(-x, binary, backend=backend),
+        lovasz_softmax_loss(x, target, method=method, backend=backend),
+        lovasz_softmax_loss(x, target, from_logits=False, method=method, backend=backend),
+        lovasz_hinge_loss(x, binary, method=method, backend=backend),
+        lovasz_hinge_loss(-x, binary, method=method, backend=backend),
     ):
         loss.backward()
         assert loss.isnan()
@@ -280,7 +296,7 @@ def test_nan_and_infinity_give_nan(bad, channels, backend):
     + [(torch.float64, bits) for bits in (0x7FF0000000000001, 0x7FFFFFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF)],
     ids=lambda value: hex(value) if isinstance(value, int) else str(value),
 )
-def test_every_nan_is_one(dtype, bits, foreground, backend):
+def test_every_nan_is_one(dtype, bits, foreground, method, backend):
     """Whatever its bits: those of one are the key of an ignored pixel."""
     x = logits((1, 2, 5000), dtype)
     target = labels((1, 2, 5000), 2)
@@ -288,59 +304,63 @@ def test_every_nan_is_one(dtype, bits, foreground, backend):
     size = 8 * x.element_size()
     x.view(torch.int32 if size == 32 else torch.int64)[0, 1, 17] = bits - (bits >> (size - 1) << size)
     assert x[0, 1, 17].isnan()
-    assert lovasz_softmax_loss(x, target, backend=backend).isnan()
-    assert lovasz_softmax_loss(x, target, from_logits=False, backend=backend).isnan()
-    assert lovasz_hinge_loss(x[:, 1], target, backend=backend).isnan()
+    assert lovasz_softmax_loss(x, target, method=method, backend=backend).isnan()
+    assert lovasz_softmax_loss(x, target, from_logits=False, method=method, backend=backend).isnan()
+    assert lovasz_hinge_loss(x[:, 1], target, method=method, backend=backend).isnan()
 
 
-def test_exact_probabilities_have_no_gradient(backend):
+def test_exact_probabilities_have_no_gradient(method, backend):
     """|y - p| has slope 0 where p is right."""
     target = labels((2, 3, 50), 3)
     p = torch.nn.functional.one_hot(target, 3).movedim(-1, 1).float().requires_grad_()
-    loss = lovasz_softmax_loss(p, target, from_logits=False, backend=backend)
+    loss = lovasz_softmax_loss(p, target, from_logits=False, method=method, backend=backend)
     assert loss == 0
     assert (torch.autograd.grad(loss, p)[0] == 0).all()
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("per_image", [False, True])
-def test_all_ignored_is_zero_with_zero_gradient(per_image, reduction, backend):
+def test_all_ignored_is_zero_with_zero_gradient(per_image, reduction, method, backend):
     x = logits((2, 3, 40))
     x[0, 0, 0] = math.nan  # what is ignored may hold anything
     x.requires_grad_()
     target = torch.full((2, 40), 255)
     for loss in (
-        lovasz_softmax_loss(x, target, ignore_index=255, per_image=per_image, reduction=reduction, backend=backend),
         lovasz_softmax_loss(
-            x, target, ignore_index=255, classes="all", per_image=per_image, reduction=reduction, backend=backend
+            x, target, ignore_index=255, per_image=per_image, reduction=reduction, method=method, backend=backend
         ),
-        lovasz_hinge_loss(x[:, 0], target, ignore_index=255, per_image=per_image, reduction=reduction, backend=backend),
+        lovasz_softmax_loss(
+            x, target, ignore_index=255, classes="all", per_image=per_image, reduction=reduction, method=method, backend=backend
+        ),
+        lovasz_hinge_loss(
+            x[:, 0], target, ignore_index=255, per_image=per_image, reduction=reduction, method=method, backend=backend
+        ),
     ):
         assert (loss == 0).all()
         assert (torch.autograd.grad(loss.sum(), x)[0] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0, 3, 0, 2)], ids=str)
-def test_no_pixels(shape, backend):
+def test_no_pixels(shape, method, backend):
     x = torch.zeros(shape, requires_grad=True)
     target = torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
     for per_image in (True, False):
         for reduction in ("mean", "sum", "none"):
             for loss in (
-                lovasz_softmax_loss(x, target, per_image=per_image, reduction=reduction, backend=backend),
-                lovasz_hinge_loss(x[:, 0], target, per_image=per_image, reduction=reduction, backend=backend),
+                lovasz_softmax_loss(x, target, per_image=per_image, reduction=reduction, method=method, backend=backend),
+                lovasz_hinge_loss(x[:, 0], target, per_image=per_image, reduction=reduction, method=method, backend=backend),
             ):
                 assert loss.sum() == 0
                 assert torch.autograd.grad(loss.sum(), x)[0].shape == x.shape
 
 
-def test_minus_infinity_masks_a_class(backend):
+def test_minus_infinity_masks_a_class(method, backend):
     x = logits((2, 4, 6)).requires_grad_()
     target = labels((2, 4, 6), 3)
     masked = x.clone()
     masked[:, 3] = -math.inf
-    loss = lovasz_softmax_loss(masked, target, backend=backend)
-    torch.testing.assert_close(loss, lovasz_softmax_loss(x[:, :3], target, backend=backend))
+    loss = lovasz_softmax_loss(masked, target, method=method, backend=backend)
+    torch.testing.assert_close(loss, lovasz_softmax_loss(x[:, :3], target, method=method, backend=backend))
     assert torch.isfinite(torch.autograd.grad(loss, x)[0]).all()
 
 
@@ -352,7 +372,7 @@ def test_same_bits_for_any_number_of_threads():
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             value = x.clone().requires_grad_()
-            loss = lovasz_softmax_loss(value, target)
+            loss = lovasz_softmax_loss(value, target, method="exact")
             results.append((loss.detach(), torch.autograd.grad(loss, value)[0]))
     finally:
         torch.set_num_threads(before)

@@ -26,19 +26,30 @@ def cells_and_bins(errors: int) -> tuple[int, int]:
 
 
 def forward(
-    logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, wide
+    logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, wide, ranks=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, scale, table, weights, tops, bounds): see lovasz_histogram_weigh."""
+    """(loss, scale, table, weights, tops, bounds): see lovasz_histogram_weigh. `ranks`: of the batches of all of them."""
     ops = torch.ops.veerloss
     n, c, p = logits.shape
     rows, length = (n, p) if per_image else (1, n * p)
-    how = (errors, per_image, ignore_index)
+    if ranks is not None:
+        p, length = ranks.image, ranks.pixels
     sampled = errors != HINGE and length >= SAMPLED_FROM and p >= SAMPLED_IMAGE
-    wanted = None if selected is None else selected.expand(rows, c).contiguous()
+    selected_rows = None if selected is None else selected.expand(rows, c).contiguous()
 
-    counts, _ = ops.lovasz_histogram_count(logits, target, None, wanted, *how, sampled)
+    def count(table, wanted, sampled=False):
+        def here():
+            options = (errors, per_image, ignore_index, sampled)
+            return ops.lovasz_histogram_count(logits, target, table, wanted, *options)
+
+        if ranks is None:
+            return here()
+        cells, bins = cells_and_bins(errors)
+        return ranks.sum(here, (rows, c, 2, 1 + cells if table is None else bins))
+
+    counts, _ = count(None, selected_rows, sampled)
     table = ops.lovasz_histogram_place(counts, None, errors)
-    counts, largest = ops.lovasz_histogram_count(logits, target, table, wanted, *how, False)
+    counts, largest = count(table, selected_rows)
 
     def weigh():
         options = (selected, present, class_weight, errors, per_image, reduction, wide)
@@ -48,7 +59,7 @@ def forward(
     if sampled and doubtful.any():
         better = ops.lovasz_histogram_place(counts, table, errors)
         table = torch.where(doubtful[..., None], better, table)
-        again, _ = ops.lovasz_histogram_count(logits, target, table, doubtful, *how, False)
+        again, _ = count(table, doubtful)
         counts = torch.where(doubtful[..., None, None], again, counts)
         *result, _ = weigh()
     loss, scale, weights, tops, bounds = result

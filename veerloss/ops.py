@@ -161,12 +161,29 @@ def _(logits, target, per_image, ignore_index, reduction, keep, wide):
 
 
 def lovasz_histogram(
-    logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction
+    logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, ranks=None
 ) -> tuple[Tensor, Tensor]:
     """(loss, bounds): the bounds on what binning moved, one per segment [N or 1, C]."""
     options = (selected, present, per_image, class_weight, ignore_index, errors, _REDUCTION[reduction], _wide(logits))
+    if ranks is not None:
+        return _HistogramOfRanks.apply(logits, target, *options, ranks)
     loss, _, _, _, _, bounds = torch.ops.veerloss.lovasz_histogram_forward(logits, target, *options)
     return loss, bounds
+
+
+class _HistogramOfRanks(torch.autograd.Function):
+    """lovasz_histogram_forward with counts of all ranks: not an operator, for it waits for other processes."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _histogram.forward(*inputs)
+        _save_histogram(ctx, inputs[:-1], output)
+        return output[0], output[5]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        return *_histogram_backward(ctx, grad), None
 
 
 @torch.library.register_fake("veerloss::lovasz_histogram_forward")
@@ -191,10 +208,10 @@ torch.library.impl("veerloss::lovasz_histogram_forward", "CPU")(_histogram.forwa
 
 def _save_histogram(ctx, inputs, output) -> None:
     logits, target, _, _, per_image, _, ignore_index, errors, reduction, _ = inputs
-    _, scale, table, weights, tops, bounds = output
+    _, scale, table, weights, tops, _ = output
     ctx.save_for_backward(logits, target, table, weights, tops, scale)
     ctx.options = (errors, per_image, ignore_index, reduction)
-    ctx.mark_non_differentiable(scale, table, weights, tops, bounds)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _histogram_backward(ctx, grad, *_):

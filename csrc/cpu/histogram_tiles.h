@@ -118,9 +118,8 @@ struct HistogramTiles {
     return equal;
   }
 
-  // The weights of a block, and its terms of the sums; n is a multiple of the lanes. `slope`: the gradient of a logit has the
-  // factor error * (1 - error) over the weight.
-  template <bool slope>
+  // The weights of a block, and its terms of the sums; n is a multiple of the lanes.
+  template <bool softmax>
   static void weigh(BinBlock* bins, int64_t n, double total, BinSums* sums) {
     const double* __restrict fg = bins->fg, * __restrict bg = bins->bg, * __restrict error = bins->error;
     const double* __restrict fg_before = bins->fg_before, * __restrict bg_before = bins->bg_before;
@@ -128,18 +127,17 @@ struct HistogramTiles {
     double* __restrict fg_weight = bins->fg_weight, * __restrict bg_weight = bins->bg_weight;
     double terms[BinSums::count][BinBlock::size];
     for (int64_t i = 0; i < n; ++i) {
-      const double f = fg[i], b = bg[i], e = error[i];
-      const JaccardBin bin = jaccard_bin(total, fg_before[i], bg_before[i], f, b);
-      const JaccardBound bound = jaccard_bin_bound(total, fg_before[i], bg_before[i], f, b);
-      const double factor = slope ? e * (1.0 - e) : 1.0, square = f * bin.fg * bin.fg + b * bin.bg * bin.bg;
-      const double deviation = bound.fg * bound.fg / (f > 0.0 ? f : 1.0) + bound.bg * bound.bg / (b > 0.0 ? b : 1.0);
+      const JaccardBin bin = jaccard_bin(total, fg_before[i], bg_before[i], fg[i], bg[i]);
+      const JaccardBound bound = jaccard_bin_bound(total, fg_before[i], bg_before[i], fg[i], bg[i]);
+      const JaccardDeviation deviation =
+          jaccard_bin_deviation(bin, bound, fg[i], bg[i], slope_of_error(error[i], softmax), width[i]);
       fg_weight[i] = bin.fg;
       bg_weight[i] = bin.bg;
-      terms[BinSums::loss][i] = bin.step * e;
+      terms[BinSums::loss][i] = bin.step * error[i];
       terms[BinSums::bound][i] = bound.fg + bound.bg;
-      terms[BinSums::gradient][i] = factor * factor * square;
-      terms[BinSums::deviation][i] = factor * factor * deviation;
-      terms[BinSums::loss_deviation][i] = square * width[i] * width[i];
+      terms[BinSums::weights][i] = deviation.weights;
+      terms[BinSums::gradient_deviation][i] = deviation.gradient;
+      terms[BinSums::loss_deviation][i] = deviation.loss;
     }
     for (int64_t k = 0; k < BinSums::count; ++k)
       for (int64_t i = 0; i < n; i += BinBlock::lanes)

@@ -32,10 +32,9 @@ struct BinBlock {
   double fg_weight[size], bg_weight[size];
 };
 
-// Sums over a segment's bins, in lanes: the loss, the bound on what binning moved, and squares, of the gradient and of the
-// deviations of gradient and loss.
+// Sums over a segment's bins, in lanes: the loss, the bound on what binning moved, and JaccardDeviation.
 struct BinSums {
-  enum { loss, bound, gradient, deviation, loss_deviation, count };
+  enum { loss, bound, weights, gradient_deviation, loss_deviation, count };
   double lanes[count][BinBlock::lanes] = {};
 
   double operator[](int which) const {
@@ -304,29 +303,35 @@ void for_each_cell(const uint32_t* table, int64_t cells, const F& f) {
   for (int64_t c = cells - 1; c >= 0; --c) f(static_cast<uint32_t>(c), table[c] & 0xffffu, table[c] >> 16);
 }
 
-// A table from the counts of a segment's cells, and of its foreground of error 0. Half of the bins go by a cell's share of the
-// weight, half by its share of the loss's resolution, weight times width: the one keeps the gradient, the other the loss.
-void place_segment(const int64_t* counts, int64_t fg_at_0, int64_t cells, uint32_t* table) {
-  std::vector<double> steps(cells), moments(cells);
-  double fg = 0, bg = 0, all_steps = 0, all_moments = 0;
+// A table from the counts of a segment's cells, and of its foreground of error 0. s bins divide a cell's mean square errors by
+// s^2, so their sum is least where s goes by the cube root. Half of the bins are placed for the gradient and half for the loss:
+// against shares of the weight, 2 to 40 times smaller errors (a foreground of 1000 in 1M pixels: gradient 1.9e-3 to 1.5e-4).
+void place_segment(const int64_t* counts, int64_t fg_at_0, const BinLayout& layout, uint32_t* table) {
+  const int64_t cells = layout.cells;
+  std::vector<double> gradient(cells), loss(cells);
+  double fg = 0, bg = 0, all_gradient = 0, all_loss = 0;
   int64_t total_fg = fg_at_0;
   for (int64_t c = 0; c < cells; ++c) total_fg += counts[2 * c + 1];
   const auto total = static_cast<double>(std::max<int64_t>(total_fg, 1));  // a sample may have missed what there is
   for (int64_t c = cells - 1; c >= 0; --c) {
     const auto b = static_cast<double>(counts[2 * c]), f = static_cast<double>(counts[2 * c + 1]);
-    const auto cell = static_cast<uint32_t>(c);
-    steps[c] = jaccard_bin(total, fg, bg, f, b).step;
-    moments[c] = steps[c] * (cell_begin(cell + 1) - cell_begin(cell));
-    all_steps += steps[c];
-    all_moments += moments[c];
+    if (b + f == 0) continue;
+    const double begin = cell_begin(static_cast<uint32_t>(c)), end = cell_begin(static_cast<uint32_t>(c + 1));
+    const JaccardDeviation deviation =
+        jaccard_bin_deviation(jaccard_bin(total, fg, bg, f, b), jaccard_bin_bound(total, fg, bg, f, b), f, b,
+                              slope_of_error(std::min(0.5 * (begin + end), 1.0), layout.bounded), end - begin);
+    gradient[c] = std::cbrt(std::max(deviation.gradient, 0.0));
+    loss[c] = std::cbrt(deviation.loss);
+    all_gradient += gradient[c];
+    all_loss += loss[c];
     fg += f;
     bg += b;
   }
   uint32_t bins = 1;
   for (int64_t c = 0; c < cells; ++c) {
     double share = 0;
-    if (all_steps > 0) share += steps[c] / all_steps;
-    if (all_moments > 0) share += moments[c] / all_moments;
+    if (all_gradient > 0) share += gradient[c] / all_gradient;
+    if (all_loss > 0) share += loss[c] / all_loss;
     const uint32_t own = 1 + static_cast<uint32_t>(0.5 * share * static_cast<double>(budget) * (1 - 1e-12));
     table[c] = cell_entry(bins, own);
     bins += own;
@@ -365,7 +370,7 @@ Tensor place(const Tensor& counts, const std::optional<Tensor>& fine, int64_t er
         sum(static_cast<const int64_t*>(counts.data_ptr()));
       else
         sum(static_cast<const int32_t*>(counts.data_ptr()));
-      place_segment(cell_counts.data(), fg_at_0, layout.cells, entries + i * layout.cells);
+      place_segment(cell_counts.data(), fg_at_0, layout, entries + i * layout.cells);
     }
   });
   return table;
@@ -420,6 +425,8 @@ SegmentResult weigh_segment(const Count* counts, const uint32_t* table, const Bi
       block.bg[n] = b;
       block.width[n] = high - low;
       block.error[n] = 0.5 * (low + high);
+      if (fg + bg == 0 && f + b > 0)  // the first: it has the largest error, known exactly, on which a hinge may hang
+        block.error[n] += (static_cast<double>(largest) - block.error[n]) / (f + b);
       bin_of[n] = bin;
       fg += f;
       bg += b;
@@ -429,8 +436,8 @@ SegmentResult weigh_segment(const Count* counts, const uint32_t* table, const Bi
   run();
   weights[0] = weights[layout.bins] = 0;  // of errors of 0, where they change neither loss nor gradient, and of ignored pixels
   return {sums[BinSums::loss], sums[BinSums::bound],
-          sums[BinSums::gradient] > 0 ? std::sqrt(sums[BinSums::deviation] / sums[BinSums::gradient]) : 0.0,
-          std::sqrt(sums[BinSums::loss_deviation] / 12)};
+          sums[BinSums::weights] > 0 ? std::sqrt(sums[BinSums::gradient_deviation] / sums[BinSums::weights]) : 0.0,
+          std::sqrt(sums[BinSums::loss_deviation])};
 }
 
 // (loss, scale, weights [rows, classes, 2, bins], tops [rows, classes, 2], bounds [rows, classes], doubtful [rows, classes]).

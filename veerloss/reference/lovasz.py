@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .._arguments import arithmetic_dtype, loss_dtype, widened
+from . import histogram
+
+AllReduce = Callable[[Tensor, str], Tensor]
+
+
+def _alone(values: Tensor, op: str) -> Tensor:
+    """The all-reduce of a single process."""
+    return values
 
 
 def lovasz_weights(errors: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
@@ -49,8 +57,10 @@ def lovasz_softmax_loss(
     ignore_index: int | None = None,
     from_logits: bool = True,
     reduction: str = "mean",
-) -> Tensor:
-    """Lovász-Softmax; arguments as in :func:`veerloss.lovasz_softmax_loss`."""
+    method: str = "exact",
+    all_reduce: AllReduce = _alone,
+) -> tuple[Tensor, Tensor]:
+    """Lovász-Softmax and its certificate; arguments as in :func:`veerloss.lovasz_softmax_loss`."""
     n, c = logits.shape[:2]
     x = logits.to(arithmetic_dtype(logits)).reshape(n, c, -1 if logits.numel() else 0)
     labels = target.long().reshape(n, 1, x.size(2))
@@ -63,7 +73,9 @@ def lovasz_softmax_loss(
         errors = torch.where(foreground, others, p) + (p - p).detach()  # NaN also where there are no others
     else:
         errors = (foreground.to(x.dtype) - x).abs() + (x - x).detach()
-    values, has_foreground, has_valid = _segment_values(errors, foreground, valid.expand_as(errors), per_image)
+    valid = valid.expand_as(errors)
+    segments = _segments(errors, foreground, valid, per_image)
+    values, bounds, has_foreground, has_valid = _values(*segments, method, from_logits, all_reduce)
 
     selected = has_valid
     if isinstance(classes, str):
@@ -82,7 +94,8 @@ def lovasz_softmax_loss(
     else:
         per_row = values.sum(1) / selected.sum(1).clamp_min(1)
         loss = per_row.sum() / max(per_row.numel(), 1)
-    return loss.to(loss_dtype(logits))
+    bounds = torch.where(selected, bounds, torch.zeros_like(bounds))
+    return loss.to(loss_dtype(logits)), bounds if per_image else bounds[0]
 
 
 def lovasz_hinge_loss(
@@ -92,8 +105,10 @@ def lovasz_hinge_loss(
     per_image: bool = True,
     ignore_index: int | None = None,
     reduction: str = "mean",
-) -> Tensor:
-    """Binary Lovász hinge; arguments as in :func:`veerloss.lovasz_hinge_loss`."""
+    method: str = "exact",
+    all_reduce: AllReduce = _alone,
+) -> tuple[Tensor, Tensor]:
+    """Binary Lovász hinge and its certificate; arguments as in :func:`veerloss.lovasz_hinge_loss`."""
     n = logits.size(0)
     x = logits.to(arithmetic_dtype(logits)).reshape(n, 1, -1 if logits.numel() else 0)
     labels = widened(target).reshape(n, 1, x.size(2))
@@ -102,24 +117,42 @@ def lovasz_hinge_loss(
     x = torch.where(valid, x, torch.zeros_like(x))
     sign = torch.where(foreground, 1.0, -1.0).to(x.dtype)
     errors = torch.relu(1 - sign * x) + (x - x).detach()  # an infinite logit: NaN
-    values, _, _ = _segment_values(errors, foreground, valid, per_image)
-    values = values[:, 0]
+    segments = _segments(errors, foreground, valid, per_image)
+    values, bounds, _, _ = _values(*segments, method, False, all_reduce)
+    values, bounds = values[:, 0], bounds[:, 0]
     if reduction == "none":
         loss = values if per_image else values[0]
     elif reduction == "sum":
         loss = values.sum()
     else:
         loss = values.sum() / max(values.numel(), 1)
-    return loss.to(loss_dtype(logits))
+    return loss.to(loss_dtype(logits)), bounds if per_image else bounds[0]
 
 
-def _segment_values(errors: Tensor, foreground: Tensor, valid: Tensor, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Errors [N, C, P] to one value per segment, [N, C] or [1, C], and whether it has foreground and valid pixels."""
-    if not per_image:
-        errors, foreground, valid = (
-            t.transpose(0, 1).reshape(1, t.size(1), -1) if t.numel() else t.reshape(1, t.size(1), 0)
-            for t in (errors, foreground, valid)
-        )
-    weights = lovasz_weights(errors, foreground, valid)
-    values = (weights * torch.where(valid, errors, torch.zeros_like(errors))).sum(-1)
-    return values, foreground.any(-1), valid.any(-1)
+def _segments(errors: Tensor, foreground: Tensor, valid: Tensor, per_image: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, C, P] as segments: the same, or [1, C, N * P]."""
+    if per_image:
+        return errors, foreground, valid
+    return tuple(
+        t.transpose(0, 1).reshape(1, t.size(1), -1) if t.numel() else t.reshape(1, t.size(1), 0)
+        for t in (errors, foreground, valid)
+    )
+
+
+def _values(
+    errors: Tensor, foreground: Tensor, valid: Tensor, method: str, bounded: bool, all_reduce: AllReduce
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of segments [N, C, P]: losses, certificates, and whether they have foreground and valid pixels; [N, C]."""
+    used = torch.where(valid, errors, torch.zeros_like(errors))
+    if method == "exact":
+        values = (lovasz_weights(errors, foreground, valid) * used).sum(-1)
+        return values, torch.zeros_like(values, dtype=torch.float64), foreground.any(-1), valid.any(-1)
+    values, bounds = used.sum(-1), torch.zeros(used.shape[:2], dtype=torch.float64, device=used.device)
+    for n, c in torch.cartesian_prod(*(torch.arange(size) for size in bounds.shape)).tolist():
+        e, inside = errors[n, c], valid[n, c]
+        weights, loss, bounds[n, c] = histogram.segment(e[inside].detach(), foreground[n, c][inside], bounded, all_reduce)
+        weighted = (weights.to(e.dtype) * e[inside]).sum()
+        values[n, c] = weighted + (loss - weighted).detach()  # the loss by the counts, the gradient by the weights
+    counts = torch.stack([foreground.sum(-1), valid.sum(-1)])
+    has_foreground, has_valid = all_reduce(counts, "sum") > 0
+    return values, bounds, has_foreground, has_valid

@@ -1,0 +1,76 @@
+"""One loss of the batches of all ranks: what the ranks of a process group tell each other.
+
+A rank that fails must not leave the others waiting. So an exception is reported in the next exchange, in which all ranks take
+part anyhow, and raised on every rank: its own where it happened, a RuntimeError that names the rank elsewhere. A rank that is
+gone altogether is for the process group to notice: gloo sees the connection break, NCCL's watchdog ends in its timeout.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """The ranks of a process group, each with a batch of [N, C, P] logits on `device`.
+
+    All ranks create one, even those whose arguments are bad: `check` is called, and what it raises is reported. It returns the
+    shape and the options, anything with a repr, that must be the same on all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, check: Callable[[], tuple[torch.Size, object]]) -> None:
+        self.group, self.device = group, device
+        self.size = dist.get_world_size(group)
+        problem, header = None, [0] * 5
+        try:
+            (n, c, p), options = check()
+            header = [0, c, n * p, p if n else 2**62, zlib.crc32(repr(options).encode())]
+        except Exception as e:
+            problem, header[0] = e, 1
+        mine = torch.tensor(header, dtype=torch.int64, device=device)
+        headers = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(headers, mine, group=group)
+        failed, classes, pixels, image, options = torch.stack(headers).t().tolist()
+        self._raise(problem, failed)
+        if len(set(classes)) > 1 or len(set(options)) > 1:
+            raise ValueError(
+                "process_group: all ranks must have the same number of classes and the same options, got "
+                f"{classes} classes and options that {'differ' if len(set(options)) > 1 else 'agree'}"
+            )
+        #: pixels of a segment, on all ranks together, and of the smallest image
+        self.pixels, self.image = sum(pixels), min(image)
+
+    def sum(self, count: Callable[[], tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """(counts, largest) of all ranks from those that `count` gives on this one: int64 of `shape`, [..., 2]."""
+        problem, counts, largest = None, torch.zeros(shape, dtype=torch.int64, device=self.device), None
+        try:
+            counts, largest = count()
+        except Exception as e:
+            problem = e
+        failed = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        failed[dist.get_rank(self.group)] = problem is not None
+        total = torch.cat([counts.flatten().long(), failed])
+        dist.all_reduce(total, group=self.group)
+        self._raise(problem, total[-self.size :].tolist())
+        errors = largest[..., 0].nan_to_num(nan=torch.inf).contiguous()  # NaN has no maximum
+        dist.all_reduce(errors, dist.ReduceOp.MAX, group=self.group)
+        pixels = torch.where(largest[..., 0] == errors, largest[..., 1], 0.0)
+        dist.all_reduce(pixels, group=self.group)
+        errors = torch.where(errors == torch.inf, torch.nan, errors)
+        return total[: -self.size].view(shape), torch.stack([errors, pixels], -1)
+
+    def all_reduce(self, values: Tensor, op: str) -> Tensor:
+        values = values.contiguous().clone()
+        dist.all_reduce(values, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=self.group)
+        return values
+
+    def _raise(self, problem: Exception | None, failed: list[int]) -> None:
+        if problem is not None:
+            raise problem
+        if any(failed):
+            ranks = [rank for rank, bad in enumerate(failed) if bad]
+            raise RuntimeError(f"process_group: the loss failed on rank {', '.join(map(str, ranks))}; its error is there")

@@ -1,0 +1,159 @@
+"""Method "histogram" of the Lovász losses: weights from counts by error, without sorting. The specification of csrc/jaccard.h.
+
+The weight of a pixel depends only on how many foreground and background pixels have a larger error. So errors are counted in
+bins. A first count, in fixed cells, tells each cell's share of the loss's weight; the more it has, the more bins it gets. A
+second count is in these bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Bins to give out, besides the one that every cell has.
+BUDGET = 8192
+#: Cells are cut by the bits of a float32, error + OFFSET: equal in width below OFFSET, 256 to an octave from there to 16, and
+#: 4 to an octave above.
+OFFSET = 2.0**-10
+POSITION_BITS = 15
+NARROW_END = 14 << 23
+NARROW_CELLS = NARROW_END >> POSITION_BITS
+WIDE_SHIFT = 6
+
+
+def cells(bounded: bool) -> int:
+    """How many cells there are; `bounded` errors are at most 1."""
+    if bounded:
+        return (10 << (23 - POSITION_BITS)) + 1
+    return NARROW_CELLS + ((0x7F800000 - _origin() - NARROW_END) >> (POSITION_BITS + WIDE_SHIFT))
+
+
+def _origin() -> int:
+    return int(torch.tensor(OFFSET).view(torch.int32))
+
+
+def cells_of(errors: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
+    """The cell of each error, and where in the cell it is, of 2**15 positions. Any shape; int64."""
+    bits = (errors.float() + OFFSET).view(torch.int32).long() - _origin()
+    wide = (bits >= NARROW_END) & (not bounded)
+    above = bits - NARROW_END
+    cell = torch.where(wide, NARROW_CELLS + (above >> (POSITION_BITS + WIDE_SHIFT)), bits >> POSITION_BITS)
+    position = torch.where(wide, above >> WIDE_SHIFT, bits) % (1 << POSITION_BITS)
+    return cell.clamp(0, cells(bounded) - 1), position
+
+
+def cell_edges(bounded: bool) -> Tensor:
+    """[cells + 1] float64: where each cell begins, and the last ends."""
+    cell = torch.arange(cells(bounded) + 1)
+    bits = torch.where(
+        cell < NARROW_CELLS,
+        cell << POSITION_BITS,
+        NARROW_END + ((cell - NARROW_CELLS) << (POSITION_BITS + WIDE_SHIFT)),
+    )
+    edges = (bits + _origin()).clamp(max=0x7F800000).int().view(torch.float32).double()
+    return edges.clamp(max=2.0**128) - OFFSET
+
+
+@dataclass
+class Bins:
+    """Weights of the pixels in bins of errors, from the counts alone; [bins] float64, in the order of the counts."""
+
+    fg: Tensor
+    bg: Tensor
+    step: Tensor  # of the Jaccard loss over the bin
+    fg_bound: Tensor  # on the sum over its foreground of |this weight - exact weight|
+    bg_bound: Tensor  # the same of its background
+
+    @property
+    def bound(self) -> Tensor:
+        return self.fg_bound + self.bg_bound
+
+
+def weigh(fg: Tensor, bg: Tensor, total: Tensor) -> Bins:
+    """Weights from the counts of foreground and background in each bin, the smallest errors first.
+
+    With G = `total` > 0 foreground pixels, and F, B foreground and background pixels in the bins of larger errors, any order of
+    a bin's f and b pixels is a subgradient of the loss of the rounded errors. These weights are the mean of "foreground first"
+    and "background first"; they add up to the step of the Jaccard loss over the bin.
+    """
+    f, b, total = fg.double(), bg.double(), total.double()
+    left = total - (f.flip(0).cumsum(0).flip(0) - f)  # G - F
+    first = total + (b.flip(0).cumsum(0).flip(0) - b)  # G + B
+    last = first + b
+    at_fg = (1 / first + 1 / last) / 2
+    at_bg = (left + (left - f)) / 2 / (first * last)
+
+    # Exact weights of the foreground are between 1 / first and 1 / last. That of the background pixel with j others of its bin
+    # before it is between low and high, which have the same form:
+    #   high(j) = left / ((first + j)(first + j + 1)),  low(j) = (left - f) / ((first + j)(first + j + 1)).
+    # high is further from at_bg for j < turn, low for the others; their sums telescope.
+    turn = (((1 + 4 * first * last).sqrt() - 1) / 2 - first + 1).floor()
+    high = left * turn / (first * (first + turn)) - turn * at_bg
+    low = (b - turn) * at_bg - (left - f) * (b - turn) / ((first + turn) * last)
+    return Bins(at_fg, at_bg, f * at_fg + b * at_bg, f * b / (2 * first * last), high + low)
+
+
+def place(fg: Tensor, bg: Tensor, total: Tensor, bounded: bool) -> Tensor:
+    """[cells] int64: the bins that each cell gets, from the counts in the cells.
+
+    s bins divide the mean square error that a cell makes by s**2; the sum over the cells is least where s goes by the cube root
+    of that error. Half of the bins are placed for the error of the gradient, half for that of the loss.
+    """
+    result, edges, f, b = weigh(fg, bg, total.clamp(min=1)), cell_edges(bounded), fg.double(), bg.double()
+    error = (edges[:-1] + edges[1:]).clamp(max=2) / 2
+    slope = error * (1 - error) if bounded else 1  # of the gradient of a logit, over the weight
+    of_gradient = slope**2 * (result.fg_bound**2 / f.clamp(min=1) + result.bg_bound**2 / b.clamp(min=1))
+    of_loss = (f * result.fg**2 + b * result.bg**2) * edges.diff() ** 2 / 12
+    share = torch.zeros_like(f)
+    for square in (of_gradient, of_loss):
+        root = square.clamp(min=0) ** (1 / 3)
+        share += root / root.sum() / 2 if root.sum() > 0 else 0
+    return 1 + (share * BUDGET * (1 - 1e-12)).long()
+
+
+def segment(
+    errors: Tensor, foreground: Tensor, bounded: bool, all_reduce: Callable[[Tensor, str], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One segment, by counts that `all_reduce(counts, "sum" or "max")` adds up over ranks.
+
+    Args:
+        errors: [P] of the valid pixels; they count as float32.
+        foreground: [P] bool.
+        bounded: errors are at most 1.
+
+    Returns:
+        (weights [P], loss, bound), float64. The bound is on the sum of |weight - exact weight| over the pixels of error > 0;
+        the others have no influence on the loss and weight 0.
+    """
+    errors = errors.float()
+    inside = errors > 0
+    largest = all_reduce(errors.max() if errors.numel() else errors.new_tensor(-1.0), "max").double()
+    total = all_reduce(foreground.sum(), "sum")
+    if total == 0:  # the largest error has the whole weight
+        at_largest = (errors == largest).double()
+        pixels = all_reduce(at_largest.sum(), "sum")
+        return torch.where(inside, at_largest / pixels.clamp(min=1), 0.0), largest.clamp(min=0), 2 * (1 - 1 / pixels)
+    cell, position = cells_of(errors, bounded)
+
+    def count(index: Tensor, size: int) -> list[Tensor]:
+        return [all_reduce(index[inside & kind].bincount(minlength=size), "sum") for kind in (foreground, ~foreground)]
+
+    bins = place(*count(cell, cells(bounded)), total, bounded)
+    before = bins.cumsum(0) - bins
+    index = before[cell] + (position * bins[cell] >> POSITION_BITS)
+    fg, bg = count(index, int(bins.sum()))
+    result = weigh(fg, bg, total)
+
+    edges = cell_edges(bounded)
+    width = (edges.diff() / bins).repeat_interleave(bins)
+    low = edges[:-1].repeat_interleave(bins) + width * (torch.arange(width.numel()) - before.repeat_interleave(bins))
+    middle = (low + torch.minimum(low + width, largest)) / 2
+    if (fg + bg).any():
+        top = (fg + bg).nonzero().max()  # has the largest error, known exactly, and perhaps others
+        middle[top] += (largest - middle[top]) / (fg + bg)[top]
+    loss = (result.step * middle).sum()
+    weights = torch.where(foreground, result.fg[index], result.bg[index])
+    return torch.where(inside, weights, 0.0), loss, result.bound.sum()
