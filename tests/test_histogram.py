@@ -12,7 +12,6 @@ from veerloss import _histogram, lovasz_hinge_loss, lovasz_softmax_loss
 from veerloss.reference import histogram
 from veerloss.reference.lovasz import lovasz_weights
 
-
 #: A pixel whose error is rounded across the edge of a bin moves the loss by its weight times the width of a bin.
 BIN = 1e-6
 
@@ -66,7 +65,7 @@ def test_counts_of_16_bits_do_not_overflow(pixels):
 
 
 def _errors(loss, x, target, **options):
-    """Of "histogram" against the exact method in float64: (loss error, relative above 1; relative gradient error; certificate)."""
+    """Against the exact method in float64: loss error, relative where above 1; relative gradient error; certificate."""
     results = []
     for value, how in ((x, "histogram"), (x.double(), "exact")):
         value = value.clone().requires_grad_()

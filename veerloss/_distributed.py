@@ -56,17 +56,19 @@ class Ranks:
         total = torch.cat([counts.flatten().long(), failed])
         dist.all_reduce(total, group=self.group)
         self._raise(problem, total[-self.size :].tolist())
-        errors = largest[..., 0].nan_to_num(nan=torch.inf).contiguous()  # NaN has no maximum
-        dist.all_reduce(errors, dist.ReduceOp.MAX, group=self.group)
-        pixels = torch.where(largest[..., 0] == errors, largest[..., 1], 0.0)
-        dist.all_reduce(pixels, group=self.group)
-        errors = torch.where(errors == torch.inf, torch.nan, errors)
+        errors = self.all_reduce(largest[..., 0], "max")
+        pixels = self.all_reduce(torch.where(largest[..., 0] == errors, largest[..., 1], 0.0), "sum")
         return total[: -self.size].view(shape), torch.stack([errors, pixels], -1)
 
     def all_reduce(self, values: Tensor, op: str) -> Tensor:
-        values = values.contiguous().clone()
-        dist.all_reduce(values, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=self.group)
-        return values
+        """The "sum" or "max" of all ranks; the maximum is NaN if any is."""
+        if op == "sum":
+            values = values.contiguous().clone()
+            dist.all_reduce(values, group=self.group)
+            return values
+        values = values.nan_to_num(nan=torch.inf).contiguous()  # NaN has no maximum
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        return torch.where(values == torch.inf, torch.nan, values)
 
     def _raise(self, problem: Exception | None, failed: list[int]) -> None:
         if problem is not None:
