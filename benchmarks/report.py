@@ -95,14 +95,7 @@ def bars(results: dict) -> list[dict]:
 
 def markdown(results: dict) -> str:
     """Everything as Markdown tables."""
-    about = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines = [
-        f"{about['cpu']} ({about['simd']}), {about['cores']} cores, {about['threads']} threads, "
-        f"load {about['load_average_1min']} at the start. {versions}, Python {about['python']}. "
-        f"{about['date']}, {about['seconds']} s, `{about['command']}`.",
-        "",
-    ]
+    lines = [heading(results["machine"]), ""]
     if "throughput" in results:
         lines += _throughput(results["throughput"])
     if "accuracy" in results:
@@ -118,12 +111,25 @@ def markdown(results: dict) -> str:
         lines += ["## Extra peak memory beyond the gradient, in multiples of the logits", ""]
         header = ("inputs", "loss", "extra")
         lines += _table(header, results["memory"], lambda row: [f"{max(row['extra'], 0.0):.2f}x"])
-    if results["bars"]:
-        lines += ["## Bars", ""]
-        header = ("inputs and bar", "measured", "met")
-        rows = [(b["bar"], b["measured"], "yes" if b["met"] else "**no**") for b in results["bars"]]
-        lines += [_line(header), _line(["---"] * 3), *(_line(row) for row in rows), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *bar_table(results["bars"])])
+
+
+def heading(about: dict) -> str:
+    """What was measured where, in a paragraph."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{about['cpu']} ({about['simd']}), {about['cores']} cores, {about['threads']} threads, "
+        f"load {about['load_average_1min']} at the start. {versions}, Python {about['python']}. "
+        f"{about['date']}, {about['seconds']} s, `{about['command']}`."
+    )
+
+
+def bar_table(bars: list[dict]) -> list[str]:
+    if not bars:
+        return []
+    header = ("bar", "measured", "met")
+    rows = [(b["bar"], b["measured"], "yes" if b["met"] else "**no**") for b in bars]
+    return ["## Bars", "", line(header), line(["---"] * 3), *(line(row) for row in rows), ""]
 
 
 def _throughput(rows: list[dict]) -> list[str]:
@@ -156,16 +162,16 @@ def _accuracy_cells(row: dict) -> list[str]:
 
 
 def _table(header: tuple[str, ...], rows: list[dict], cells) -> list[str]:
-    lines = [_line(header), _line(["---"] * len(header))]
+    lines = [line(header), line(["---"] * len(header))]
     before = None
     for row in rows:
         name = row["workload"] if row["workload"] != before else ""
         before = row["workload"]
         rest = cells(row) if row["status"] == "ok" else [row["status"]]
         rest += [""] * (len(header) - 2 - len(rest))
-        lines.append(_line([name, row["contestant"], *rest]))
+        lines.append(line([name, row["contestant"], *rest]))
     return [*lines, ""]
 
 
-def _line(cells) -> str:
+def line(cells) -> str:
     return "| " + " | ".join(cells) + " |"
