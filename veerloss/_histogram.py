@@ -63,4 +63,13 @@ def forward(
         counts = torch.where(doubtful[..., None, None], again, counts)
         *result, _ = weigh()
     loss, scale, weights, tops, bounds = result
+    if errors != SOFTMAX:
+        # Weights add up to 1 at most, so that a loss has at most 2^61 units.
+        units = torch.ldexp(torch.ones_like(bounds), 61 - torch.frexp(largest[..., 0]).exponent)
+        sums = ops.lovasz_histogram_sum(logits, target, table, weights, tops, units, errors, per_image, ignore_index)
+        if ranks is not None:
+            sums = ranks.all_reduce(sums, "sum")
+        of_segments = torch.where(largest[..., 0].isnan(), torch.nan, sums / units).reshape(scale.shape) * scale.double()
+        of_segments = torch.where(scale == 0, 0.0, of_segments)
+        loss = (of_segments if reduction == 0 else of_segments.sum()).to(loss.dtype)
     return loss, scale, table, weights, tops, bounds

@@ -45,6 +45,8 @@ _SCHEMAS = {
     "lovasz_histogram_weigh": "(Tensor logits, Tensor counts, Tensor largest, Tensor table, Tensor? selected, bool present, "
     "Tensor? class_weight, int errors, bool per_image, int reduction, bool wide) "
     "-> (Tensor loss, Tensor scale, Tensor weights, Tensor tops, Tensor bounds, Tensor doubtful)",
+    "lovasz_histogram_sum": "(Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor tops, Tensor units, "
+    "int errors, bool per_image, int? ignore_index) -> Tensor",
     "lovasz_histogram_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor tops, "
     "Tensor scale, int errors, bool per_image, int? ignore_index, int reduction) -> Tensor",
 }

@@ -112,6 +112,17 @@ struct HistogramTiles {
     for (int64_t i = 0; i < n; ++i) g[i] = (label[i] >= 0) & (error[i] == largest) & (error[i] > 0.0f) ? weight : T(0);
   }
 
+  // The sum of |weight| * error in whole numbers of 1 / unit.
+  template <class T>
+  static int64_t fixed_sum(const T* __restrict weight, const float* __restrict error, int64_t n, double unit) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const double w = static_cast<double>(weight[i]), product = (w < 0.0 ? -w : w) * static_cast<double>(error[i]);
+      sum += static_cast<int64_t>(product * unit);
+    }
+    return sum;
+  }
+
   static int64_t count_equal(const float* __restrict error, int64_t n, const int32_t* __restrict label, float value) {
     int32_t equal = 0;
     for (int64_t i = 0; i < n; ++i) equal += (label[i] >= 0) & (error[i] == value) ? 1 : 0;
@@ -121,19 +132,24 @@ struct HistogramTiles {
   // The weights of a block, and its terms of the sums; n is a multiple of the lanes.
   template <bool softmax>
   static void weigh(BinBlock* bins, int64_t n, double total, BinSums* sums) {
-    const double* __restrict fg = bins->fg, * __restrict bg = bins->bg, * __restrict error = bins->error;
-    const double* __restrict fg_before = bins->fg_before, * __restrict bg_before = bins->bg_before;
+    const double* __restrict fg = bins->fg;
+    const double* __restrict bg = bins->bg;
+    const double* __restrict fg_error = bins->fg_error;
+    const double* __restrict bg_error = bins->bg_error;
+    const double* __restrict fg_before = bins->fg_before;
+    const double* __restrict bg_before = bins->bg_before;
     const double* __restrict width = bins->width;
-    double* __restrict fg_weight = bins->fg_weight, * __restrict bg_weight = bins->bg_weight;
+    double* __restrict fg_weight = bins->fg_weight;
+    double* __restrict bg_weight = bins->bg_weight;
     double terms[BinSums::count][BinBlock::size];
     for (int64_t i = 0; i < n; ++i) {
       const JaccardBin bin = jaccard_bin(total, fg_before[i], bg_before[i], fg[i], bg[i]);
       const JaccardBound bound = jaccard_bin_bound(total, fg_before[i], bg_before[i], fg[i], bg[i]);
       const JaccardDeviation deviation =
-          jaccard_bin_deviation(bin, bound, fg[i], bg[i], slope_of_error(error[i], softmax), width[i]);
+          jaccard_bin_deviation(bin, bound, fg[i], bg[i], slope_of_error(bg_error[i], softmax), width[i]);
       fg_weight[i] = bin.fg;
       bg_weight[i] = bin.bg;
-      terms[BinSums::loss][i] = bin.step * error[i];
+      terms[BinSums::loss][i] = fg[i] * bin.fg * fg_error[i] + bg[i] * bin.bg * bg_error[i];
       terms[BinSums::bound][i] = bound.fg + bound.bg;
       terms[BinSums::weights][i] = deviation.weights;
       terms[BinSums::gradient_deviation][i] = deviation.gradient;

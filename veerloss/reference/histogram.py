@@ -150,10 +150,22 @@ def segment(
     edges = cell_edges(bounded)
     width = (edges.diff() / bins).repeat_interleave(bins)
     low = edges[:-1].repeat_interleave(bins) + width * (torch.arange(width.numel()) - before.repeat_interleave(bins))
-    middle = (low + torch.minimum(low + width, largest)) / 2
-    if (fg + bg).any():
-        top = (fg + bg).nonzero().max()  # has the largest error, known exactly, and perhaps others
-        middle[top] += (largest - middle[top]) / (fg + bg)[top]
-    loss = (result.step * middle).sum()
+    high = torch.minimum(low + width, largest)
+    top = (fg + bg).nonzero().max() if (fg + bg).any() else 0  # has the largest error, known exactly, and perhaps others
+    loss = 0.0
+    for counts, weight in ((fg, result.fg), (bg, result.bg)):
+        # The mean error in a bin: the middle, moved by the slope of the counts between its neighbours in the cell.
+        first = before.repeat_interleave(bins)
+        last = first + bins.repeat_interleave(bins) - 1
+        here = torch.arange(counts.numel())
+        below, above = (here - 1).maximum(first), (here + 1).minimum(last)
+        slope = (counts[above] - counts[below]) / (above - below).clamp(min=1)
+        shift = torch.where(counts > 0, slope / counts.clamp(min=1) / 12, 0.0).clamp(-0.25, 0.25)
+        mean = (low + high) / 2 + (high - low) * shift
+        mean[top] = (low + high)[top] / 2 + (largest - (low + high)[top] / 2) / (fg + bg)[top].clamp(min=1)
+        loss = loss + (counts * weight * mean).sum()
     weights = torch.where(foreground, result.fg[index], result.bg[index])
-    return torch.where(inside, weights, 0.0), loss, result.bound.sum()
+    weights = torch.where(inside, weights, 0.0)
+    if not bounded:  # bins are too wide for the loss to come from them
+        loss = all_reduce((weights * errors).sum(), "sum")
+    return weights, loss, result.bound.sum()
