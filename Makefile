@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: help env demo test bench lint format wheel clean
+.PHONY: help env demo test bench accuracy lint format wheel clean
 help:
 	@echo 'make demo    train on a real well log, recover its curves, draw digitise.png (about 2 minutes)'
 	@echo 'make test    build and run every test'
 	@echo 'make bench   speed, memory and accuracy against the peers, into benchmarks/results (about 6 minutes)'
+	@echo 'make accuracy  the Lovász methods against float64, case by case and size by size (about 6 minutes)'
 	@echo 'make lint    ruff and clang-format; make format applies them'
 	@echo 'make wheel   a wheel for every Python >= 3.10 and torch >= 2.10, into dist'
 	@echo 'make clean   remove what was built, the environment included'
@@ -42,6 +43,9 @@ test: env
 
 bench: env
 	$(BIN)/python -m benchmarks
+
+accuracy: env
+	$(BIN)/python -m benchmarks.suite
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

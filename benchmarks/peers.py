@@ -153,10 +153,12 @@ _torchvision_focal = _peer(
 
 
 def lovasz_softmax() -> dict[str, Loss]:
-    """logits [N, C, *], target [N, *]. kornia averages images too."""
+    """logits [N, C, *], target [N, *]. kornia averages images too; cross_entropy is another loss, and the price to meet."""
     ours = veerloss.lovasz_softmax_loss
     return {
+        "veerloss histogram": functools.partial(ours, method="histogram"),
         "veerloss exact": functools.partial(ours, method="exact"),
+        "torch cross_entropy": F.cross_entropy,
         "segmentation-models-pytorch": _smp("multiclass"),
         "Berman's formula": berman_softmax,
         "kornia": _kornia(lambda losses: losses.lovasz_softmax_loss),
@@ -167,6 +169,7 @@ def lovasz_hinge() -> dict[str, Loss]:
     """logits [N, *], target [N, *] in {0, 1}; all of them score each image and average."""
     ours = veerloss.lovasz_hinge_loss
     return {
+        "veerloss histogram": functools.partial(ours, method="histogram"),
         "veerloss exact": functools.partial(ours, method="exact"),
         "segmentation-models-pytorch": _smp("binary", per_image=True),
         "Berman's formula": berman_hinge,

@@ -138,50 +138,54 @@ VEERLOSS_HD double slope_of_error(double error, bool softmax) {
   return softmax ? error * (1.0 - error) : 1.0;
 }
 
-// Cells cut [0, infinity) by the bits of error + 2^-10: 256 cells to an octave up to 2^4, four from there on, equal cells below
-// 2^-10. The counts of a coarse pass say how many bins each cell is worth (lovasz_histogram.cpp); a pixel finds its bin with
-// one look-up. 256 cells and 8192 bins bring every 32-bit error near 1 into a bin of at most a few of its neighbours.
+// Cells cut [0, infinity) by the bits of error + 2^-9: 256 cells to an octave up to 2^4, four from there on, equal cells below
+// 2^-9. Errors of probabilities (`bounded`: at most 1) are cut so up to 1/2, and above by 1 - error in mirror image: there are
+// many near 1, too, where a network is sure and wrong. The counts of a coarse pass say how many bins each cell is worth
+// (cpu/lovasz_histogram.cpp); a pixel finds its bin with one look-up.
 struct ErrorCells {
-  static constexpr float offset = 0.0009765625f;     // 2^-10
-  static constexpr uint32_t origin = 0x3a800000u;    // its bits
+  static constexpr float offset = 0.001953125f;      // 2^-9
+  static constexpr uint32_t origin = 0x3b000000u;    // its bits
   static constexpr int position_bits = 15;           // of an error within its cell
-  static constexpr uint32_t narrow_end = 14u << 23;  // 2^4
+  static constexpr uint32_t narrow_end = 13u << 23;  // 2^4
   static constexpr int wide_shift = 6;
   static constexpr uint32_t narrow_cells = narrow_end >> position_bits;
-  static constexpr uint32_t bounded = (10u << (23 - position_bits)) + 1;  // errors of at most 1
+  static constexpr uint32_t half = (8u << (23 - position_bits)) + 1;  // up to an error of 1/2
+  static constexpr uint32_t bounded = 2 * half;
   static constexpr uint32_t unbounded = narrow_cells + ((0x7f800000u - origin - narrow_end) >> (position_bits + wide_shift));
 };
 
-// The bits of an error, counted from the first cell's. `is_bounded`: errors are at most 1.
-template <bool is_bounded>
-VEERLOSS_HD uint32_t cell_of_bits(uint32_t bits) {
+struct CellPosition {
+  uint32_t cell, position;
+};
+
+template <bool bounded>
+VEERLOSS_HD CellPosition cell_of_error(float error) {
   using Cells = ErrorCells;
-  const uint32_t narrow = bits >> Cells::position_bits;
-  if (is_bounded) return narrow < Cells::bounded ? narrow : Cells::bounded - 1;  // NaN ends in the last cell
-  const uint32_t wide = Cells::narrow_cells + ((bits - Cells::narrow_end) >> (Cells::position_bits + Cells::wide_shift));
-  const uint32_t cell = bits < Cells::narrow_end ? narrow : wide;
-  return cell < Cells::unbounded ? cell : Cells::unbounded - 1;
-}
-
-template <bool is_bounded>
-VEERLOSS_HD uint32_t position_of_bits(uint32_t bits) {
-  constexpr uint32_t mask = (1u << ErrorCells::position_bits) - 1;
-  const uint32_t wide = (bits - ErrorCells::narrow_end) >> ErrorCells::wide_shift;
-  return (is_bounded || bits < ErrorCells::narrow_end ? bits : wide) & mask;
-}
-
-VEERLOSS_HD uint32_t bits_of_error(float error) {
-  return bit_cast<uint32_t>(error + ErrorCells::offset) - ErrorCells::origin;
+  constexpr uint32_t mask = (1u << Cells::position_bits) - 1;
+  const bool mirrored = bounded && error > 0.5f;
+  const uint32_t bits = bit_cast<uint32_t>((mirrored ? 1.0f - error : error) + Cells::offset) - Cells::origin;
+  const uint32_t past = bits - Cells::narrow_end;
+  const bool narrow = bounded || bits < Cells::narrow_end;
+  uint32_t cell =
+      narrow ? bits >> Cells::position_bits : Cells::narrow_cells + (past >> (Cells::position_bits + Cells::wide_shift));
+  uint32_t position = (narrow ? bits : past >> Cells::wide_shift) & mask;
+  cell = mirrored ? Cells::bounded - 1 - cell : cell;
+  position = mirrored ? mask - position : position;
+  const uint32_t last = (bounded ? Cells::bounded : Cells::unbounded) - 1;
+  return {cell < last ? cell : last, position};  // NaN ends in the last cell
 }
 
 // Where a cell begins; cell + 1 where it ends. Within it errors are linear in their positions.
+template <bool bounded>
 VEERLOSS_HD double cell_begin(uint32_t cell) {
   using Cells = ErrorCells;
-  const uint32_t bits = cell < Cells::narrow_cells
-                            ? cell << Cells::position_bits
-                            : Cells::narrow_end + ((cell - Cells::narrow_cells) << (Cells::position_bits + Cells::wide_shift));
-  const double begin = cell < Cells::unbounded ? static_cast<double>(bit_cast<float>(bits + Cells::origin)) : 0x1p128;
-  return begin - static_cast<double>(Cells::offset);
+  const bool mirrored = bounded && cell > Cells::half;
+  const uint32_t own = mirrored ? Cells::bounded - cell : cell;
+  const uint32_t bits = own < Cells::narrow_cells
+                            ? own << Cells::position_bits
+                            : Cells::narrow_end + ((own - Cells::narrow_cells) << (Cells::position_bits + Cells::wide_shift));
+  const double begin = own < Cells::unbounded ? static_cast<double>(bit_cast<float>(bits + Cells::origin)) : 0x1p128;
+  return mirrored ? 1.0 - (begin - static_cast<double>(Cells::offset)) : begin - static_cast<double>(Cells::offset);
 }
 
 // A cell's entry in the look-up table: its first bin, and its number of bins above. Bin 0 holds the errors of exactly 0.
@@ -190,10 +194,11 @@ constexpr uint32_t cell_entry(uint32_t first_bin, uint32_t bins) {
 }
 
 // Signed, as indices are to be: a gather of 32-bit indices takes them as such.
-template <bool is_bounded>
+template <bool bounded>
 VEERLOSS_HD int32_t bin_of_error(float error, const uint32_t* table) {
-  const uint32_t bits = bits_of_error(error), entry = table[static_cast<int32_t>(cell_of_bits<is_bounded>(bits))];
-  const uint32_t bin = (entry & 0xffffu) + ((position_of_bits<is_bounded>(bits) * (entry >> 16)) >> ErrorCells::position_bits);
+  const CellPosition at = cell_of_error<bounded>(error);
+  const uint32_t entry = table[static_cast<int32_t>(at.cell)];
+  const uint32_t bin = (entry & 0xffffu) + ((at.position * (entry >> 16)) >> ErrorCells::position_bits);
   return error == 0.0f ? 0 : static_cast<int32_t>(bin);
 }
 

@@ -21,8 +21,8 @@ SAMPLED_IMAGE = 1 << 12
 
 def cells_and_bins(errors: int) -> tuple[int, int]:
     """Cells of a table and the most bins that they hold, as in ``BinLayout`` in csrc/cpu/lovasz_histogram.cpp."""
-    cells = 2561 if errors == SOFTMAX else 4080
-    return cells, 1 + cells + 8192
+    cells = 4098 if errors == SOFTMAX else 3824
+    return cells, 1 + cells + 6144
 
 
 def forward(

@@ -59,7 +59,7 @@ namespace veerloss {
 namespace {
 
 // Bins to give out among the cells; each cell has one to begin with.
-constexpr int64_t budget = 8192;
+constexpr int64_t budget = 6144;
 
 struct BinLayout {
   explicit BinLayout(Errors errors)
@@ -67,6 +67,11 @@ struct BinLayout {
         cells(bounded ? ErrorCells::bounded : ErrorCells::unbounded),
         coarse_bins(1 + cells),
         bins(1 + cells + budget) {}
+
+  double begin(int64_t cell) const {
+    return bounded ? cell_begin<true>(static_cast<uint32_t>(cell)) : cell_begin<false>(static_cast<uint32_t>(cell));
+  }
+
   bool bounded;
   int64_t cells, coarse_bins, bins;
 };
@@ -318,7 +323,7 @@ void place_segment(const int64_t* counts, int64_t fg_at_0, const BinLayout& layo
   for (int64_t c = cells - 1; c >= 0; --c) {
     const auto b = static_cast<double>(counts[2 * c]), f = static_cast<double>(counts[2 * c + 1]);
     if (b + f == 0) continue;
-    const double begin = cell_begin(static_cast<uint32_t>(c)), end = cell_begin(static_cast<uint32_t>(c + 1));
+    const double begin = layout.begin(c), end = layout.begin(c + 1);
     const JaccardDeviation deviation =
         jaccard_bin_deviation(jaccard_bin(total, fg, bg, f, b), jaccard_bin_bound(total, fg, bg, f, b), f, b,
                               slope_of_error(std::min(0.5 * (begin + end), 1.0), layout.bounded), end - begin);
@@ -429,7 +434,7 @@ SegmentResult weigh_segment(const Count* counts, const uint32_t* table, const Bi
     n = 0;
   };
   for_each_cell(table, layout.cells, [&](uint32_t cell, uint32_t first, uint32_t bins) {
-    const double begin = cell_begin(cell), width = (cell_begin(cell + 1) - begin) / bins;
+    const double begin = layout.begin(cell), width = (layout.begin(cell + 1) - begin) / bins;
     for (int64_t k = static_cast<int64_t>(bins) - 1; k >= 0; --k) {
       const uint32_t bin = first + static_cast<uint32_t>(k);
       const auto b = static_cast<double>(counts[bin]), f = static_cast<double>(fg_counts[bin]);

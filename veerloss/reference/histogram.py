@@ -14,47 +14,47 @@ import torch
 from torch import Tensor
 
 #: Bins to give out, besides the one that every cell has.
-BUDGET = 8192
+BUDGET = 6144
 #: Cells are cut by the bits of a float32, error + OFFSET: equal in width below OFFSET, 256 to an octave from there to 16, and
-#: 4 to an octave above.
-OFFSET = 2.0**-10
+#: 4 to an octave above. Where errors are at most 1, those above 1/2 are cut by the bits of 1 - error in mirror image.
+OFFSET = 2.0**-9
+ORIGIN = 0x3B000000  # its bits
 POSITION_BITS = 15
-NARROW_END = 14 << 23
+NARROW_END = 13 << 23
 NARROW_CELLS = NARROW_END >> POSITION_BITS
 WIDE_SHIFT = 6
+HALF = (8 << (23 - POSITION_BITS)) + 1
 
 
 def cells(bounded: bool) -> int:
     """How many cells there are; `bounded` errors are at most 1."""
-    if bounded:
-        return (10 << (23 - POSITION_BITS)) + 1
-    return NARROW_CELLS + ((0x7F800000 - _origin() - NARROW_END) >> (POSITION_BITS + WIDE_SHIFT))
-
-
-def _origin() -> int:
-    return int(torch.tensor(OFFSET).view(torch.int32))
+    return 2 * HALF if bounded else NARROW_CELLS + ((0x7F800000 - ORIGIN - NARROW_END) >> (POSITION_BITS + WIDE_SHIFT))
 
 
 def cells_of(errors: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
     """The cell of each error, and where in the cell it is, of 2**15 positions. Any shape; int64."""
-    bits = (errors.float() + OFFSET).view(torch.int32).long() - _origin()
+    errors = errors.float()
+    mirrored = (errors > 0.5) & bounded
+    bits = (torch.where(mirrored, 1 - errors, errors) + OFFSET).view(torch.int32).long() - ORIGIN
     wide = (bits >= NARROW_END) & (not bounded)
     above = bits - NARROW_END
     cell = torch.where(wide, NARROW_CELLS + (above >> (POSITION_BITS + WIDE_SHIFT)), bits >> POSITION_BITS)
     position = torch.where(wide, above >> WIDE_SHIFT, bits) % (1 << POSITION_BITS)
+    cell = torch.where(mirrored, cells(bounded) - 1 - cell, cell)
+    position = torch.where(mirrored, (1 << POSITION_BITS) - 1 - position, position)
     return cell.clamp(0, cells(bounded) - 1), position
 
 
 def cell_edges(bounded: bool) -> Tensor:
     """[cells + 1] float64: where each cell begins, and the last ends."""
-    cell = torch.arange(cells(bounded) + 1)
+    cell = torch.arange(HALF + 1 if bounded else cells(False) + 1)
     bits = torch.where(
         cell < NARROW_CELLS,
         cell << POSITION_BITS,
         NARROW_END + ((cell - NARROW_CELLS) << (POSITION_BITS + WIDE_SHIFT)),
     )
-    edges = (bits + _origin()).clamp(max=0x7F800000).int().view(torch.float32).double()
-    return edges.clamp(max=2.0**128) - OFFSET
+    edges = (bits + ORIGIN).int().view(torch.float32).double().clamp(max=2.0**128) - OFFSET
+    return torch.cat([edges, 1 - edges[:-1].flip(0)]) if bounded else edges
 
 
 @dataclass
