@@ -188,6 +188,14 @@ VEERLOSS_HD double cell_begin(uint32_t cell) {
   return mirrored ? 1.0 - (begin - static_cast<double>(Cells::offset)) : begin - static_cast<double>(Cells::offset);
 }
 
+// The mean error of `count` pixels in a bin whose neighbours' counts differ: the middle, moved by the slope. Without it the
+// many like segments of saturated classes err to one side (19 of them: 1.3e-6 of the loss).
+VEERLOSS_HD double mean_error(double middle, double width, double count, double rise) {
+  double shift = rise / (12.0 * (count > 0.0 ? count : 1.0));
+  shift = shift < 0.25 ? shift : 0.25;
+  return middle + width * (shift > -0.25 ? shift : -0.25);
+}
+
 // A cell's entry in the look-up table: its first bin, and its number of bins above. Bin 0 holds the errors of exactly 0.
 constexpr uint32_t cell_entry(uint32_t first_bin, uint32_t bins) {
   return first_bin | bins << 16;

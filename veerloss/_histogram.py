@@ -12,7 +12,7 @@ from torch import Tensor
 #: As ``Errors`` in csrc/cpu/lovasz_segments.h.
 SOFTMAX, PROBABILITIES, HINGE = 0, 1, 2
 
-#: Segments of this many pixels place their bins by a sample, 32 of every 521 pixels; below, by all pixels. 16 000 sampled
+#: Segments of this many pixels place their bins by a sample, 64 of every 1031 pixels; below, by all pixels. 16 000 sampled
 #: pixels place the bins of common classes as well as all do; those of rare ones are then placed again.
 SAMPLED_FROM = 1 << 18
 #: Of images at least this large, for a sample that has not the first pixels of each image only.

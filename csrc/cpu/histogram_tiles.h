@@ -140,8 +140,9 @@ struct HistogramTiles {
   static void weigh(BinBlock* bins, int64_t n, double total, BinSums* sums) {
     const double* __restrict fg = bins->fg;
     const double* __restrict bg = bins->bg;
-    const double* __restrict fg_error = bins->fg_error;
-    const double* __restrict bg_error = bins->bg_error;
+    const double* __restrict fg_rise = bins->fg_rise;
+    const double* __restrict bg_rise = bins->bg_rise;
+    const double* __restrict middle = bins->middle;
     const double* __restrict fg_before = bins->fg_before;
     const double* __restrict bg_before = bins->bg_before;
     const double* __restrict width = bins->width;
@@ -152,10 +153,11 @@ struct HistogramTiles {
       const JaccardBin bin = jaccard_bin(total, fg_before[i], bg_before[i], fg[i], bg[i]);
       const JaccardBound bound = jaccard_bin_bound(total, fg_before[i], bg_before[i], fg[i], bg[i]);
       const JaccardDeviation deviation =
-          jaccard_bin_deviation(bin, bound, fg[i], bg[i], slope_of_error(bg_error[i], softmax), width[i]);
+          jaccard_bin_deviation(bin, bound, fg[i], bg[i], slope_of_error(middle[i], softmax), width[i]);
       fg_weight[i] = bin.fg;
       bg_weight[i] = bin.bg;
-      terms[BinSums::loss][i] = fg[i] * bin.fg * fg_error[i] + bg[i] * bin.bg * bg_error[i];
+      terms[BinSums::loss][i] = bin.fg * fg[i] * mean_error(middle[i], width[i], fg[i], fg_rise[i]) +
+                                bin.bg * bg[i] * mean_error(middle[i], width[i], bg[i], bg_rise[i]);
       terms[BinSums::bound][i] = bound.fg + bound.bg;
       terms[BinSums::weights][i] = deviation.weights;
       terms[BinSums::gradient_deviation][i] = deviation.gradient;
