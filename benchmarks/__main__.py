@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure everything and write benchmarks/results/cpu.{json,md}."""
+"""`python -m benchmarks`: measure everything and write benchmarks/results/cpu.{json,md} and cpu-scaling.png."""
 
 import argparse
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from . import accuracy, memory, report, throughput
+from . import accuracy, memory, report, scaling, throughput
 
-PARTS = {"throughput": throughput.run, "accuracy": accuracy.run, "memory": memory.run}
+PARTS = {"throughput": throughput.run, "scaling": scaling.run, "accuracy": accuracy.run, "memory": memory.run}
 RESULTS = Path(__file__).parent / "results" / "cpu"
 
 
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the chosen parts; the exit status is 0 whatever the numbers say."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny inputs: does everything run?")
-    parser.add_argument("--only", choices=PARTS, help="one part instead of all three")
+    parser.add_argument("--only", choices=PARTS, help="one part instead of all")
     parser.add_argument("--filter", default="", help="only inputs whose name contains this text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -48,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         output.with_suffix(".md").write_text(text)
+        if results.get("scaling"):
+            scaling.plot(results["scaling"], output.with_name(f"{output.name}-scaling.png"))
     print(text)
     return 0
 

@@ -102,6 +102,10 @@ def markdown(results: dict) -> str:
     lines = [heading(results["machine"]), ""]
     if "throughput" in results:
         lines += _throughput(results["throughput"])
+    if "scaling" in results:
+        lines += ["## Lovász-Softmax against the number of pixels, nanoseconds for a logit", ""]
+        header = ("inputs", "loss", "ns")
+        lines += _table(header, results["scaling"], lambda row: [f"{row['ns']:.1f}"])
     if "accuracy" in results:
         lines += [
             "## Gradient error against float64 (relative, L2)",

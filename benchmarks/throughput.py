@@ -41,21 +41,24 @@ def floor_bytes(logits: torch.Tensor, target: torch.Tensor) -> int:
     return 3 * logits.nbytes + 2 * target.nbytes
 
 
+def forward_backward(loss: peers.Loss, logits: torch.Tensor, target: torch.Tensor) -> timing.Step:
+    """One step of a loss, its gradient in memory of its own."""
+
+    def step() -> None:
+        logits.grad = None
+        loss(logits, target).backward()
+
+    return step
+
+
 def steps(inputs: Inputs, *, compiled: bool) -> dict[str, timing.Step]:
     """What is timed, by contestant; ours comes first. Logits and target are shared by all."""
     logits, target = inputs.make()
 
-    def forward_backward(loss: peers.Loss) -> timing.Step:
-        def step() -> None:
-            logits.grad = None
-            loss(logits, target).backward()
-
-        return step
-
     losses = peers.TASKS[inputs.task]()
     if not inputs.plain:  # to keep the run short: what the peers ship is timed on every input
         losses = {n: loss for n, loss in losses.items() if "formula" not in n}
-    found = {n: forward_backward(x) for n, x in losses.items() if compiled or "compile" not in n}
+    found = {n: forward_backward(x, logits, target) for n, x in losses.items() if compiled or "compile" not in n}
     keys = logits.detach()
     if inputs.task == "lovasz_softmax":
         keys = keys.movedim(1, 0)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, memory, peers, timing
+from benchmarks import accuracy, memory, peers, scaling, suite, timing
 from benchmarks.__main__ import main
 from benchmarks.inputs import Inputs
 
@@ -88,3 +88,39 @@ def test_quick_run_writes_json_and_markdown(tmp_path):
     assert rows[0]["ratio"] == 1.0
     assert rows[0]["p20_ms"] <= rows[0]["median_ms"] <= rows[0]["p80_ms"]
     assert "| veerloss |" in output.with_suffix(".md").read_text()
+
+
+def test_scaling_runs_and_draws(tmp_path):
+    """A row for every size and contestant, and the plot."""
+    threads = torch.get_num_threads()
+    try:
+        main(["--quick", "--only", "scaling", "--threads", str(threads), "--output", str(tmp_path / "cpu")])
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "cpu.json").read_text())["scaling"]
+    assert len(rows) == len(scaling.sides(True)) * len(scaling.CONTESTANTS)
+    assert all(row["ns"] > 0 for row in rows)
+    assert (tmp_path / "cpu-scaling.png").stat().st_size > 1000
+
+
+def test_accuracy_suite_runs_and_draws(tmp_path):
+    """On the smallest size of every kind of case."""
+    assert suite.main(["--most", "1e3", "--filter", "t", "--output", str(tmp_path / "accuracy")]) == 0
+    results = json.loads((tmp_path / "accuracy.json").read_text())
+    ours = [row for row in results["rows"] if row["contestant"] == "histogram"]
+    assert {row["case"] for row in ours} >= {"hinge, trained, rare class 0.01", "ties, logits in steps of 1/4"}
+    for row in ours:
+        assert row["distance"] <= row["certificate"] + 1e-9
+        assert row["l2"] <= 1e-3 and row["loss"] <= 1e-5
+    assert (tmp_path / "accuracy.png").stat().st_size > 1000
+    assert "| hinge, trained" in (tmp_path / "accuracy.md").read_text()
+
+
+def test_suite_s_truth_of_ties_is_a_mean_of_orders():
+    """Among equal errors every pixel of a kind has one weight, and they add up to the group's step."""
+    errors = torch.tensor([0.5, 0.9, 0.5, 0.5, 0.1], dtype=torch.float64)
+    foreground = torch.tensor([True, False, False, False, True])
+    weights = suite.exact_weights(errors, foreground, ties=True)
+    assert weights[2] == weights[3] and weights.sum().item() == pytest.approx(1.0)
+    first, last = (suite.exact_weights(errors + e * foreground.double(), foreground, ties=False) for e in (1e-6, -1e-6))
+    assert weights[0].item() == pytest.approx((first[0] + last[0]).item() / 2)

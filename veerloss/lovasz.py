@@ -14,8 +14,10 @@ from ._module import LossModule
 
 METHODS = ("auto", "exact", "histogram")
 
-#: Segments of at least this many pixels take "histogram" under method="auto".
-AUTO_HISTOGRAM_FROM = 1 << 18
+#: Segments of at least this many pixels take "histogram" under method="auto". It is the faster from some 10^4 pixels on. From
+#: here on it is also nearer to float64, in every case of the accuracy suite, than the float32 sort-and-subtract code that it
+#: replaces (there the next to last case is "saturated, rare class 0.001", from about 4 * 10^5 pixels on).
+AUTO_HISTOGRAM_FROM = 1 << 19
 
 
 def lovasz_softmax_loss(
@@ -53,7 +55,7 @@ def lovasz_softmax_loss(
             for classes that take no part.
         method: "exact" sorts the errors. "histogram" counts them in bins, in time linear in the pixels, without memory of their
             size, and with weights so close to the exact ones that the gradient's relative error is 1e-3 at most. "auto" takes
-            "histogram" for segments (the pixels of the batch, or of an image) of 262 144 pixels and more, "exact" for smaller.
+            "histogram" for segments (the pixels of the batch, or of an image) of 524 288 pixels and more, "exact" for smaller.
         return_certificate: return (loss, certificate). The certificate, float64 [C], or [N, C] with ``per_image``, bounds the
             sum over a segment's pixels of \|weight used - exact weight\|, where the weights add up to 1; it comes from the
             counts alone. 0 for "exact" and for classes that take no part.
@@ -143,7 +145,7 @@ def lovasz_hinge_loss(
         reduction: "mean", "sum" over images, or "none": one value per image [N], 0-d without ``per_image``.
         method: "exact" sorts the errors. "histogram" counts them in bins, in time linear in the pixels, without memory of their
             size, and with weights so close to the exact ones that the gradient's relative error is 1e-3 at most. "auto" takes
-            "histogram" for segments (the pixels of an image, or of the batch) of 262 144 pixels and more, "exact" for smaller.
+            "histogram" for segments (the pixels of an image, or of the batch) of 524 288 pixels and more, "exact" for smaller.
         return_certificate: return (loss, certificate). The certificate, float64 [N], or [] without ``per_image``, bounds the
             sum over a segment's pixels of \|weight used - exact weight\|, where the weights add up to 1; it comes from the
             counts alone. 0 for "exact".
