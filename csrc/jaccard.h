@@ -138,20 +138,21 @@ VEERLOSS_HD double slope_of_error(double error, bool softmax) {
   return softmax ? error * (1.0 - error) : 1.0;
 }
 
-// Cells cut [0, infinity) by the bits of error + 2^-9: 256 cells to an octave up to 2^4, four from there on, equal cells below
-// 2^-9. Errors of probabilities (`bounded`: at most 1) are cut so up to 1/2, and above by 1 - error in mirror image: there are
+// Cells cut [0, infinity) by the bits of error + 2^-8: 128 cells to an octave up to 2^4, four from there on, equal cells below
+// 2^-8. Errors of probabilities (`bounded`: at most 1) are cut so up to 1/2, and above by 1 - error in mirror image: there are
 // many near 1, too, where a network is sure and wrong. The counts of a coarse pass say how many bins each cell is worth
 // (cpu/lovasz_histogram.cpp); a pixel finds its bin with one look-up.
 struct ErrorCells {
-  static constexpr float offset = 0.001953125f;      // 2^-9
-  static constexpr uint32_t origin = 0x3b000000u;    // its bits
-  static constexpr int position_bits = 15;           // of an error within its cell
-  static constexpr uint32_t narrow_end = 13u << 23;  // 2^4
-  static constexpr int wide_shift = 6;
-  static constexpr uint32_t narrow_cells = narrow_end >> position_bits;
-  static constexpr uint32_t half = (8u << (23 - position_bits)) + 1;  // up to an error of 1/2
-  static constexpr uint32_t bounded = 2 * half;
-  static constexpr uint32_t unbounded = narrow_cells + ((0x7f800000u - origin - narrow_end) >> (position_bits + wide_shift));
+  static constexpr float offset = 0.00390625f;                       // 2^-8
+  static constexpr uint32_t origin = 0x3b800000u;                    // its bits
+  static constexpr int cell_bits = 16;                               // below those of the cell
+  static constexpr int position_bits = 15, position_shift = 1;       // of them tell the position in the cell
+  static constexpr uint32_t narrow_end = 12u << 23;                  // 2^4
+  static constexpr int wide_shift = 5;                               // more bits below those of a wide cell
+  static constexpr uint32_t half = (7u << (23 - cell_bits)) + 1;     // cells up to an error of 1/2
+  static constexpr uint32_t bounded = 2 * half;                      // cells up to 1
+  static constexpr uint32_t narrow_cells = narrow_end >> cell_bits;  // cells up to 2^4
+  static constexpr uint32_t unbounded = narrow_cells + ((0x7f800000u - origin - narrow_end) >> (cell_bits + wide_shift));
 };
 
 struct CellPosition {
@@ -166,9 +167,8 @@ VEERLOSS_HD CellPosition cell_of_error(float error) {
   const uint32_t bits = bit_cast<uint32_t>((mirrored ? 1.0f - error : error) + Cells::offset) - Cells::origin;
   const uint32_t past = bits - Cells::narrow_end;
   const bool narrow = bounded || bits < Cells::narrow_end;
-  uint32_t cell =
-      narrow ? bits >> Cells::position_bits : Cells::narrow_cells + (past >> (Cells::position_bits + Cells::wide_shift));
-  uint32_t position = (narrow ? bits : past >> Cells::wide_shift) & mask;
+  uint32_t cell = narrow ? bits >> Cells::cell_bits : Cells::narrow_cells + (past >> (Cells::cell_bits + Cells::wide_shift));
+  uint32_t position = ((narrow ? bits : past >> Cells::wide_shift) >> Cells::position_shift) & mask;
   cell = mirrored ? Cells::bounded - 1 - cell : cell;
   position = mirrored ? mask - position : position;
   const uint32_t last = (bounded ? Cells::bounded : Cells::unbounded) - 1;
@@ -182,8 +182,8 @@ VEERLOSS_HD double cell_begin(uint32_t cell) {
   const bool mirrored = bounded && cell > Cells::half;
   const uint32_t own = mirrored ? Cells::bounded - cell : cell;
   const uint32_t bits = own < Cells::narrow_cells
-                            ? own << Cells::position_bits
-                            : Cells::narrow_end + ((own - Cells::narrow_cells) << (Cells::position_bits + Cells::wide_shift));
+                            ? own << Cells::cell_bits
+                            : Cells::narrow_end + ((own - Cells::narrow_cells) << (Cells::cell_bits + Cells::wide_shift));
   const double begin = own < Cells::unbounded ? static_cast<double>(bit_cast<float>(bits + Cells::origin)) : 0x1p128;
   return mirrored ? 1.0 - (begin - static_cast<double>(Cells::offset)) : begin - static_cast<double>(Cells::offset);
 }

@@ -57,21 +57,22 @@ struct HistogramTiles {
       const __m512i bits = _mm512_sub_epi32(_mm512_castps_si512(_mm512_add_ps(from_end, _mm512_set1_ps(Cells::offset))),
                                             _mm512_set1_epi32(Cells::origin));
       const __m512i last = _mm512_set1_epi32((bounded ? Cells::bounded : Cells::unbounded) - 1);
-      __m512i cell = _mm512_srli_epi32(bits, Cells::position_bits), position = bits;
+      __m512i cell = _mm512_srli_epi32(bits, Cells::cell_bits), position = bits;
       if (bounded) {
         cell = _mm512_mask_sub_epi32(cell, mirrored, last, cell);
-        position = _mm512_mask_xor_epi32(position, mirrored, position, mask);
+        position = _mm512_mask_xor_epi32(position, mirrored, position, _mm512_set1_epi32(-1));
       } else {
         const __m512i past = _mm512_sub_epi32(bits, _mm512_set1_epi32(Cells::narrow_end));
         const __mmask16 wide = _mm512_cmpge_epu32_mask(bits, _mm512_set1_epi32(Cells::narrow_end));
         position = _mm512_mask_srli_epi32(position, wide, past, Cells::wide_shift);
-        cell = _mm512_mask_add_epi32(cell, wide, _mm512_srli_epi32(past, Cells::position_bits + Cells::wide_shift),
+        cell = _mm512_mask_add_epi32(cell, wide, _mm512_srli_epi32(past, Cells::cell_bits + Cells::wide_shift),
                                      _mm512_set1_epi32(Cells::narrow_cells));
       }
       cell = _mm512_min_epu32(cell, last);
       const __m512i entry = _mm512_i32gather_epi32(cell, table, 4);
       // Both factors are below 2^15.
-      const __m512i within = _mm512_madd_epi16(_mm512_and_si512(position, mask), _mm512_srli_epi32(entry, 16));
+      const __m512i within = _mm512_madd_epi16(_mm512_and_si512(_mm512_srli_epi32(position, Cells::position_shift), mask),
+                                               _mm512_srli_epi32(entry, 16));
       const __mmask16 not_0 = _mm512_cmp_ps_mask(e, _mm512_setzero_ps(), _CMP_NEQ_UQ);
       const __m512i first = _mm512_and_si512(entry, _mm512_set1_epi32(0xffff));
       __m512i slot = _mm512_maskz_add_epi32(not_0, first, _mm512_srli_epi32(within, Cells::position_bits));

@@ -203,7 +203,8 @@ class Counter {
         index(tile),
         pass_(pass),
         slots_(2 * bins),
-        counts_(pass.g.channels * (slots_ + 1)),
+        memory_(pass.g.channels * (slots_ + 1) * static_cast<int64_t>(sizeof(uint16_t))),
+        counts_(static_cast<uint16_t*>(memory_.data())),
         own_(pass.g.channels),
         sums_(sums),
         largest_(largest),
@@ -225,7 +226,7 @@ class Counter {
       VEERLOSS_DISPATCH(HistogramTiles::find_bins<true>(error.data(), n, label, fg, table, bins, 2 * bins, index.data()));
     else
       VEERLOSS_DISPATCH(HistogramTiles::find_bins<false>(error.data(), n, label, fg, table, bins, 2 * bins, index.data()));
-    VEERLOSS_DISPATCH(HistogramTiles::count(index.data(), n, counts_.data() + c * (slots_ + 1)));
+    VEERLOSS_DISPATCH(HistogramTiles::count(index.data(), n, counts_ + c * (slots_ + 1)));
     const int32_t seen = VEERLOSS_DISPATCH(HistogramTiles::largest_bits(error.data(), n, label));
     if (seen < 0) return;
     Largest here{bit_cast<float>(seen), 0};
@@ -245,7 +246,7 @@ class Counter {
     for (int64_t c = 0; pending_ > 0 && c < pass_.g.channels; ++c) {
       const std::lock_guard<std::mutex> lock(locks_[c]);
       const int64_t segment = row_ * pass_.g.channels + c;
-      uint16_t* counts = counts_.data() + c * (slots_ + 1);
+      uint16_t* counts = counts_ + c * (slots_ + 1);
       VEERLOSS_DISPATCH(HistogramTiles::add_counts(counts, slots_, sums_ + segment * slots_));
       counts[slots_] = 0;
       largest_[segment].add(own_[c]);
@@ -256,7 +257,8 @@ class Counter {
 
   const Pass& pass_;
   const int64_t slots_;
-  std::vector<uint16_t> counts_;  // [classes][slots and the ignored]
+  const Scratch memory_;
+  uint16_t* const counts_;  // [classes][slots and the ignored]
   std::vector<Largest> own_;
   int64_t row_ = -1, pending_ = 0;
   int32_t* sums_;

@@ -14,8 +14,10 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <iomanip>
 #include <limits>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -147,6 +149,34 @@ inline const Tensor& with_huge_pages(const Tensor& t) {
   advise_huge_pages(t.data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
   return t;
 }
+
+// Zeroed memory for a while, straight from the operating system and back: what allocators keep of freed blocks would add to the
+// peak.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(bytes) {
+#if defined(__linux__)
+    data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data_ == MAP_FAILED) throw std::bad_alloc();
+#else
+    data_ = std::calloc(bytes, 1);
+    if (!data_) throw std::bad_alloc();
+#endif
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+#if defined(__linux__)
+    munmap(data_, bytes_);
+#else
+    std::free(data_);
+#endif
+  }
+  void* data() const { return data_; }
+
+ private:
+  const int64_t bytes_;
+  void* data_;
+};
 
 // f(first, last) over parts of [0, count), on PyTorch's own threads.
 template <class F>

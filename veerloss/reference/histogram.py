@@ -15,20 +15,21 @@ from torch import Tensor
 
 #: Bins to give out, besides the one that every cell has.
 BUDGET = 6144
-#: Cells are cut by the bits of a float32, error + OFFSET: equal in width below OFFSET, 256 to an octave from there to 16, and
+#: Cells are cut by the bits of a float32, error + OFFSET: equal in width below OFFSET, 128 to an octave from there to 16, and
 #: 4 to an octave above. Where errors are at most 1, those above 1/2 are cut by the bits of 1 - error in mirror image.
-OFFSET = 2.0**-9
-ORIGIN = 0x3B000000  # its bits
-POSITION_BITS = 15
-NARROW_END = 13 << 23
-NARROW_CELLS = NARROW_END >> POSITION_BITS
-WIDE_SHIFT = 6
-HALF = (8 << (23 - POSITION_BITS)) + 1
+OFFSET = 2.0**-8
+ORIGIN = 0x3B800000  # its bits
+CELL_BITS = 16  # below those of the cell
+POSITION_BITS, POSITION_SHIFT = 15, 1  # of them tell the position in the cell
+NARROW_END = 12 << 23
+NARROW_CELLS = NARROW_END >> CELL_BITS
+WIDE_SHIFT = 5
+HALF = (7 << (23 - CELL_BITS)) + 1
 
 
 def cells(bounded: bool) -> int:
     """How many cells there are; `bounded` errors are at most 1."""
-    return 2 * HALF if bounded else NARROW_CELLS + ((0x7F800000 - ORIGIN - NARROW_END) >> (POSITION_BITS + WIDE_SHIFT))
+    return 2 * HALF if bounded else NARROW_CELLS + ((0x7F800000 - ORIGIN - NARROW_END) >> (CELL_BITS + WIDE_SHIFT))
 
 
 def cells_of(errors: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
@@ -38,8 +39,8 @@ def cells_of(errors: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
     bits = (torch.where(mirrored, 1 - errors, errors) + OFFSET).view(torch.int32).long() - ORIGIN
     wide = (bits >= NARROW_END) & (not bounded)
     above = bits - NARROW_END
-    cell = torch.where(wide, NARROW_CELLS + (above >> (POSITION_BITS + WIDE_SHIFT)), bits >> POSITION_BITS)
-    position = torch.where(wide, above >> WIDE_SHIFT, bits) % (1 << POSITION_BITS)
+    cell = torch.where(wide, NARROW_CELLS + (above >> (CELL_BITS + WIDE_SHIFT)), bits >> CELL_BITS)
+    position = (torch.where(wide, above >> WIDE_SHIFT, bits) >> POSITION_SHIFT) % (1 << POSITION_BITS)
     cell = torch.where(mirrored, cells(bounded) - 1 - cell, cell)
     position = torch.where(mirrored, (1 << POSITION_BITS) - 1 - position, position)
     return cell.clamp(0, cells(bounded) - 1), position
@@ -50,8 +51,8 @@ def cell_edges(bounded: bool) -> Tensor:
     cell = torch.arange(HALF + 1 if bounded else cells(False) + 1)
     bits = torch.where(
         cell < NARROW_CELLS,
-        cell << POSITION_BITS,
-        NARROW_END + ((cell - NARROW_CELLS) << (POSITION_BITS + WIDE_SHIFT)),
+        cell << CELL_BITS,
+        NARROW_END + ((cell - NARROW_CELLS) << (CELL_BITS + WIDE_SHIFT)),
     )
     edges = (bits + ORIGIN).int().view(torch.float32).double().clamp(max=2.0**128) - OFFSET
     return torch.cat([edges, 1 - edges[:-1].flip(0)]) if bounded else edges
