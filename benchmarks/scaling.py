@@ -26,7 +26,7 @@ def run(*, quick: bool, only: str, log) -> list[dict]:
         logits, target = inputs.make()
         losses = peers.TASKS[inputs.task]()
         steps = {name: forward_backward(losses[name], logits, target) for name in CONTESTANTS}
-        for name, seconds in timing.interleave(steps, least=2 if quick else 5, budget=0.0 if quick else 2.0).items():
+        for name, seconds in timing.interleave(steps, least=2 if quick else 3, budget=0.0 if quick else 2.0).items():
             row = {"workload": str(inputs), "contestant": name, "pixels": side * side, "status": "ok"}
             if isinstance(seconds, str):
                 row["status"] = seconds

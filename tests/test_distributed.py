@@ -82,10 +82,12 @@ def errors(rank: int, group) -> dict[str, str]:
     bad[0, 7] = 4 if first else 0
     return {
         "bad target": error_of(lambda: softmax(x, bad)),
+        "bad target of the reference": error_of(lambda: softmax(x, bad, backend="reference")),
         "bad shape": error_of(lambda: softmax(x, y[:1] if first else y)),
         "bad backend": error_of(lambda: softmax(x, y, backend="triton" if first else "native")),
         "other classes": error_of(lambda: softmax(x[:, : 3 + rank], y.clamp(max=2))),
         "other options": error_of(lambda: softmax(x, y, reduction="sum" if first else "mean")),
+        "other backends": error_of(lambda: softmax(x, y, backend="reference" if first else "native")),
         "exact": error_of(lambda: softmax(x, y, method="exact")),
         "per image": error_of(lambda: softmax(x, y, per_image=True)),
         "hinge per image": error_of(lambda: lovasz_hinge_loss(x[:, 0], y.clamp(max=1), process_group=group)),
@@ -163,14 +165,16 @@ def test_distributed_data_parallel(results):
 def test_errors_reach_every_rank(results):
     first, *others = (result["errors"] for result in results)
     assert first["bad target"].startswith("IndexError: target holds 4, expected class indices in [0, 4)")
+    assert first["bad target of the reference"] == first["bad target"]
     assert first["bad shape"].startswith("ValueError: target must have the shape [2, 30]")
     assert first["bad backend"].startswith("RuntimeError: backend='triton' cannot run")
     for other in others:
-        for name in ("bad target", "bad shape", "bad backend"):
+        for name in ("bad target", "bad target of the reference", "bad shape", "bad backend"):
             assert other[name] == "RuntimeError: process_group: the loss failed on rank 0; its error is there"
     for found in (first, *others):
         assert found["other classes"].startswith("ValueError: process_group: all ranks must have the same number of classes")
         assert found["other options"].endswith("and options that differ")
+        assert found["other backends"].endswith("and options that differ")
         assert "got method='exact'" in found["exact"]
         assert "got per_image=True" in found["per image"] and "got per_image=True" in found["hinge per image"]
         assert "cannot be used inside torch.compile" in found["compiled"]

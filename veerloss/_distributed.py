@@ -1,8 +1,9 @@
 """One loss of the batches of all ranks: what the ranks of a process group tell each other.
 
-A rank that fails must not leave the others waiting. So an exception is reported in the next exchange, in which all ranks take
-part anyhow, and raised on every rank: its own where it happened, a RuntimeError that names the rank elsewhere. A rank that is
-gone altogether is for the process group to notice: gloo sees the connection break, NCCL's watchdog ends in its timeout.
+A rank that fails must not leave the others waiting. So what goes wrong with its arguments and targets is reported in the next
+exchange, in which all ranks take part anyhow, and raised on every rank: its own error where it happened, a RuntimeError that
+names the rank elsewhere. A rank that does not come to the exchange (it never calls the loss, runs out of memory, dies) is for
+the process group to notice: gloo sees a connection break at once, and both gloo and NCCL give up after their timeout.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def forward(
     loss, scale, weights, tops, bounds = result
     if errors != SOFTMAX:
         # Weights add up to 1 at most, so that a loss has at most 2^61 units.
-        units = torch.ldexp(torch.ones_like(bounds), 61 - torch.frexp(largest[..., 0]).exponent)
+        units = torch.ldexp(torch.ones_like(bounds), 61 - torch.frexp(largest[..., 0].nan_to_num(1.0)).exponent)
         sums = ops.lovasz_histogram_sum(logits, target, table, weights, tops, units, errors, per_image, ignore_index)
         if ranks is not None:
             sums = ranks.all_reduce(sums, "sum")

@@ -125,7 +125,7 @@ struct HistogramTiles {
     int64_t sum = 0;
     for (int64_t i = 0; i < n; ++i) {
       const double w = static_cast<double>(weight[i]), product = (w < 0.0 ? -w : w) * static_cast<double>(error[i]);
-      sum += static_cast<int64_t>(product * unit);
+      sum += w == 0.0 || product != product ? 0 : static_cast<int64_t>(product * unit + 0.5);  // ignored pixels may hold NaN
     }
     return sum;
   }

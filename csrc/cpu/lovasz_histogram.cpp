@@ -131,13 +131,6 @@ struct Pass {
   int32_t foreground(int64_t c) const { return errors == Errors::hinge ? 1 : static_cast<int32_t>(c); }
 };
 
-inline int64_t vt(int64_t rows, size_t e, int64_t pixels) {
-  const char* q = getenv("VT");
-  int64_t by = q ? atoll(q) : 65536, cap = getenv("VC") ? atoll(getenv("VC")) : 1024;
-  int64_t fit = by / (int64_t)e / rows / 16 * 16;
-  int64_t all = (pixels + 15) / 16 * 16;
-  return std::min(std::clamp<int64_t>(fit, 16, cap), std::max<int64_t>(all, 16));
-}
 // ---- count
 
 // The largest error of a segment and how many pixels have it. -1: no pixel; NaN: an error that is none.
@@ -280,7 +273,8 @@ std::tuple<Tensor, Tensor> count(const Tensor& logits, const Pass& pass, const u
   std::vector<Largest> largest(pass.s.count());
   std::vector<std::mutex> locks(classes);
   BadTarget bad;
-  const int64_t tile = vt(pass.g.channels, sizeof(T), pass.s.length);
+  int64_t tile = tile_length(pass.g.channels, sizeof(T), pass.s.length);  // far below 65535, what a counter holds
+  if (sampled) tile = std::max(tile, sample_run);
   const Tiles tiles(pass, sampled, tile);
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
     Counter<T> counter(pass, bins, tile, static_cast<int32_t*>(counts.data_ptr()), largest, locks);
@@ -306,6 +300,20 @@ std::tuple<Tensor, Tensor> count(const Tensor& logits, const Pass& pass, const u
 }
 
 // ---- place
+
+// Operators take tables from whoever calls them: every entry must stay within the bins.
+const uint32_t* checked_table(const Tensor& table, int64_t segments, const BinLayout& layout) {
+  require(table.is_cpu() && table.is_contiguous() && table.numel() == segments * layout.cells && dtype_of(table) == DType::i32,
+          "a table with the bins of every cell of every segment");
+  const auto* entries = static_cast<const uint32_t*>(table.data_ptr());
+  bool fits = true;
+  for (int64_t i = 0; i < segments * layout.cells; ++i) {
+    const uint32_t first = entries[i] & 0xffffu, bins = entries[i] >> 16;
+    fits &= first + bins <= static_cast<uint32_t>(layout.bins) && bins > 0 && bins < (1u << 15);
+  }
+  require(fits, "a table whose entries lie within the bins");
+  return entries;
+}
 
 // Calls f(cell, first bin, bins) for every cell of a segment's table.
 template <class F>
@@ -365,7 +373,7 @@ Tensor place(const Tensor& counts, const std::optional<Tensor>& fine, int64_t er
   const int64_t segments = counts.size(0) * counts.size(1), bins = counts.size(3);
   Tensor table = torch::stable::new_empty(counts, {counts.size(0), counts.size(1), layout.cells}, ScalarType::Int);
   auto* entries = static_cast<uint32_t*>(table.data_ptr());
-  const auto* before = fine ? static_cast<const uint32_t*>(fine->data_ptr()) : nullptr;
+  const auto* before = fine ? checked_table(*fine, segments, layout) : nullptr;
   parallel_for(segments, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> cell_counts(2 * layout.cells);
     for (int64_t i = begin; i < end; ++i) {
@@ -484,9 +492,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weigh(const Tensor& l
           "counts of the second counting pass");
   require(largest.is_contiguous() && largest.numel() == 2 * s.count() && dtype_of(largest) == DType::f64,
           "the largest errors of a counting pass");
-  require(table.is_contiguous() && table.numel() == s.count() * layout.cells && dtype_of(table) == DType::i32,
-          "the table of the second counting pass");
-  const auto* entries = static_cast<const uint32_t*>(table.data_ptr());
+  const uint32_t* entries = checked_table(table, s.count(), layout);
   const auto* errors = static_cast<const double*>(largest.data_ptr());
   Tensor weights = torch::stable::new_zeros(logits, {s.rows, s.classes, 2, layout.bins}, scalar_type_of<T>());
   Tensor tops = torch::stable::new_zeros(logits, {s.rows, s.classes, 2}, scalar_type_of<T>());
@@ -508,11 +514,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weigh(const Tensor& l
     if (std::isnan(top)) {
       std::fill_n(out, 2 * layout.bins, std::numeric_limits<T>::quiet_NaN());
       out[0] = 0;  // that of ignored pixels
-      results[i].loss = top;
+      results[i].loss = results[i].bound = top;
     } else if (fg == 0) {
       static_cast<T*>(tops.data_ptr())[2 * i] = static_cast<T>(top);
       static_cast<T*>(tops.data_ptr())[2 * i + 1] = static_cast<T>(1 / pixels);
-      results[i].loss = top;
+      results[i].loss = results[i].bound = top;
       results[i].bound = 2 * (1 - 1 / pixels);
     } else {
       results[i] = weigh_segment(in, entries + i * layout.cells, layout, fg, static_cast<float>(top), out);
@@ -621,14 +627,12 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Pass& pass, cons
   const BinLayout layout(pass.errors);
   const bool softmax = pass.errors == Errors::softmax;
   const std::vector<T> factor = segment_factors<T>(grad, scale, s, reduction);
-  require(table.is_contiguous() && table.numel() == s.count() * layout.cells && dtype_of(table) == DType::i32,
-          "the table of the forward pass");
-  const auto* entries = static_cast<const uint32_t*>(table.data_ptr());
+  const uint32_t* entries = checked_table(table, s.count(), layout);
   const T* weight = arithmetic_data<T>(weights, s.count() * layout.bins * 2, "the weights of the forward pass");
   const T* top = arithmetic_data<T>(tops, s.count() * 2, "the tops of the forward pass");
   Tensor grad_logits = with_huge_pages(torch::stable::empty_like(logits));
   const View out = view_of(grad_logits);
-  const int64_t tile = vt(2 * g.channels, sizeof(T), s.length);
+  const int64_t tile = tile_length(2 * g.channels, sizeof(T), s.length);
   BadTarget bad;  // checked in the forward pass
   const Tiles tiles(pass, false, tile);
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
@@ -640,11 +644,10 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Pass& pass, cons
       if (softmax) VEERLOSS_DISPATCH(LovaszTiles::begin_gradient(n, b.pivot, b.others, b.weighted.data()));
       for (int64_t c = 0; c < g.channels; ++c) {
         T *x_row = b.x + c * tile, *g_row = b.g + c * tile;
-        weigh(b, n, row, c, factor[row * s.classes + c], g_row);
-        if (softmax)
-          VEERLOSS_DISPATCH(LovaszTiles::accumulate_gradient(x_row, g_row, n, b.pivot, b.others, b.weighted.data()));
-        else if (pass.errors == Errors::probabilities)
-          VEERLOSS_DISPATCH(LovaszTiles::sign_outside(x_row, g_row, n));
+        weigh(b, n, row, c, T(1), g_row);
+        if (pass.errors == Errors::probabilities) VEERLOSS_DISPATCH(LovaszTiles::sign_outside(x_row, g_row, n));
+        VEERLOSS_DISPATCH(LovaszTiles::scale(g_row, n, factor[row * s.classes + c]));
+        if (softmax) VEERLOSS_DISPATCH(LovaszTiles::accumulate_gradient(x_row, g_row, n, b.pivot, b.others, b.weighted.data()));
       }
       if (softmax) VEERLOSS_DISPATCH(LovaszTiles::end_gradient(n, b.rest, b.inverse_sum, b.pivot, b.others));
       for (int64_t c = 0; c < g.channels; ++c) {
@@ -668,12 +671,9 @@ std::tuple<Tensor, Tensor> lovasz_histogram_count(const Tensor& logits, const Te
   return with_arithmetic_type(logits, [&](auto zero) {
     const Pass pass(logits, target, static_cast<Errors>(errors), per_image, ignore_index);
     const BinLayout layout(pass.errors);
-    require(
-        !table || (table->is_contiguous() && table->numel() == pass.s.count() * layout.cells && dtype_of(*table) == DType::i32),
-        "a table for every segment");
     require(!wanted || (wanted->is_contiguous() && wanted->numel() == pass.s.count() && dtype_of(*wanted) == DType::u8),
             "wanted with one bool per segment");
-    return count<decltype(zero)>(logits, pass, table ? static_cast<const uint32_t*>(table->data_ptr()) : nullptr,
+    return count<decltype(zero)>(logits, pass, table ? checked_table(*table, pass.s.count(), layout) : nullptr,
                                  wanted ? static_cast<const bool*>(wanted->data_ptr()) : nullptr, sampled);
   });
 }
@@ -696,10 +696,8 @@ Tensor lovasz_histogram_sum(const Tensor& logits, const Tensor& target, const Te
     const Pass pass(logits, target, static_cast<Errors>(errors), per_image, ignore_index);
     const BinLayout layout(pass.errors);
     const int64_t segments = pass.s.count();
-    require(table.is_contiguous() && table.numel() == segments * layout.cells && dtype_of(table) == DType::i32,
-            "a table for every segment");
     require(units.is_contiguous() && units.numel() == segments && dtype_of(units) == DType::f64, "a unit for every segment");
-    return sum<T>(logits, pass, static_cast<const uint32_t*>(table.data_ptr()),
+    return sum<T>(logits, pass, checked_table(table, segments, layout),
                   arithmetic_data<T>(weights, segments * layout.bins * 2, "the weights of the bins"),
                   arithmetic_data<T>(tops, segments * 2, "the tops"), static_cast<const double*>(units.data_ptr()));
   });
