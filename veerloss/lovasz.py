@@ -15,9 +15,9 @@ from ._version import __version__
 
 METHODS = ("auto", "exact", "histogram")
 
-#: Segments of at least this many pixels take "histogram" under method="auto". It is the faster from some 10^4 pixels on. From
-#: here on it is also nearer to float64, in every case of the accuracy suite, than the float32 sort-and-subtract code that it
-#: replaces (there the next to last case is "saturated, rare class 0.001", from about 4 * 10^5 pixels on).
+#: Segments of at least this many pixels take "histogram" under method="auto". It is the faster from some 10^5 pixels on. From
+#: here on it is also nearer to float64, in all cases of the accuracy suite but one, than the float32 sort-and-subtract code
+#: that it replaces. The one is "saturated, rare class 0.001": 3.4e-4 against 2.2e-4 here, 2.9e-4 against 5.2e-4 at 10^6.
 AUTO_HISTOGRAM_FROM = 1 << 19
 
 
