@@ -2,7 +2,7 @@
 // without any temporary of their size. Registered for the schemas in veerloss/ops.py, which puts the steps together:
 //
 //   count   errors into the cells of jaccard.h, of a sample of the pixels or of all of them (the coarse pass)
-//   place   bins: from the share that a cell has of the loss's weight to the number of bins that it gets
+//   place   bins: from the mean square error that a cell makes to the number of bins that it gets
 //   count   errors into these bins, of all pixels
 //   weigh   bins: counts to the weights of their pixels, the losses, and the bounds on what binning moved
 //   sum     weight times error over the pixels: the loss where errors have no bound
@@ -518,7 +518,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weigh(const Tensor& l
     } else if (fg == 0) {
       static_cast<T*>(tops.data_ptr())[2 * i] = static_cast<T>(top);
       static_cast<T*>(tops.data_ptr())[2 * i + 1] = static_cast<T>(1 / pixels);
-      results[i].loss = results[i].bound = top;
+      results[i].loss = top;
       results[i].bound = 2 * (1 - 1 / pixels);
     } else {
       results[i] = weigh_segment(in, entries + i * layout.cells, layout, fg, static_cast<float>(top), out);
@@ -625,7 +625,7 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Pass& pass, cons
   const Geometry& g = pass.g;
   const Segments& s = pass.s;
   const BinLayout layout(pass.errors);
-  const bool softmax = pass.errors == Errors::softmax;
+  const bool softmax = pass.errors == Errors::softmax, probabilities = pass.errors == Errors::probabilities;
   const std::vector<T> factor = segment_factors<T>(grad, scale, s, reduction);
   const uint32_t* entries = checked_table(table, s.count(), layout);
   const T* weight = arithmetic_data<T>(weights, s.count() * layout.bins * 2, "the weights of the forward pass");
@@ -644,9 +644,12 @@ Tensor backward(const Tensor& grad, const Tensor& logits, const Pass& pass, cons
       if (softmax) VEERLOSS_DISPATCH(LovaszTiles::begin_gradient(n, b.pivot, b.others, b.weighted.data()));
       for (int64_t c = 0; c < g.channels; ++c) {
         T *x_row = b.x + c * tile, *g_row = b.g + c * tile;
-        weigh(b, n, row, c, T(1), g_row);
-        if (pass.errors == Errors::probabilities) VEERLOSS_DISPATCH(LovaszTiles::sign_outside(x_row, g_row, n));
-        VEERLOSS_DISPATCH(LovaszTiles::scale(g_row, n, factor[row * s.classes + c]));
+        const T f = factor[row * s.classes + c];
+        weigh(b, n, row, c, probabilities ? T(1) : f, g_row);
+        if (probabilities) {
+          VEERLOSS_DISPATCH(LovaszTiles::sign_outside(x_row, g_row, n));  // by the weight's sign: before the factor's
+          VEERLOSS_DISPATCH(LovaszTiles::scale(g_row, n, f));
+        }
         if (softmax) VEERLOSS_DISPATCH(LovaszTiles::accumulate_gradient(x_row, g_row, n, b.pivot, b.others, b.weighted.data()));
       }
       if (softmax) VEERLOSS_DISPATCH(LovaszTiles::end_gradient(n, b.rest, b.inverse_sum, b.pivot, b.others));
