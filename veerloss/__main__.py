@@ -16,9 +16,11 @@ def main() -> None:
     print(f"CUDA: {torch.version.cuda or 'not in this torch'}, {torch.cuda.device_count()} device(s)")
     for device in devices:
         for backend in BACKENDS[1:]:
-            reason = missing_reason(backend, torch.device(device))
+            reason = missing_reason(backend, torch.device(device), "lovasz")
             if device == "cuda" and reason is None and not torch.cuda.is_available():
                 reason = "no CUDA device"
+            if device == "cuda" and backend == "native" and reason is None:
+                backend = "native (Lovász)"  # the focal losses are Triton kernels there
             print(f"  {device:5} {backend:10} {'available' if reason is None else f'not available: {reason}'}")
 
 

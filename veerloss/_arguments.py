@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._extension import native_missing
+from ._extension import native_missing, triton_missing
 
 REDUCTIONS = ("none", "mean", "sum")
 BACKENDS = ("auto", "native", "triton", "reference")
@@ -18,27 +19,39 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def missing_reason(backend: str, device: torch.device) -> str | None:
-    """None where ``backend`` can run on ``device``, else why not."""
+def missing_reason(backend: str, device: torch.device, loss: str) -> str | None:
+    """None where ``backend`` can run ``loss``, "focal" or "lovasz", on ``device``, else why not."""
     if backend == "reference":
         return None
     if backend == "triton":
-        return "the Triton kernels are not part of this version"
+        return triton_missing(device.type)
     if device.type in ("meta", "cpu"):
         return native_missing["cpu"]
+    if device.type == "cuda" and loss == "focal":
+        return "on a GPU the focal losses are Triton kernels"
     return native_missing.get(device.type, f"there is no compiled library for device type {device.type!r}")
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs; an explicit name never falls back."""
+def choose_backend(backend: str, device: torch.device, loss: str) -> str:
+    """The backend that runs ``loss``, "focal" or "lovasz"; an explicit name never falls back."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        return next(b for b in ("native", "triton", "reference") if missing_reason(b, device) is None)
-    reason = missing_reason(backend, device)
+        fast = ("native", "triton") if device.type == "cuda" else ("native",)
+        return next((b for b in fast if missing_reason(b, device, loss) is None), "reference")
+    reason = missing_reason(backend, device, loss)
     if reason is not None:
         raise RuntimeError(f"backend={backend!r} cannot run on device {str(device)!r}: {reason}")
     return backend
+
+
+def checks_values(backend: str, device: torch.device) -> bool:
+    """Whether the values of the target are to be checked before ``backend`` runs.
+
+    Kernels on the CPU check them as they read them. Those on a GPU cannot tell without waiting for it: a value out of range
+    makes the loss NaN there, and VEERLOSS_CHECK=1 in the environment makes it an error at the call.
+    """
+    return backend == "reference" or (device.type == "cuda" and os.environ.get("VEERLOSS_CHECK", "0") == "1")
 
 
 def check_logits(logits: Tensor, least_dim: int, shape: str) -> None:
@@ -147,7 +160,7 @@ def check_normalizer(normalizer: object, reduction: str, logits: Tensor) -> None
         check_number("normalizer", normalizer, 0, open_low=True)
 
 
-# The kernels check the values of their targets themselves. These do it for the reference.
+# The values of targets: see checks_values.
 
 
 def check_label_range(target: Tensor, classes: int, ignore_index: int | None) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 from pathlib import Path
 
 import torch
@@ -13,9 +16,10 @@ def _load(stem: str) -> str | None:
     """Registers the operators of ``veerloss/<stem>.*``. Returns None, or why it could not."""
     paths = sorted(p for p in _HERE.glob(f"{stem}.*") if p.suffix in {".so", ".pyd", ".dylib"})
     if not paths:
+        compiler = "CUDA compiler (nvcc)" if stem == "_C_cuda" else "C++ compiler"
         return (
-            f"the compiled library veerloss/{stem} is not installed: veerloss was installed without a C++ compiler or with "
-            "VEERLOSS_NATIVE=0; reinstall from source with a C++ compiler"
+            f"the compiled library veerloss/{stem} is not installed: veerloss was installed without a {compiler} or with "
+            f"VEERLOSS_NATIVE=0; reinstall from source with a {compiler}"
         )
     try:
         torch.ops.load_library(str(paths[0]))
@@ -26,8 +30,24 @@ def _load(stem: str) -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    return _load("_C_cuda")
+
+
 #: Per device type: None where the compiled library serves it, else the reason.
-native_missing: dict[str, str | None] = {
-    "cpu": _load("_C"),
-    "cuda": "the CUDA kernels are not part of this version",
-}
+native_missing: dict[str, str | None] = {"cpu": _load("_C"), "cuda": _load_cuda()}
+
+
+@functools.cache
+def triton_missing(device_type: str) -> str | None:
+    """None where Triton kernels run on a device type, else the reason."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type not in ("cuda", "meta") and not interpreted:
+        return f"Triton kernels do not run on device type {device_type!r} (but with TRITON_INTERPRET=1, slowly)"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None

@@ -26,10 +26,12 @@ def cells_and_bins(errors: int) -> tuple[int, int]:
 
 
 def forward(
-    logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, wide, ranks=None
+    ops, logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, wide, ranks=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, scale, table, weights, tops, bounds): see lovasz_histogram_weigh. `ranks`: of the batches of all of them."""
-    ops = torch.ops.veerloss
+    """(loss, scale, table, weights, tops, bounds): see lovasz_histogram_weigh.
+
+    `ops`: the operators of a backend. `ranks`: of the batches of all of them.
+    """
     n, c, p = logits.shape
     rows, length = (n, p) if per_image else (1, n * p)
     if ranks is not None:
@@ -57,7 +59,8 @@ def forward(
         return ops.lovasz_histogram_weigh(logits, counts, largest, table, *options)
 
     *result, doubtful = weigh()
-    if sampled and doubtful.any():
+    # A GPU does not tell the host what it found: there no segment may be wanted, and the kernels end at once.
+    if sampled and (doubtful.is_cuda or doubtful.any()):
         better = ops.lovasz_histogram_place(counts, table, errors)
         table = torch.where(doubtful[..., None], better, table)
         again, _ = count(table, doubtful)

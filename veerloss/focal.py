@@ -42,7 +42,7 @@ def sigmoid_focal_loss(
         reduction: "none" (the shape of ``logits``), "mean" over the valid elements, or "sum".
         normalizer: divisor of "mean" instead of the number of valid elements, such as the number of positives: a number > 0 or
             a tensor of one element.
-        backend: "auto", "native" or "reference". An explicit name never falls back.
+        backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
     Returns:
         A tensor of the type of ``logits``, float32 under autocast: 0-d, or the shape of ``logits`` for "none". 0 where
@@ -81,11 +81,13 @@ def sigmoid_focal_loss(
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_normalizer(normalizer, reduction, logits)
 
-    if arguments.choose_backend(backend, logits.device) == "reference":
+    backend = arguments.choose_backend(backend, logits.device, "focal")
+    if arguments.checks_values(backend, logits.device):
         if one_vs_rest:
             arguments.check_label_range(target, logits.size(1), ignore_index)
         else:
             arguments.check_unit_range(target, ignore_index)
+    if backend == "reference":
         return reference.sigmoid_focal_loss(
             logits, target, alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index, reduction=reduction,
             normalizer=normalizer,
@@ -93,7 +95,7 @@ def sigmoid_focal_loss(
     x, t, w, restore = _elements(logits, target, weight, isinstance(alpha, Tensor))
     class_alpha = _class_alpha(alpha, logits)
     loss = ops.sigmoid_focal(
-        x, t, alpha if class_alpha is None else None, class_alpha, gamma, w, ignore_index, reduction, normalizer
+        x, t, alpha if class_alpha is None else None, class_alpha, gamma, w, ignore_index, reduction, normalizer, backend
     )  # fmt: skip
     return restore(loss) if reduction == "none" else loss
 
@@ -128,7 +130,7 @@ def softmax_focal_loss(
         ignore_index: target value that takes no part; None for none.
         reduction: "none" (the shape of ``target``), "mean" over the valid pixels (not weighted by alpha), or "sum".
         normalizer: divisor of "mean" instead of the number of valid pixels: a number > 0 or a tensor of one element.
-        backend: "auto", "native" or "reference". An explicit name never falls back.
+        backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
     Returns:
         A tensor of the type of ``logits``, float32 under autocast: 0-d, or the shape of ``target`` for "none". 0 where no
@@ -154,8 +156,10 @@ def softmax_focal_loss(
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_normalizer(normalizer, reduction, logits)
 
-    if arguments.choose_backend(backend, logits.device) == "reference":
+    backend = arguments.choose_backend(backend, logits.device, "focal")
+    if arguments.checks_values(backend, logits.device):
         arguments.check_label_range(target, classes, ignore_index)
+    if backend == "reference":
         return reference.softmax_focal_loss(
             logits, target, alpha=alpha, gamma=gamma, label_smoothing=label_smoothing, ignore_index=ignore_index,
             reduction=reduction, normalizer=normalizer,
@@ -165,7 +169,7 @@ def softmax_focal_loss(
     number_alpha = 1.0 if alpha is None or class_alpha is not None else alpha
     loss = ops.softmax_focal(
         x, target.reshape(x.size(0), x.size(2)), number_alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction,
-        normalizer,
+        normalizer, backend,
     )  # fmt: skip
     return loss.reshape(target.shape) if reduction == "none" else loss
 

@@ -66,7 +66,7 @@ def lovasz_softmax_loss(
             same loss and, in backward, its own pixels' part of that loss's gradient. DistributedDataParallel takes the mean of
             gradients over ranks where the sum is right: multiply the loss by the number of ranks. Method "histogram" only,
             not with ``per_image`` (there, the mean of the ranks' losses is the loss of all), and not inside torch.compile.
-        backend: "auto", "native" or "reference". An explicit name never falls back.
+        backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
     Returns:
         A tensor of the type of ``logits``, float32 under autocast. 0 where no pixel is valid. As in cross_entropy, -inf masks
@@ -117,11 +117,11 @@ def lovasz_softmax_loss(
         class_weight = class_weight.to(arguments.arithmetic_dtype(logits)).contiguous()
     how = (_selected_classes(classes, logits), classes == "present", per_image, class_weight, ignore_index)
     if method == "exact":
-        loss = ops.lovasz_softmax(x, y, *how, from_logits, reduction)
+        loss = ops.lovasz_softmax(x, y, *how, from_logits, reduction, backend)
         certificate = loss.new_zeros((n, c) if per_image else (c,), dtype=torch.float64)
     else:
         errors = _histogram.SOFTMAX if from_logits else _histogram.PROBABILITIES
-        loss, certificate = ops.lovasz_histogram(x, y, *how, errors, reduction, ranks)
+        loss, certificate = ops.lovasz_histogram(x, y, *how, errors, reduction, ranks, backend)
         certificate = certificate if per_image else certificate[0]
     return (loss, certificate) if return_certificate else loss
 
@@ -159,7 +159,7 @@ def lovasz_hinge_loss(
             from the counts alone. 0 for "exact".
         process_group: the loss of the batches of all its ranks, as if concatenated, by two sums of counts; as for
             :func:`lovasz_softmax_loss`. Needs ``per_image=False``.
-        backend: "auto", "native" or "reference". An explicit name never falls back.
+        backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
     Returns:
         A tensor of the type of ``logits``, float32 under autocast. Images without valid pixels count as 0. NaN or an infinite
@@ -208,11 +208,11 @@ def lovasz_hinge_loss(
         return (loss, certificate) if return_certificate else loss
     x, y = logits.reshape(n, 1, p), target.reshape(n, p)
     if method == "exact":
-        loss = ops.lovasz_hinge(x, y, per_image, ignore_index, reduction)
+        loss = ops.lovasz_hinge(x, y, per_image, ignore_index, reduction, backend)
         certificate = loss.new_zeros((n,) if per_image else (), dtype=torch.float64)
     else:
         how = (None, False, per_image, None, ignore_index)
-        loss, certificate = ops.lovasz_histogram(x, y, *how, _histogram.HINGE, reduction, ranks)
+        loss, certificate = ops.lovasz_histogram(x, y, *how, _histogram.HINGE, reduction, ranks, backend)
         certificate = certificate[:, 0] if per_image else certificate[0, 0]
     return (loss, certificate) if return_certificate else loss
 
@@ -234,21 +234,21 @@ def _check_common(reduction, method, per_image, return_certificate, process_grou
 
 
 def _prepare(check, check_values, logits, process_group, backend):
-    """(backend, ranks or None) after `check`, and `check_values` for the reference: kernels check values themselves.
+    """(backend, ranks or None) after `check`, and `check_values` where kernels do not check values themselves.
 
     What they raise, all ranks of a process group learn.
     """
 
     def check_all() -> tuple[torch.Size, object]:
         shape, options = check()
-        chosen = arguments.choose_backend(backend, logits.device)
-        if chosen == "reference":
+        chosen = arguments.choose_backend(backend, logits.device, "lovasz")
+        if arguments.checks_values(chosen, logits.device):
             check_values()
         return shape, (options, chosen, __version__)  # ranks with different ones count in different bins
 
     if process_group is None:
         check_all()
-        return arguments.choose_backend(backend, logits.device), None
+        return arguments.choose_backend(backend, logits.device, "lovasz"), None
     if torch.compiler.is_compiling():
         raise RuntimeError("process_group cannot be used inside torch.compile: the loss waits for other processes")
     if not isinstance(process_group, dist.ProcessGroup):
@@ -257,7 +257,7 @@ def _prepare(check, check_values, logits, process_group, backend):
 
     device = logits.device if isinstance(logits, Tensor) else torch.device("cpu")
     ranks = Ranks(process_group, device, check_all)
-    return arguments.choose_backend(backend, logits.device), ranks
+    return arguments.choose_backend(backend, logits.device, "lovasz"), ranks
 
 
 def _choose_method(method: str, pixels: int, ranks, backend: str) -> str:
@@ -303,7 +303,10 @@ def _selected_classes(classes: str | Sequence[int], logits: Tensor) -> Tensor | 
         chosen.add(number)
     if len(chosen) != len(classes) or not chosen:
         raise ValueError(f"classes must hold at least one class id, and each once, got {list(classes)}")
-    return torch.tensor([c in chosen for c in range(count)], device=logits.device)
+    selected = torch.zeros(count, dtype=torch.bool, device=logits.device)
+    for c in chosen:  # not a copy from the host, which a CUDA graph could not hold
+        selected[c].fill_(True)
+    return selected
 
 
 class LovaszSoftmaxLoss(LossModule):

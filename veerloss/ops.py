@@ -1,4 +1,5 @@
-"""Every operator: its schema, its fake kernel, its autograd. Kernels for the CPU are in csrc/cpu.
+"""Every operator: its schema, its fake kernel, its autograd. Two namespaces have the same operators: ``veerloss`` those of the
+compiled libraries (csrc/cpu, csrc/cuda), ``veerloss_triton`` those of the Triton kernels (triton/).
 
 Logits are [N, C, P] in any strides; targets are class indices [N, P] or, for sigmoid focal, values [N, C, P]. ``scale`` is the
 factor between the sum that a kernel takes and the loss that it returns; the backward operators use it again.
@@ -6,6 +7,9 @@ _extension.py loads the compiled library with their kernels.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib
 
 import torch
 from torch import Tensor
@@ -50,8 +54,27 @@ _SCHEMAS = {
     "lovasz_histogram_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor tops, "
     "Tensor scale, int errors, bool per_image, int? ignore_index, int reduction) -> Tensor",
 }
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"veerloss::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+#: The namespace of each backend's operators.
+NAMESPACES = {"native": "veerloss", "triton": "veerloss_triton"}
+
+for _namespace in NAMESPACES.values():
+    for _name, _schema in _SCHEMAS.items():
+        torch.library.define(f"{_namespace}::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+def _operators(backend: str):
+    return getattr(torch.ops, NAMESPACES[backend])
+
+
+def _fake(name: str):
+    """Registers a fake kernel of operator `name`, whatever the backend."""
+
+    def register(kernel):
+        for namespace in NAMESPACES.values():
+            torch.library.register_fake(f"{namespace}::{name}", kernel)
+        return kernel
+
+    return register
 
 
 def _wide(logits: Tensor) -> bool:
@@ -65,15 +88,17 @@ def _loss_dtype(logits: Tensor, wide: bool) -> torch.dtype:
 # ---- focal
 
 
-def sigmoid_focal(logits, target, alpha, class_alpha, gamma, weight, ignore_index, reduction, normalizer) -> Tensor:
+def sigmoid_focal(logits, target, alpha, class_alpha, gamma, weight, ignore_index, reduction, normalizer, backend) -> Tensor:
     options = (alpha, class_alpha, float(gamma), weight, ignore_index, *_divisor(reduction, normalizer), _wide(logits))
-    return torch.ops.veerloss.sigmoid_focal_forward(logits, target, *options)[0]
+    return _operators(backend).sigmoid_focal_forward(logits, target, *options)[0]
 
 
-def softmax_focal(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer) -> Tensor:
+def softmax_focal(
+    logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer, backend
+) -> Tensor:
     options = (float(alpha), class_alpha, float(gamma), float(label_smoothing), ignore_index)
     options += (*_divisor(reduction, normalizer), _wide(logits))
-    return torch.ops.veerloss.softmax_focal_forward(logits, target, *options)[0]
+    return _operators(backend).softmax_focal_forward(logits, target, *options)[0]
 
 
 def _divisor(reduction: str, normalizer: float | Tensor | None) -> tuple[int, float, Tensor | None]:
@@ -85,7 +110,7 @@ def _divisor(reduction: str, normalizer: float | Tensor | None) -> tuple[int, fl
     return SUM, 1.0 / normalizer, None
 
 
-@torch.library.register_fake("veerloss::sigmoid_focal_forward")
+@_fake("sigmoid_focal_forward")
 def _(logits, target, alpha, class_alpha, gamma, weight, ignore_index, reduction, factor, normalizer, wide):
     if reduction == NONE:
         loss = logits.new_empty(logits.shape, dtype=_loss_dtype(logits, wide)) if wide else torch.empty_like(logits)
@@ -94,7 +119,7 @@ def _(logits, target, alpha, class_alpha, gamma, weight, ignore_index, reduction
     return loss, logits.new_empty((), dtype=arithmetic_dtype(logits))
 
 
-@torch.library.register_fake("veerloss::softmax_focal_forward")
+@_fake("softmax_focal_forward")
 def _(logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, factor, normalizer, wide):
     n, _, p = logits.shape
     loss = logits.new_empty((n, p) if reduction == NONE else (), dtype=_loss_dtype(logits, wide))
@@ -114,12 +139,12 @@ def _save_focal(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _focal_backward(op: str):
+def _focal_backward(op: str, operators):
     def backward(ctx, grad, _):
         logits, target, class_alpha, tensor, scale = ctx.saved_tensors
         alpha, gamma, fifth, ignore_index, reduction = ctx.options
         fifth = fifth if tensor is None else tensor
-        kernel = getattr(torch.ops.veerloss, op)
+        kernel = getattr(operators, op)
         grad_logits = kernel(grad, logits, target, alpha, class_alpha, gamma, fifth, ignore_index, reduction, scale)
         return grad_logits, *[None] * 10
 
@@ -129,20 +154,22 @@ def _focal_backward(op: str):
 # ---- Lovász
 
 
-def lovasz_softmax(logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction) -> Tensor:
+def lovasz_softmax(
+    logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction, backend
+) -> Tensor:
     keep = torch.is_grad_enabled() and logits.requires_grad
     options = (selected, present, per_image, class_weight, ignore_index, from_logits, _REDUCTION[reduction])
-    return torch.ops.veerloss.lovasz_softmax_forward(logits, target, *options, keep, _wide(logits))[0]
+    return _operators(backend).lovasz_softmax_forward(logits, target, *options, keep, _wide(logits))[0]
 
 
-def lovasz_hinge(logits, target, per_image, ignore_index, reduction) -> Tensor:
+def lovasz_hinge(logits, target, per_image, ignore_index, reduction, backend) -> Tensor:
     keep = torch.is_grad_enabled() and logits.requires_grad
-    return torch.ops.veerloss.lovasz_hinge_forward(
+    return _operators(backend).lovasz_hinge_forward(
         logits, target, per_image, ignore_index, _REDUCTION[reduction], keep, _wide(logits)
     )[0]
 
 
-@torch.library.register_fake("veerloss::lovasz_softmax_forward")
+@_fake("lovasz_softmax_forward")
 def _(logits, target, selected, present, per_image, class_weight, ignore_index, from_logits, reduction, keep, wide):
     n, c, p = logits.shape
     shape = (n, c) if per_image else (c,)
@@ -152,7 +179,7 @@ def _(logits, target, selected, present, per_image, class_weight, ignore_index, 
     return loss, logits.new_empty(shape, dtype=dtype), weights
 
 
-@torch.library.register_fake("veerloss::lovasz_hinge_forward")
+@_fake("lovasz_hinge_forward")
 def _(logits, target, per_image, ignore_index, reduction, keep, wide):
     n, c, p = logits.shape
     shape = (n,) if per_image else ()
@@ -163,13 +190,13 @@ def _(logits, target, per_image, ignore_index, reduction, keep, wide):
 
 
 def lovasz_histogram(
-    logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, ranks=None
+    logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, ranks, backend
 ) -> tuple[Tensor, Tensor]:
     """(loss, bounds): the bounds on what binning moved, one per segment [N or 1, C]."""
     options = (selected, present, per_image, class_weight, ignore_index, errors, _REDUCTION[reduction], _wide(logits))
     if ranks is not None:
-        return _HistogramOfRanks.apply(logits, target, *options, ranks)
-    loss, _, _, _, _, bounds = torch.ops.veerloss.lovasz_histogram_forward(logits, target, *options)
+        return _HistogramOfRanks.apply(logits, target, *options, ranks, _operators(backend))
+    loss, _, _, _, _, bounds = _operators(backend).lovasz_histogram_forward(logits, target, *options)
     return loss, bounds
 
 
@@ -178,17 +205,18 @@ class _HistogramOfRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _histogram.forward(*inputs)
-        _save_histogram(ctx, inputs[:-1], output)
+        *arguments, ranks, ctx.operators = inputs
+        output = _histogram.forward(ctx.operators, *arguments, ranks=ranks)
+        _save_histogram(ctx, arguments, output)
         return output[0], output[5]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        return *_histogram_backward(ctx, grad), None
+        return *_histogram_backward(ctx.operators)(ctx, grad), None, None
 
 
-@torch.library.register_fake("veerloss::lovasz_histogram_forward")
+@_fake("lovasz_histogram_forward")
 def _(logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, wide):
     n, c, _ = logits.shape
     rows = n if per_image else 1
@@ -205,9 +233,6 @@ def _(logits, target, selected, present, per_image, class_weight, ignore_index, 
     )
 
 
-torch.library.impl("veerloss::lovasz_histogram_forward", "CPU")(_histogram.forward)
-
-
 def _save_histogram(ctx, inputs, output) -> None:
     logits, target, _, _, per_image, _, ignore_index, errors, reduction, _ = inputs
     _, scale, table, weights, tops, _ = output
@@ -216,9 +241,11 @@ def _save_histogram(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _histogram_backward(ctx, grad, *_):
-    grad_logits = torch.ops.veerloss.lovasz_histogram_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return grad_logits, *[None] * 9
+def _histogram_backward(operators):
+    def backward(ctx, grad, *_):
+        return operators.lovasz_histogram_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 9
+
+    return backward
 
 
 def _save_softmax(ctx, inputs, output) -> None:
@@ -229,8 +256,11 @@ def _save_softmax(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(scale, weights)
 
 
-def _softmax_backward(ctx, grad, *_):
-    return torch.ops.veerloss.lovasz_softmax_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 10
+def _softmax_backward(operators):
+    def backward(ctx, grad, *_):
+        return operators.lovasz_softmax_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 10
+
+    return backward
 
 
 def _save_hinge(ctx, inputs, output) -> None:
@@ -241,15 +271,18 @@ def _save_hinge(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(scale, weights)
 
 
-def _hinge_backward(ctx, grad, *_):
-    return torch.ops.veerloss.lovasz_hinge_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6
+def _hinge_backward(operators):
+    def backward(ctx, grad, *_):
+        return operators.lovasz_hinge_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6
+
+    return backward
 
 
 # ---- registration
 
 _AUTOGRAD = {
-    "sigmoid_focal": (_focal_backward("sigmoid_focal_backward"), _save_focal),
-    "softmax_focal": (_focal_backward("softmax_focal_backward"), _save_focal),
+    "sigmoid_focal": (functools.partial(_focal_backward, "sigmoid_focal_backward"), _save_focal),
+    "softmax_focal": (functools.partial(_focal_backward, "softmax_focal_backward"), _save_focal),
     "lovasz_softmax": (_softmax_backward, _save_softmax),
     "lovasz_hinge": (_hinge_backward, _save_hinge),
     "lovasz_histogram": (_histogram_backward, _save_histogram),
@@ -263,7 +296,27 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-for _loss, (_backward, _save) in _AUTOGRAD.items():
-    torch.library.register_autograd(f"veerloss::{_loss}_forward", _backward, setup_context=_save)
-    torch.library.register_fake(f"veerloss::{_loss}_backward", _fake_backward)
-    torch.library.register_autograd(f"veerloss::{_loss}_backward", _no_second_derivative)
+for _backend, _namespace in NAMESPACES.items():
+    for _loss, (_backward, _save) in _AUTOGRAD.items():
+        _name = f"{_namespace}::{_loss}"
+        torch.library.register_autograd(f"{_name}_forward", _backward(_operators(_backend)), setup_context=_save)
+        torch.library.register_fake(f"{_name}_backward", _fake_backward)
+        torch.library.register_autograd(f"{_name}_backward", _no_second_derivative)
+    torch.library.impl(f"{_namespace}::lovasz_histogram_forward", ("CPU", "CUDA"))(
+        functools.partial(_histogram.forward, _operators(_backend))
+    )
+
+
+def _triton(name: str):
+    """The kernel of an operator: the function of its name in triton/focal.py or triton/lovasz.py, imported when called."""
+
+    def kernel(*args):
+        module = importlib.import_module(f".triton.{'focal' if 'focal' in name else 'lovasz'}", __package__)
+        return getattr(module, name)(*args)
+
+    return kernel
+
+
+for _name in _SCHEMAS:
+    if _name != "lovasz_histogram_forward":
+        torch.library.impl(f"{NAMESPACES['triton']}::{_name}", ("CPU", "CUDA"))(_triton(_name))  # on the CPU: interpreted
