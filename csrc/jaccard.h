@@ -1,5 +1,5 @@
-// The scalar maths of the Lovasz losses (Berman, Triki, Blaschko, CVPR 2018, arXiv 1705.08790): weights from integer counts,
-// and the order of errors as the order of unsigned integers.
+// The scalar maths of the Lovasz losses (Berman, Triki, Blaschko, CVPR 2018, arXiv 1705.08790): errors, weights from integer
+// counts, and the order of errors as the order of unsigned integers. Bins of errors: bins.h.
 //
 // A segment has `total` foreground pixels. Sorted by error, descending, a pixel with `fg` foreground and `bg` background pixels
 // before it takes the step of J(fg, bg) = 1 - (total - fg) / (total + bg) that adding it makes. Subtracting two such values
@@ -72,142 +72,46 @@ VEERLOSS_HD typename ErrorKey<T>::Word key_of_error(T error) {
   return bit_cast<typename ErrorKey<T>::Word>(error) & ~ErrorKey<T>::foreground;  // a NaN may carry a sign
 }
 
-// ---- bins: method "histogram"
-//
-// The weight of a pixel depends on how many pixels of either kind have a larger error, so pixels are counted by error, not
-// sorted. Any order within a bin gives a subgradient of the loss of the rounded errors; we take the mean of "foreground first"
-// and "background first", in which a bin's weights still add up to its step of J.
+// ---- errors
 
-struct JaccardBin {
-  double fg, bg;  // the weight of one pixel
-  double step;    // of J over the bin
+enum class Errors : int64_t { softmax = 0, probabilities = 1, hinge = 2 };  // what logits are, as in _histogram.py
+
+// The error of a class from its exponential exp(x - maximum), 1 - p on foreground and p on background, and its complement. Each
+// of p and 1 - p is known to all its digits: 1 - p of a most probable class (exponential 1) from the sum of the others, `rest`,
+// and else p <= 1/2. inverse_sum = 1 / (1 + rest).
+template <class T>
+struct SoftmaxError {
+  T error, complement;
 };
 
-// A bin of `fg` and `bg` pixels with fg_before and bg_before in the bins of larger errors: whole numbers. total > 0.
-VEERLOSS_HD JaccardBin jaccard_bin(double total, double fg_before, double bg_before, double fg, double bg) {
-  const double left = total - fg_before, first = total + bg_before, last = first + bg;
-  JaccardBin bin;
-  bin.fg = 0.5 * (1.0 / first + 1.0 / last);
-  bin.bg = (left - 0.5 * fg) / (first * last);
-  bin.step = fg * bin.fg + bg * bin.bg;
-  return bin;
+template <class T>
+VEERLOSS_HD SoftmaxError<T> softmax_error(T exponential, T rest, T inverse_sum, bool foreground) {
+  const T p = exponential * inverse_sum;
+  const T not_p = exponential == T(1) ? rest * inverse_sum : T(1) - p;
+  return {foreground ? not_p : p, foreground ? p : not_p};
 }
 
-// A bound on the sum over a bin's pixels of |weight of jaccard_bin - exact weight|, whatever their order: of the foreground,
-// and of the background.
-//
-// The exact weight of a foreground pixel is between those of the two ends. That of the background pixel with j others of its
-// bin before it is between left / ((first + j)(first + j + 1)) and the same with left - fg. The one is further from bin.bg
-// while (first + j)(first + j + 1) <= first * last, the other from then on; both sums telescope.
-struct JaccardBound {
-  double fg, bg;
-};
-
-VEERLOSS_HD JaccardBound jaccard_bin_bound(double total, double fg_before, double bg_before, double fg, double bg) {
-  const double left = total - fg_before, first = total + bg_before, last = first + bg;
-  const double weight = (left - 0.5 * fg) / (first * last);
-  using std::sqrt;
-  const double root = 0.5 * (sqrt(1.0 + 4.0 * first * last) - 1.0);                   // first - 1/2 < root < last
-  const double turn = static_cast<double>(static_cast<int32_t>(root - first + 1.0));  // 0 <= turn <= bg
-  JaccardBound bound;
-  bound.fg = 0.5 * fg * bg / (first * last);
-  bound.bg = turn * (left / (first * (first + turn)) - weight) + (bg - turn) * (weight - (left - fg) / ((first + turn) * last));
-  return bound;
+// |y - p|, but for its sign.
+template <class T>
+VEERLOSS_HD T probability_error(T p, bool foreground) {
+  return foreground ? T(1) - p : p;
 }
 
-// What binning costs: mean squares over a bin, as sums over its pixels. `gradient` of weight times `slope` (the factor of the
-// gradient over the weight), `loss` of weight times error where errors are spread evenly over the bin's width, and `weights` of
-// the weights times `slope` themselves.
-struct JaccardDeviation {
-  double gradient, loss, weights;
-};
-
-VEERLOSS_HD JaccardDeviation jaccard_bin_deviation(JaccardBin bin, JaccardBound bound, double fg, double bg, double slope,
-                                                   double width) {
-  const double square = fg * bin.fg * bin.fg + bg * bin.bg * bin.bg;
-  const double f = fg > 0.0 ? fg : 1.0, b = bg > 0.0 ? bg : 1.0;
-  JaccardDeviation deviation;
-  deviation.gradient = slope * slope * (bound.fg * bound.fg / f + bound.bg * bound.bg / b);
-  deviation.loss = square * width * width / 12.0;
-  deviation.weights = slope * slope * square;
-  return deviation;
+// relu(1 - s x). NaN for an infinite logit.
+template <class T>
+VEERLOSS_HD T hinge_error(T x, bool foreground) {
+  const T margin = T(1) - (foreground ? x : -x);
+  return (margin <= T(0) ? T(0) : margin) + (x - x);
 }
 
-// The factor of a logit's gradient over the weight of its error: p (1 - p) of a softmax, else 1.
-VEERLOSS_HD double slope_of_error(double error, bool softmax) {
-  return softmax ? error * (1.0 - error) : 1.0;
-}
-
-// Cells cut [0, infinity) by the bits of error + 2^-8: 128 cells to an octave up to 2^4, four from there on, equal cells below
-// 2^-8. Errors of probabilities (`bounded`: at most 1) are cut so up to 1/2, and above by 1 - error in mirror image: there are
-// many near 1, too, where a network is sure and wrong. The counts of a coarse pass say how many bins each cell is worth
-// (cpu/lovasz_histogram.cpp); a pixel finds its bin with one look-up.
-struct ErrorCells {
-  static constexpr float offset = 0.00390625f;                       // 2^-8
-  static constexpr uint32_t origin = 0x3b800000u;                    // its bits
-  static constexpr int cell_bits = 16;                               // below those of the cell
-  static constexpr int position_bits = 15, position_shift = 1;       // of them tell the position in the cell
-  static constexpr uint32_t narrow_end = 12u << 23;                  // 2^4
-  static constexpr int wide_shift = 5;                               // more bits below those of a wide cell
-  static constexpr uint32_t half = (7u << (23 - cell_bits)) + 1;     // cells up to an error of 1/2
-  static constexpr uint32_t bounded = 2 * half;                      // cells up to 1
-  static constexpr uint32_t narrow_cells = narrow_end >> cell_bits;  // cells up to 2^4
-  static constexpr uint32_t unbounded = narrow_cells + ((0x7f800000u - origin - narrow_end) >> (cell_bits + wide_shift));
-};
-
-struct CellPosition {
-  uint32_t cell, position;
-};
-
-template <bool bounded>
-VEERLOSS_HD CellPosition cell_of_error(float error) {
-  using Cells = ErrorCells;
-  constexpr uint32_t mask = (1u << Cells::position_bits) - 1;
-  const bool mirrored = bounded && error > 0.5f;
-  const uint32_t bits = bit_cast<uint32_t>((mirrored ? 1.0f - error : error) + Cells::offset) - Cells::origin;
-  const uint32_t past = bits - Cells::narrow_end;
-  const bool narrow = bounded || bits < Cells::narrow_end;
-  uint32_t cell = narrow ? bits >> Cells::cell_bits : Cells::narrow_cells + (past >> (Cells::cell_bits + Cells::wide_shift));
-  uint32_t position = ((narrow ? bits : past >> Cells::wide_shift) >> Cells::position_shift) & mask;
-  cell = mirrored ? Cells::bounded - 1 - cell : cell;
-  position = mirrored ? mask - position : position;
-  const uint32_t last = (bounded ? Cells::bounded : Cells::unbounded) - 1;
-  return {cell < last ? cell : last, position};  // NaN ends in the last cell
-}
-
-// Where a cell begins; cell + 1 where it ends. Within it errors are linear in their positions.
-template <bool bounded>
-VEERLOSS_HD double cell_begin(uint32_t cell) {
-  using Cells = ErrorCells;
-  const bool mirrored = bounded && cell > Cells::half;
-  const uint32_t own = mirrored ? Cells::bounded - cell : cell;
-  const uint32_t bits = own < Cells::narrow_cells
-                            ? own << Cells::cell_bits
-                            : Cells::narrow_end + ((own - Cells::narrow_cells) << (Cells::cell_bits + Cells::wide_shift));
-  const double begin = own < Cells::unbounded ? static_cast<double>(bit_cast<float>(bits + Cells::origin)) : 0x1p128;
-  return mirrored ? 1.0 - (begin - static_cast<double>(Cells::offset)) : begin - static_cast<double>(Cells::offset);
-}
-
-// The mean error of `count` pixels in a bin whose neighbours' counts differ: the middle, moved by the slope. Without it the
-// many like segments of saturated classes err to one side (19 of them: 1.3e-6 of the loss).
-VEERLOSS_HD double mean_error(double middle, double width, double count, double rise) {
-  double shift = rise / (12.0 * (count > 0.0 ? count : 1.0));
-  shift = shift < 0.25 ? shift : 0.25;
-  return middle + width * (shift > -0.25 ? shift : -0.25);
-}
-
-// A cell's entry in the look-up table: its first bin, and its number of bins above. Bin 0 holds the errors of exactly 0.
-constexpr uint32_t cell_entry(uint32_t first_bin, uint32_t bins) {
-  return first_bin | bins << 16;
-}
-
-// Signed, as indices are to be: a gather of 32-bit indices takes them as such.
-template <bool bounded>
-VEERLOSS_HD int32_t bin_of_error(float error, const uint32_t* table) {
-  const CellPosition at = cell_of_error<bounded>(error);
-  const uint32_t entry = table[static_cast<int32_t>(at.cell)];
-  const uint32_t bin = (entry & 0xffffu) + ((at.position * (entry >> 16)) >> ErrorCells::position_bits);
-  return error == 0.0f ? 0 : static_cast<int32_t>(bin);
+// dL/dp of a probability from its weight, which is signed as if it were inside (0, 1). The error |y - p| of one outside may
+// slope the other way, and one that is right exactly has none.
+template <class T>
+VEERLOSS_HD T sign_outside(T p, T weight) {
+  const T magnitude = weight < T(0) ? -weight : weight;
+  const T outside = p < T(0) ? -magnitude : (p > T(1) ? magnitude : weight);
+  const bool right = ((p == T(0)) & (weight > T(0))) | ((p == T(1)) & (weight < T(0)));
+  return right ? T(0) : outside;
 }
 
 }  // namespace veerloss

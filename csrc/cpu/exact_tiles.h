@@ -2,17 +2,15 @@
 // instruction set by for_each_target.h: no include guard. Loops over pixels vectorise.
 
 struct ExactTiles {
-  // Keys of class c from its exponentials: the error is 1 - p on foreground, p on background. Each of p and 1 - p is known to
-  // all its digits: 1 - p of a most probable class (exponential 1) from the sum of the others, and else p <= 1/2.
+  // Keys of class c from its exponentials.
   template <class T>
   static void softmax_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label, int32_t c,
                            const T* __restrict rest, const T* __restrict inverse_sum,
                            typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
     for (int64_t i = 0; i < n; ++i) {
-      const T p = x[i] * inverse_sum[i];
-      const T not_p = x[i] == T(1) ? rest[i] * inverse_sum[i] : T(1) - p;
       const bool fg = label[i] == c;
-      keys[i] = mark<T>(key_of_probability(fg ? not_p : p, fg ? p : not_p), fg, label[i] >= 0);
+      const SoftmaxError<T> e = softmax_error(x[i], rest[i], inverse_sum[i], fg);
+      keys[i] = mark<T>(key_of_probability(e.error, e.complement), fg, label[i] >= 0);
     }
     count_keys<T>(keys, n, counts);
   }
@@ -22,8 +20,8 @@ struct ExactTiles {
   static void probability_keys(const T* __restrict p, int64_t n, const int32_t* __restrict label, int32_t c,
                                typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
     for (int64_t i = 0; i < n; ++i) {
-      const T difference = label[i] == c ? T(1) - p[i] : p[i];
-      keys[i] = mark<T>(key_of_error(difference), label[i] == c, label[i] >= 0);  // drops the sign: |y - p|
+      const bool fg = label[i] == c;
+      keys[i] = mark<T>(key_of_error(probability_error(p[i], fg)), fg, label[i] >= 0);  // the key drops the sign: |y - p|
     }
     count_keys<T>(keys, n, counts);
   }
@@ -34,10 +32,9 @@ struct ExactTiles {
   static void hinge_keys(const T* __restrict x, int64_t n, const int32_t* __restrict label,
                          typename ErrorKey<T>::Word* __restrict keys, SegmentCounts<T>* counts) {
     for (int64_t i = 0; i < n; ++i) {
-      const T margin = T(1) - (label[i] == 1 ? x[i] : -x[i]);
-      const bool in = !(margin <= T(0));                     // true for NaN
-      const T error = (in ? margin : T(0)) + (x[i] - x[i]);  // an infinite logit: NaN
-      keys[i] = mark<T>(key_of_error(error), label[i] == 1, (label[i] >= 0) & (in | (error != error)));
+      const T error = hinge_error(x[i], label[i] == 1);
+      const bool in = !(error == T(0));  // true for NaN
+      keys[i] = mark<T>(key_of_error(error), label[i] == 1, (label[i] >= 0) & in);
     }
     SegmentCounts<T> within;
     count_keys<T>(keys, n, &within);

@@ -2,32 +2,26 @@
 // Included once per instruction set by for_each_target.h: no include guard. Loops over pixels vectorise.
 
 struct HistogramTiles {
-  // Errors of class c from its exponentials: 1 - p on foreground, p on background. See ExactTiles::softmax_keys.
+  // Errors of class c from its exponentials.
   template <class T>
   static void softmax_errors(const T* __restrict x, int64_t n, const int32_t* __restrict label, int32_t c,
                              const T* __restrict rest, const T* __restrict inverse_sum, float* __restrict error) {
-    for (int64_t i = 0; i < n; ++i) {
-      const T p = x[i] * inverse_sum[i];
-      const T not_p = x[i] == T(1) ? rest[i] * inverse_sum[i] : T(1) - p;
-      error[i] = static_cast<float>(label[i] == c ? not_p : p);
-    }
+    for (int64_t i = 0; i < n; ++i)
+      error[i] = static_cast<float>(softmax_error(x[i], rest[i], inverse_sum[i], label[i] == c).error);
   }
 
   template <class T>
   static void probability_errors(const T* __restrict p, int64_t n, const int32_t* __restrict label, int32_t c,
                                  float* __restrict error) {
     for (int64_t i = 0; i < n; ++i) {
-      const T difference = label[i] == c ? T(1) - p[i] : p[i];
-      error[i] = narrow(difference < T(0) ? -difference : difference);
+      const T difference = probability_error(p[i], label[i] == c);
+      error[i] = narrow_error(difference < T(0) ? -difference : difference);
     }
   }
 
   template <class T>
   static void hinge_errors(const T* __restrict x, int64_t n, const int32_t* __restrict label, float* __restrict error) {
-    for (int64_t i = 0; i < n; ++i) {
-      const T margin = T(1) - (label[i] == 1 ? x[i] : -x[i]);
-      error[i] = narrow((margin <= T(0) ? T(0) : margin) + (x[i] - x[i]));  // an infinite logit: NaN
-    }
+    for (int64_t i = 0; i < n; ++i) error[i] = narrow_error(hinge_error(x[i], label[i] == 1));
   }
 
   // Returns the bits of the largest error, -1 if all are ignored.
@@ -167,13 +161,5 @@ struct HistogramTiles {
     for (int64_t k = 0; k < BinSums::count; ++k)
       for (int64_t i = 0; i < n; i += BinBlock::lanes)
         for (int64_t l = 0; l < BinBlock::lanes; ++l) sums->lanes[k][l] += terms[k][i + l];
-  }
-
- private:
-  // To float; a double that is too large becomes the largest float.
-  template <class T>
-  static VEERLOSS_HD float narrow(T error) {
-    constexpr T most = static_cast<T>(3.402823466e38);
-    return static_cast<float>(error > most && error - error == T(0) ? most : error);
   }
 };

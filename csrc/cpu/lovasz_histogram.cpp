@@ -17,7 +17,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../jaccard.h"
+#include "../bins.h"
 #include "lovasz_segments.h"
 #include "vecmath.h"
 
@@ -58,24 +58,6 @@ struct BinSums {
 
 namespace veerloss {
 namespace {
-
-// Bins to give out among the cells; each cell has one to begin with.
-constexpr int64_t budget = 6144;
-
-struct BinLayout {
-  explicit BinLayout(Errors errors)
-      : bounded(errors == Errors::softmax),
-        cells(bounded ? ErrorCells::bounded : ErrorCells::unbounded),
-        coarse_bins(1 + cells),
-        bins(1 + cells + budget) {}
-
-  double begin(int64_t cell) const {
-    return bounded ? cell_begin<true>(static_cast<uint32_t>(cell)) : cell_begin<false>(static_cast<uint32_t>(cell));
-  }
-
-  bool bounded;
-  int64_t cells, coarse_bins, bins;
-};
 
 // What a pass over the pixels needs, besides the rows of its tile.
 struct Pass {
@@ -146,10 +128,6 @@ struct Largest {
       pixels += other.pixels;
   }
 };
-
-// A sample of every image: runs of 64 pixels, 1031 from one to the next. A prime, so that the runs do not keep to some columns
-// of an image whatever its width.
-constexpr int64_t sample_run = 64, sample_step = 1031;
 
 // Where the pixels of a pass are: tiles of runs, none across the end of a row of segments.
 class Tiles {
@@ -358,7 +336,7 @@ void place_segment(const int64_t* counts, int64_t fg_at_0, const BinLayout& layo
     double share = 0;
     if (all_gradient > 0) share += gradient[c] / all_gradient;
     if (all_loss > 0) share += loss[c] / all_loss;
-    const uint32_t own = 1 + static_cast<uint32_t>(0.5 * share * static_cast<double>(budget) * (1 - 1e-12));
+    const uint32_t own = 1 + static_cast<uint32_t>(0.5 * share * static_cast<double>(BinLayout::budget) * (1 - 1e-12));
     table[c] = cell_entry(bins, own);
     bins += own;
   }
@@ -404,21 +382,9 @@ Tensor place(const Tensor& counts, const std::optional<Tensor>& fine, int64_t er
 
 // ---- weigh
 
-// Above these estimates of a segment's errors (root mean square; relative of the gradient, absolute of the loss) its bins are
-// placed again, now by the counts of all pixels. A sample of 1 in 16 is too poor where foreground is rare. The losses of
-// classes err independently, so that a mean of m has 1 / sqrt(m) of their error.
-constexpr double gradient_tolerance = 5e-4, loss_tolerance = 3e-7;
-
 struct SegmentResult {
   double loss = 0, bound = 0, gradient_deviation = 0, loss_deviation = 0;
 };
-
-// How the counts rise at bin k of a cell's, from one bin to the next.
-template <class Count>
-double rise(const Count* counts, int64_t k, int64_t bins) {
-  const int64_t below = std::max<int64_t>(k - 1, 0), above = std::min(k + 1, bins - 1);
-  return static_cast<double>(counts[above] - counts[below]) * (above - below == 2 ? 0.5 : 1.0);
-}
 
 // Counts [2, bins] of background and foreground to signed weights [2, bins].
 template <class T, class Count>
@@ -460,8 +426,8 @@ SegmentResult weigh_segment(const Count* counts, const uint32_t* table, const Bi
       block.bg[n] = b;
       block.width[n] = high - low;
       block.middle[n] = 0.5 * (low + high);
-      block.fg_rise[n] = rise(fg_counts + first, k, bins);
-      block.bg_rise[n] = rise(counts + first, k, bins);
+      block.fg_rise[n] = rise_of_counts(fg_counts + first, k, bins);
+      block.bg_rise[n] = rise_of_counts(counts + first, k, bins);
       if (fg + bg == 0 && f + b > 0) {  // the first: it has the largest error, known exactly, on which a hinge may hang
         block.middle[n] += (static_cast<double>(largest) - block.middle[n]) / (f + b);
         block.fg_rise[n] = block.bg_rise[n] = 0;

@@ -7,11 +7,10 @@
 #include <utility>
 #include <vector>
 
+#include "../jaccard.h"
 #include "tensor.h"
 
 namespace veerloss {
-
-enum class Errors : int64_t { softmax = 0, probabilities = 1, hinge = 2 };  // as in ops.py
 
 constexpr int64_t max_segment = int64_t{1} << 31;  // "exact" keeps a pixel's index in 31 bits, "histogram" a count
 

@@ -44,16 +44,9 @@ struct LovaszTiles {
     }
   }
 
-  // The weights are signed as for probabilities inside (0, 1). The error |y - p| of one outside may slope the other way, and
-  // one that is right exactly has none.
   template <class T>
   static void sign_outside(const T* __restrict p, T* __restrict weight, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-      const T magnitude = weight[i] < T(0) ? -weight[i] : weight[i];
-      const T outside = p[i] < T(0) ? -magnitude : (p[i] > T(1) ? magnitude : weight[i]);
-      const bool right = ((p[i] == T(0)) & (weight[i] > T(0))) | ((p[i] == T(1)) & (weight[i] < T(0)));
-      weight[i] = right ? T(0) : outside;
-    }
+    for (int64_t i = 0; i < n; ++i) weight[i] = veerloss::sign_outside(p[i], weight[i]);
   }
 
   template <class T>

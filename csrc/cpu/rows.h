@@ -1,7 +1,7 @@
 // Rows of pixels in and out of the arithmetic type, whatever the tensor's element type and strides.
 #pragma once
 
-#include "layout.h"
+#include "../layout.h"
 
 namespace veerloss {
 
