@@ -128,7 +128,7 @@ VEERLOSS_HD double mean_error(double middle, double width, double count, double 
 }
 
 // A cell's entry in the look-up table: its first bin, and its number of bins above. Bin 0 holds the errors of exactly 0.
-constexpr uint32_t cell_entry(uint32_t first_bin, uint32_t bins) {
+VEERLOSS_HD constexpr uint32_t cell_entry(uint32_t first_bin, uint32_t bins) {
   return first_bin | bins << 16;
 }
 

@@ -57,9 +57,8 @@ _SCHEMAS = {
 #: The namespace of each backend's operators.
 NAMESPACES = {"native": "veerloss", "triton": "veerloss_triton"}
 
-for _namespace in NAMESPACES.values():
-    for _name, _schema in _SCHEMAS.items():
-        torch.library.define(f"{_namespace}::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+#: By operator; see define().
+_FAKES = {}
 
 
 def _operators(backend: str):
@@ -67,14 +66,13 @@ def _operators(backend: str):
 
 
 def _fake(name: str):
-    """Registers a fake kernel of operator `name`, whatever the backend."""
+    """The fake kernel of operator `name`, in every namespace."""
 
-    def register(kernel):
-        for namespace in NAMESPACES.values():
-            torch.library.register_fake(f"{namespace}::{name}", kernel)
+    def keep(kernel):
+        _FAKES[name] = kernel
         return kernel
 
-    return register
+    return keep
 
 
 def _wide(logits: Tensor) -> bool:
@@ -296,15 +294,24 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-for _backend, _namespace in NAMESPACES.items():
-    for _loss, (_backward, _save) in _AUTOGRAD.items():
-        _name = f"{_namespace}::{_loss}"
-        torch.library.register_autograd(f"{_name}_forward", _backward(_operators(_backend)), setup_context=_save)
-        torch.library.register_fake(f"{_name}_backward", _fake_backward)
-        torch.library.register_autograd(f"{_name}_backward", _no_second_derivative)
-    torch.library.impl(f"{_namespace}::lovasz_histogram_forward", ("CPU", "CUDA"))(
-        functools.partial(_histogram.forward, _operators(_backend))
-    )
+def define(namespace: str) -> None:
+    """Every operator in `namespace`: schema, fake, autograd. Its kernels are registered elsewhere."""
+    operators = getattr(torch.ops, namespace)
+    for name, schema in _SCHEMAS.items():
+        torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    for loss, (backward, save) in _AUTOGRAD.items():
+        name = f"{namespace}::{loss}"
+        torch.library.register_autograd(f"{name}_forward", backward(operators), setup_context=save)
+        torch.library.register_fake(f"{name}_backward", _fake_backward)
+        torch.library.register_autograd(f"{name}_backward", _no_second_derivative)
+    whole = functools.partial(_histogram.forward, operators)
+    torch.library.impl(f"{namespace}::lovasz_histogram_forward", ("CPU", "CUDA"))(whole)
+
+
+for _namespace in NAMESPACES.values():
+    define(_namespace)
 
 
 def _triton(name: str):

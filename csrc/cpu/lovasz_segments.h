@@ -1,5 +1,5 @@
-// What the methods "exact" and "histogram" of the Lovász losses share on the CPU: segments, tiles that keep to one, and the
-// loss of a batch from the losses of its segments.
+// What the methods "exact" and "histogram" of the Lovász losses share on the CPU: tiles that keep to a segment, and the loss of
+// a batch from the losses of its segments.
 #pragma once
 
 #include <mutex>
@@ -7,31 +7,10 @@
 #include <utility>
 #include <vector>
 
-#include "../jaccard.h"
+#include "../segments.h"
 #include "tensor.h"
 
 namespace veerloss {
-
-constexpr int64_t max_segment = int64_t{1} << 31;  // "exact" keeps a pixel's index in 31 bits, "histogram" a count
-
-// Segments of one call: rows x classes of `length` pixels, row r and class c being keys[(c * rows + r) * length ...].
-struct Segments {
-  int64_t rows, classes, length;
-
-  // [C, N, P] has the images of a class side by side, so a segment is contiguous whether it is one image or the batch.
-  Segments(const Geometry& g, bool per_image)
-      : rows(per_image ? g.images : 1), classes(g.channels), length(per_image ? g.pixels : g.images * g.pixels) {
-    if (length >= max_segment)
-      throw std::invalid_argument(
-          "veerloss: a segment (the pixels of the batch, or of an image with per_image) must have less than 2^31");
-  }
-  int64_t count() const { return rows * classes; }
-};
-
-// Images of one pixel fold into one image of many, unless each is a segment of its own.
-inline Geometry segment_geometry(const Tensor& logits, bool per_image) {
-  return per_image ? Geometry{logits.size(0), logits.size(1), logits.size(2)} : geometry_of(logits);
-}
 
 // f(row, run, buffers) over tiles that do not cross segments; then `merge` takes each thread's buffers, under a lock.
 template <class MakeBuffers, class F, class Merge>
@@ -71,39 +50,12 @@ struct TileRows {
   T *maximum, *inverse_sum, *rest, *pivot = nullptr, *others = nullptr;  // [tile]
 };
 
-struct Options {
-  Errors errors;
-  bool per_image;
-  std::optional<int64_t> ignore_index;
-  Reduction reduction;
-  bool keep, wide;
-  bool present;          // only classes with foreground
-  const char* selected;  // [C] bool, or null for all classes
-  std::optional<Tensor> class_weight;
-
-  bool take_part(int64_t c, bool has_valid, bool has_foreground) const {
-    return has_valid && (!selected || selected[c]) && (!present || has_foreground);
-  }
-};
-
-inline const char* class_flags(const std::optional<Tensor>& selected, const Tensor& logits) {
-  require(!selected || (selected->is_cpu() && selected->is_contiguous() && selected->numel() == logits.size(1) &&
-                        dtype_of(*selected) == DType::u8),
-          "selected with one bool per class, contiguous");
-  return selected ? static_cast<const char*>(selected->data_ptr()) : nullptr;
-}
-
 // (loss, scale) from the losses of the segments that take part: scale[row, class] is d loss / d (loss of the segment).
 template <class T>
 std::tuple<Tensor, Tensor> reduce_segments(const Tensor& logits, const Segments& s, const Options& o,
                                            const std::vector<double>& losses, const std::vector<char>& takes_part) {
-  const std::vector<int64_t> shape = o.errors == Errors::hinge
-                                         ? (o.per_image ? std::vector<int64_t>{s.rows} : std::vector<int64_t>{})
-                                     : o.per_image ? std::vector<int64_t>{s.rows, s.classes}
-                                                   : std::vector<int64_t>{s.classes};
-  Tensor loss = torch::stable::new_empty(logits, o.reduction == Reduction::none ? shape : std::vector<int64_t>{},
-                                         loss_type<T>(logits, o.wide));
-  Tensor scale = torch::stable::new_empty(logits, shape, scalar_type_of<T>());
+  Tensor loss = torch::stable::new_empty(logits, o.loss_shape(s), loss_type<T>(logits, o.wide));
+  Tensor scale = torch::stable::new_empty(logits, o.scale_shape(s), scalar_type_of<T>());
   const T* class_weight =
       o.class_weight ? arithmetic_data<T>(*o.class_weight, s.classes, "class_weight with one value per class, contiguous")
                      : nullptr;

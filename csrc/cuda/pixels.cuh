@@ -1,0 +1,94 @@
+// The pixels of the Lovász losses as kernels see them: logits, labels, softmax, errors.
+#pragma once
+
+#include "../jaccard.h"
+#include "device.cuh"
+#include "launch.h"
+
+namespace veerloss {
+
+// What a block works on: part of an image, so that no thread divides by the size of one, and of one channel where `channels`
+// are told apart, those of a part side by side. In 32 bits, in which a division is no call.
+struct ImagePart {
+  int64_t image, part, channel;
+};
+
+__device__ inline ImagePart image_part(int64_t parts, int64_t channels = 1) {
+  const auto p = static_cast<uint32_t>(parts), c = static_cast<uint32_t>(channels), rest = blockIdx.x / c;
+  return {rest / p, rest % p, blockIdx.x % c};
+}
+
+template <class In>
+__device__ inline Arithmetic<In> load_logit(const Batch& b, int64_t image, int64_t channel, int64_t pixel) {
+  const int64_t at = image * b.x.stride_image + channel * b.x.stride_channel + pixel * b.x.stride_pixel;
+  return widen<Arithmetic<In>>(reinterpret_cast<const In*>(b.x.data)[at]);
+}
+
+template <class In>
+__device__ inline void store_gradient(const View& out, int64_t image, int64_t channel, int64_t pixel, Arithmetic<In> value) {
+  const int64_t at = image * out.stride_image + channel * out.stride_channel + pixel * out.stride_pixel;
+  reinterpret_cast<In*>(out.data)[at] = rounded<In>(value);
+}
+
+__device__ inline int32_t label_of(int64_t value, const TargetRule& rule) {
+  if (rule.has_ignore && value == rule.ignore) return label_ignored;
+  return value >= 0 && value < rule.classes ? static_cast<int32_t>(value) : label_bad;
+}
+
+__device__ inline int32_t label_of(double value, const TargetRule& rule) {
+  if (rule.has_ignore && value == static_cast<double>(rule.ignore)) return label_ignored;
+  const bool is_class = value >= 0.0 && value < static_cast<double>(rule.classes) && value == floor(value);
+  return is_class ? static_cast<int32_t>(value) : label_bad;
+}
+
+__device__ inline int32_t load_label(const Batch& b, int64_t image, int64_t pixel) {
+  const int64_t at = image * b.y.stride_image + pixel * b.y.stride_pixel;
+  const void* data = b.y.data;
+  switch (b.y.dtype) {
+    case DType::i64: return label_of(static_cast<const int64_t*>(data)[at], b.rule);
+    case DType::i32: return label_of(int64_t{static_cast<const int32_t*>(data)[at]}, b.rule);
+    case DType::i16: return label_of(int64_t{static_cast<const int16_t*>(data)[at]}, b.rule);
+    case DType::i8: return label_of(int64_t{static_cast<const int8_t*>(data)[at]}, b.rule);
+    case DType::u8: return label_of(int64_t{static_cast<const uint8_t*>(data)[at]}, b.rule);
+    default: return label_of(load_value(data, b.y.dtype, at), b.rule);
+  }
+}
+
+// ---- softmax of a pixel
+
+__device__ inline float exponential(float x) {
+  return expf(x);
+}
+__device__ inline double exponential(double x) {
+  return exp(x);
+}
+
+// One class after another. `rest` is the sum of exp(x - maximum) without one of the largest, which is 1 exactly: so 1 - p of a
+// most probable class is rest / (1 + rest), where 1 - p would lose its digits. The passes of a loss come to the same bits.
+template <class T>
+struct Softmax {
+  T maximum, rest;
+
+  __device__ explicit Softmax(T first) : maximum(first), rest(T(0)) {}
+  __device__ Softmax(T maximum_, T rest_) : maximum(maximum_), rest(rest_) {}
+
+  __device__ void add(T x) {
+    const T rise = x == maximum ? T(0) : x - maximum;
+    const T e = exponential(rise > T(0) ? -rise : rise);
+    rest = rise > T(0) ? (T(1) + rest) * e : rest + e;
+    maximum = rise > T(0) ? x : maximum;
+  }
+  __device__ void end() { rest += maximum - maximum; }  // infinite: NaN
+  __device__ T inverse_sum() const { return T(1) / (T(1) + rest); }
+  __device__ T operator()(T x) const { return exponential(x - maximum); }
+};
+
+template <class In>
+__device__ inline Softmax<Arithmetic<In>> softmax_of(const Batch& b, int64_t image, int64_t pixel) {
+  Softmax<Arithmetic<In>> softmax(load_logit<In>(b, image, 0, pixel));
+  for (int64_t c = 1; c < b.g.channels; ++c) softmax.add(load_logit<In>(b, image, c, pixel));
+  softmax.end();
+  return softmax;
+}
+
+}  // namespace veerloss
