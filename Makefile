@@ -6,17 +6,19 @@ VENV ?= .venv
 TORCH ?= torch
 
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp')
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := setup.py pyproject.toml $(filter csrc/%,$(CPP))
 
-.PHONY: help env demo test bench accuracy lint format wheel clean
+.PHONY: help env demo test bench accuracy gpu lint format wheel clean
 help:
 	@echo 'make demo    train on a real well log, recover its curves, draw digitise.png (about 2 minutes)'
 	@echo 'make test    build and run every test'
 	@echo 'make bench   speed, memory and accuracy against the peers, into benchmarks/results (about 6 minutes)'
 	@echo 'make accuracy  the Lovász methods against float64, case by case and size by size (about 6 minutes)'
+	@echo 'make gpu     on a machine with a GPU, nvcc and torch, with its python and no network: build in place, the tests that'
+	@echo '             need a GPU, speed and memory against the peers into benchmarks/results (less than 8 minutes)'
 	@echo 'make lint    ruff and clang-format; make format applies them'
-	@echo 'make wheel   a wheel for every Python >= 3.10 and torch >= 2.10, into dist'
+	@echo 'make wheel   a wheel for every Python >= 3.10 and torch >= 2.10, with nvcc for GPUs from sm_80 on, into dist'
 	@echo 'make clean   remove what was built, the environment included'
 
 # torch first: everything else then keeps it, through the constraint.
@@ -47,6 +49,43 @@ bench: env
 accuracy: env
 	$(BIN)/python -m benchmarks.suite
 
+# Everything that needs a GPU, with the python of the system: no environment, no network. The tests run in parts, side by side,
+# because most of their time is Triton compiling on the host. The benchmark runs also when a test has failed, and then alone.
+GPU_SECONDS ?= 200
+# By another name, for `make -n gpu` to run nothing.
+SUBMAKE := $(MAKE)
+GPU_PYTEST := -m pytest --noconftest -p no:cacheprovider -q -rs tests/test_gpu.py
+GPU_TESTS := gpu-focal gpu-native gpu-exact gpu-rest gpu-past
+GPU_CHECKS := gpu-memcheck gpu-racecheck
+.PHONY: $(GPU_TESTS) $(GPU_CHECKS)
+
+gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no GPU")'
+	$(PYTHON) setup.py build_ext --inplace
+	@status=0; \
+	if $(PYTHON) -c 'import pytest'; then $(SUBMAKE) --keep-going --jobs --output-sync $(GPU_TESTS) $(GPU_CHECKS) || status=1; \
+	else echo 'make gpu: $(PYTHON) has no pytest: the tests are left out'; status=1; fi; \
+	$(PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) || status=1; \
+	if [ $$status != 0 ]; then echo 'make gpu: not everything passed, see above'; fi; exit $$status
+
+gpu-focal: PART = focal and not past_2_31
+gpu-native: PART = native and not past_2_31
+gpu-exact: PART = exact and not native and not past_2_31
+gpu-rest: PART = not focal and not native and not exact and not past_2_31
+gpu-past: PART = past_2_31
+$(GPU_TESTS):
+	timeout 240 $(PYTHON) $(GPU_PYTEST) -k '$(PART)'
+
+# Without torch's cache of memory every tensor is an allocation of its own, past which memcheck sees an access.
+$(GPU_CHECKS): gpu-%:
+	@command -v compute-sanitizer > /dev/null || { echo 'no compute-sanitizer on PATH: no $*'; exit 0; }; \
+	log=$$(mktemp); status=0; \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 compute-sanitizer --tool $* --target-processes application-only \
+	  --report-api-errors no --error-exitcode 1 --print-limit 20 $(PYTHON) $(GPU_PYTEST) -k sanitizer > $$log 2>&1 || status=$$?; \
+	echo '$*:'; tail -n 60 $$log; \
+	if grep -q 'Device not supported' $$log; then echo 'compute-sanitizer cannot use this GPU: no $*'; status=0; fi; \
+	rm $$log; exit $$status
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,8 +96,10 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# For every GPU from Ampere on; newer ones than these compile the PTX when the library is loaded.
 wheel: $(VENV)/torch.txt
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;8.6;8.9;9.0;10.0;12.0+PTX}" \
+	  $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info veerloss/_C*

@@ -86,8 +86,8 @@ struct SoftmaxError {
 
 template <class T>
 VEERLOSS_HD SoftmaxError<T> softmax_error(T exponential, T rest, T inverse_sum, bool foreground) {
-  const T p = exponential * inverse_sum;
-  const T not_p = exponential == T(1) ? rest * inverse_sum : T(1) - p;
+  const T p = rounded_product(exponential, inverse_sum);
+  const T not_p = exponential == T(1) ? rounded_product(rest, inverse_sum) : T(1) - p;
   return {foreground ? not_p : p, foreground ? p : not_p};
 }
 

@@ -23,4 +23,17 @@ VEERLOSS_HD To bit_cast(From from) {
   return to;
 }
 
+// a * b, rounded: never part of a fused multiply-add, so that passes over the same pixels come to the same bits.
+template <class T>
+VEERLOSS_HD T rounded_product(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 8)
+    return __dmul_rn(a, b);
+  else
+    return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 }  // namespace veerloss

@@ -41,7 +41,7 @@ def check_loss(function, logits: Tensor, *args, backend: str = "native", slack: 
         x = x.detach().requires_grad_()  # a leaf with the same strides, which a clone would not have
         loss = function(x, *args, backend=run, **options)
         # Weights that differ from element to element, so that a gradient in the wrong place shows.
-        ramp = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(loss.dtype)
+        ramp = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(loss)
         (gradient,) = torch.autograd.grad(loss, x, ramp)
         results[name] = loss.detach(), gradient
     loss, gradient = results["actual"]

@@ -2,11 +2,12 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
 
-from benchmarks import accuracy, memory, peers, scaling, suite, timing
+from benchmarks import accuracy, gpu, memory, peers, scaling, suite, timing
 from benchmarks.__main__ import main
 from benchmarks.inputs import Inputs
 
@@ -124,3 +125,50 @@ def test_suite_s_truth_of_ties_is_a_mean_of_orders():
     assert weights[2] == weights[3] and weights.sum().item() == pytest.approx(1.0)
     first, last = (suite.exact_weights(errors + e * foreground.double(), foreground, ties=False) for e in (1e-6, -1e-6))
     assert weights[0].item() == pytest.approx((first[0] + last[0]).item() / 2)
+
+
+def test_gpu_benchmark_runs_on_the_cpu(tmp_path):
+    """Every case, with what needs a GPU or is missing as words; a verdict for every bar."""
+    assert gpu.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "gpu.test")]) == 0
+    results = json.loads((tmp_path / "gpu.test.json").read_text())
+    assert results["left_out"] == []
+    assert {row["case"] for row in results["rows"]} == {str(case) for case in gpu.cases(True)}
+    status = {(row["task"], row["contestant"]): row["status"] for row in results["rows"]}
+    assert status["softmax_focal", "veerloss"] == "ok"
+    assert status["lovasz_softmax", "veerloss histogram, native"] == "ok"
+    assert status["lovasz_softmax", "veerloss exact, triton"] == "cannot run on cpu"
+    assert status["lovasz_hinge", gpu.SORT] == "cannot run on cpu"
+    assert all(row["ratios"]["veerloss"] == 1 for row in results["rows"] if row["contestant"] == "veerloss")
+    text = (tmp_path / "gpu.test.md").read_text()
+    assert all(verdict["bar"] in text for verdict in results["verdicts"])
+
+
+def test_gpu_benchmark_has_a_time_to_end():
+    """What does not fit is named; a contestant that takes longer is stopped."""
+    device = torch.device("cpu")
+    run = gpu.Run(device, True, time.perf_counter() - 1, gpu.CpuClock(device), gpu.Sort(device))
+    rows, left_out = gpu.run_all(run, "")
+    assert rows == [] and len(left_out) == len(gpu.cases(True))
+    with pytest.raises(peers.Missing, match="no time left"), gpu.at_most(0.05):
+        time.sleep(5)
+
+
+def test_gpu_verdicts():
+    """The worst case of a bar decides, and a contestant that is missing meets no bar."""
+
+    def row(case, contestant, ms, **more):
+        common = {"case": case, "task": "softmax_focal", "shape": [1], "small": False, "dtype": "float32"}
+        return common | {"contestant": contestant, "median_ms": ms} | more
+
+    rows = [
+        row("a", "veerloss", 2.0, floor_share=0.9, extra_ratio=0.01),
+        row("a", "plain formula, torch.compile", 4.0),
+        row("b", "veerloss", 2.0, floor_share=0.8, extra_ratio=0.02),
+        row("b", "plain formula, torch.compile", 1.0),
+    ]
+    found = {verdict["bar"]: (verdict["met"], verdict["measured"]) for verdict in gpu.verdicts(rows)}
+    assert found["softmax_focal, float32: at least 85% of the floor"] == (False, "80% (b)")
+    slower = found["softmax_focal, float32: at most 1x the time of a compiled peer"]
+    assert slower == (False, "2.00x (plain formula, torch.compile, b)")
+    assert found["focal, float32: extra memory at most 0.05x the logits"] == (True, "0.020x (b)")
+    assert found["Lovász exact, float32: at most 1.5x the time of one radix sort"] == (None, "not measured")

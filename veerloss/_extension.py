@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -40,14 +39,20 @@ def _load_cuda() -> str | None:
 native_missing: dict[str, str | None] = {"cpu": _load("_C"), "cuda": _load_cuda()}
 
 
-@functools.cache
-def triton_missing(device_type: str) -> str | None:
-    """None where Triton kernels run on a device type, else the reason."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type not in ("cuda", "meta") and not interpreted:
-        return f"Triton kernels do not run on device type {device_type!r} (but with TRITON_INTERPRET=1, slowly)"
+def _find_triton() -> str | None:
     try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    return None
+        found = importlib.util.find_spec("triton")
+    except ValueError:  # what stands in its place is no module
+        found = None
+    return None if found else "triton is not installed"
+
+
+_triton_reason = _find_triton()
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_missing(device_type: str) -> str | None:
+    """None where Triton kernels run on a device type, else the reason. Triton itself is imported when it is first used."""
+    if device_type not in ("cuda", "meta") and not _interpreted:
+        return f"Triton kernels do not run on device type {device_type!r} (but with TRITON_INTERPRET=1, slowly)"
+    return _triton_reason

@@ -138,7 +138,7 @@ def _save_focal(ctx, inputs, output) -> None:
 
 
 def _focal_backward(op: str, operators):
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         logits, target, class_alpha, tensor, scale = ctx.saved_tensors
         alpha, gamma, fifth, ignore_index, reduction = ctx.options
         fifth = fifth if tensor is None else tensor

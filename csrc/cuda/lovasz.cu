@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(key_threads)
     const int64_t foreground_channel = errors == Errors::hinge ? (label == 1 ? 0 : -1) : label;
     if (label >= 0 && foreground_channel >= 0)
       atomicAdd(count_in_shared ? own + foreground_channel : foreground + row * classes + foreground_channel, 1);
-    Softmax<T> softmax(T(0));
+    Softmax<T> softmax{T(0), T(0)};
     if constexpr (errors == Errors::softmax) softmax = softmax_of<In>(b, image, pixel);
     const T inverse_sum = softmax.inverse_sum();
     const int64_t flat = b.g.images * b.g.pixels, at = image * b.g.pixels + pixel;

@@ -44,7 +44,7 @@ Chunks chunks_of(const Batch& b, bool sampled) {
   Chunks c;
   c.per_image = sampled ? divide_up(b.g.pixels, sample_step) * sample_run : b.g.pixels;
   const int64_t blocks = blocks_per_multiprocessor * multiprocessors();
-  const int64_t wanted = divide_up(blocks, b.g.images * b.g.channels);
+  const int64_t wanted = divide_up(blocks, b.g.images > 0 ? b.g.images * b.g.channels : 1);
   c.chunk = divide_up(divide_up(c.per_image, wanted), count_tile) * count_tile;
   if (c.chunk < least_chunk) c.chunk = least_chunk;
   c.chunks = divide_up(c.per_image, c.chunk);
@@ -59,18 +59,13 @@ __device__ inline int64_t pixel_at(int64_t j, const Chunks& chunks, bool sampled
   return pixel < pixels ? pixel : -1;
 }
 
-template <class T>
-struct Statistics {
-  T maximum, rest;
-};
-
 constexpr int statistics_threads = 256;
 
 // [N, P]; of a sample, those of its pixels alone.
 template <class In>
 __global__ void __launch_bounds__(statistics_threads)
     lovasz_statistics_kernel(Batch b, Chunks chunks, bool sampled, const bool* wanted, int64_t parts,
-                             Statistics<Arithmetic<In>>* statistics) {
+                             Softmax<Arithmetic<In>>* statistics) {
   if (wanted) {  // perhaps no segment is
     __shared__ int any;
     if (threadIdx.x == 0) any = 0;
@@ -83,14 +78,13 @@ __global__ void __launch_bounds__(statistics_threads)
   const auto [image, part, channel] = image_part(parts);
   const int64_t pixel = pixel_at(part * statistics_threads + threadIdx.x, chunks, sampled, b.g.pixels);
   if (pixel < 0) return;
-  const auto softmax = softmax_of<In>(b, image, pixel);
-  statistics[image * b.g.pixels + pixel] = {softmax.maximum, softmax.rest};
+  statistics[image * b.g.pixels + pixel] = softmax_of<In>(b, image, pixel);
 }
 
 // The blocks of a chunk's classes run together, and read the statistics of its pixels from L2.
 template <class In, Errors errors, bool coarse>
 __global__ void __launch_bounds__(count_threads)
-    lovasz_count_kernel(Batch b, const Statistics<Arithmetic<In>>* statistics, const int32_t* table, const bool* wanted,
+    lovasz_count_kernel(Batch b, const Softmax<Arithmetic<In>>* statistics, const int32_t* table, const bool* wanted,
                         Chunks chunks, bool sampled, int32_t* counts, Top* tops) {
   using T = Arithmetic<In>;
   constexpr bool bounded = errors == Errors::softmax;
@@ -131,7 +125,7 @@ __global__ void __launch_bounds__(count_threads)
       modal = static_cast<int>(most & 0xffffffffu);
     }
     T x[count_unroll];
-    Statistics<T> pixels[count_unroll];
+    Softmax<T> pixels[count_unroll];
     int32_t labels[count_unroll];
 #pragma unroll
     for (int u = 0; u < count_unroll; ++u) {
@@ -139,7 +133,7 @@ __global__ void __launch_bounds__(count_threads)
       const int64_t pixel = j < end ? pixel_at(j, chunks, sampled, b.g.pixels) : -1;
       labels[u] = pixel < 0 ? label_ignored : load_label(b, image, pixel);
       x[u] = pixel < 0 ? T(0) : load_logit<In>(b, image, c, pixel);
-      if (bounded) pixels[u] = pixel < 0 ? Statistics<T>{T(0), T(0)} : statistics[image * b.g.pixels + pixel];
+      if (bounded) pixels[u] = pixel < 0 ? Softmax<T>{T(0), T(0)} : statistics[image * b.g.pixels + pixel];
     }
 #pragma unroll
     for (int u = 0; u < count_unroll; ++u) {
@@ -147,7 +141,7 @@ __global__ void __launch_bounds__(count_threads)
       const bool foreground = labels[u] == b.foreground(c);
       float error;
       if constexpr (errors == Errors::softmax) {
-        const Softmax<T> softmax(pixels[u].maximum, pixels[u].rest);
+        const Softmax<T> softmax = pixels[u];
         error = static_cast<float>(softmax_error(softmax(x[u]), softmax.rest, softmax.inverse_sum(), foreground).error);
       } else {
         const T difference = errors == Errors::hinge ? hinge_error(x[u], foreground) : probability_error(x[u], foreground);
@@ -318,7 +312,8 @@ __global__ void __launch_bounds__(segment_threads)
   __shared__ uint32_t table[most_cells];
   __shared__ double scratch[segment_threads];
   const BinLayout layout(errors);
-  const auto thread = static_cast<int>(threadIdx.x), cells = static_cast<int>(layout.cells), bins = static_cast<int>(layout.bins);
+  const auto thread = static_cast<int>(threadIdx.x), cells = static_cast<int>(layout.cells),
+             bins = static_cast<int>(layout.bins);
   const int64_t segment = blockIdx.x;
   const Count *counts = all_counts + segment * 2 * bins, *fg_counts = counts + bins;
   T* weights = all_weights + segment * 2 * bins;
@@ -371,15 +366,15 @@ __global__ void __launch_bounds__(segment_threads)
       const double low = cell_low + cell_width * (k - first), high = low + cell_width < top ? low + cell_width : top;
       const double width = high - low;
       double middle = 0.5 * (low + high);
-      double fg_rise = rise_of_counts(fg_counts + first, k - first, own), bg_rise = rise_of_counts(counts + first, k - first, own);
+      double fg_rise = rise_of_counts(fg_counts + first, k - first, own),
+             bg_rise = rise_of_counts(counts + first, k - first, own);
       if (fg + bg == 0.0 && f + b > 0.0) {  // the first: it has the largest error, known exactly
         middle += (top - middle) / (f + b);
         fg_rise = bg_rise = 0.0;
       }
       const JaccardBin bin = jaccard_bin(total, fg, bg, f, b);
       const JaccardBound bound = jaccard_bin_bound(total, fg, bg, f, b);
-      const JaccardDeviation deviation =
-          jaccard_bin_deviation(bin, bound, f, b, slope_of_error(middle, layout.bounded), width);
+      const JaccardDeviation deviation = jaccard_bin_deviation(bin, bound, f, b, slope_of_error(middle, layout.bounded), width);
       weights[k] = static_cast<T>(bin.bg);
       weights[bins + k] = static_cast<T>(-bin.fg);
       result.loss += bin.fg * f * mean_error(middle, width, f, fg_rise) + bin.bg * b * mean_error(middle, width, b, bg_rise);
@@ -477,7 +472,7 @@ void launch_histogram_count(const Batch& b, const int32_t* table, const bool* wa
   const int64_t blocks = count_blocks(b, chunks);
   with_element_type(b.x.dtype, [&](auto zero) {
     using In = decltype(zero);
-    auto* statistics = static_cast<Statistics<Arithmetic<In>>*>(scratch);
+    auto* statistics = static_cast<Softmax<Arithmetic<In>>*>(scratch);
     auto* tops = reinterpret_cast<Top*>(statistics + (b.errors == Errors::softmax ? b.g.images * b.g.pixels : 0));
     if (b.errors == Errors::softmax) {
       const int64_t parts = divide_up(chunks.per_image, statistics_threads);
@@ -504,11 +499,11 @@ void launch_histogram_count(const Batch& b, const int32_t* table, const bool* wa
 void launch_histogram_place(Errors errors, int64_t segments, const void* counts, bool counts_64, const int32_t* fine,
                             int32_t* table, cudaStream_t stream) {
   if (counts_64)
-    launch(lovasz_place_kernel<int64_t>, segments, segment_threads, 0, stream, errors, static_cast<const int64_t*>(counts), fine,
-           table);
+    launch(lovasz_place_kernel<int64_t>, segments, segment_threads, 0, stream, errors, static_cast<const int64_t*>(counts),
+           fine, table);
   else
-    launch(lovasz_place_kernel<int32_t>, segments, segment_threads, 0, stream, errors, static_cast<const int32_t*>(counts), fine,
-           table);
+    launch(lovasz_place_kernel<int32_t>, segments, segment_threads, 0, stream, errors, static_cast<const int32_t*>(counts),
+           fine, table);
 }
 
 void launch_histogram_weigh(const Batch& b, const Selection& selection, const void* counts, bool counts_64,
@@ -519,7 +514,8 @@ void launch_histogram_weigh(const Batch& b, const Selection& selection, const vo
     using Count = decltype(count);
     check(cudaMemsetAsync(in_mean, 0, static_cast<size_t>(b.rows()) * sizeof(int32_t), stream), "memset");
     launch(lovasz_weigh_bins_kernel<T, Count>, b.segments(), segment_threads, 0, stream, b.errors, b.g.channels, selection,
-           static_cast<const Count*>(counts), largest, table, static_cast<T*>(weights), static_cast<T*>(tops), results, in_mean);
+           static_cast<const Count*>(counts), largest, table, static_cast<T*>(weights), static_cast<T*>(tops), results,
+           in_mean);
     launch(lovasz_finish_kernel<T>, 1, finish_threads, 0, stream, static_cast<const SegmentResult*>(results),
            static_cast<const int32_t*>(in_mean), b.rows(), b.g.channels, selection, out);
   };

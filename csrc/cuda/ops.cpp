@@ -1,5 +1,5 @@
-// The CUDA operators of the Lovász losses, for the schemas in veerloss/ops.py: checks, memory, stream, registration. Nothing here
-// waits for the device, and all memory comes from PyTorch's allocator.
+// The CUDA operators of the Lovász losses, for the schemas in veerloss/ops.py: checks, memory, stream, registration. Nothing
+// here waits for the device, and all memory comes from PyTorch's allocator.
 
 #include <tuple>
 #include <vector>
@@ -57,7 +57,8 @@ Batch batch_of(const Tensor& logits, const Tensor& target, Errors errors, bool p
 template <class T>
 Selection selection_of(const Options& o, int64_t classes) {
   const T* class_weight =
-      o.class_weight ? arithmetic_data<T>(*o.class_weight, classes, "class_weight with one value per class, contiguous") : nullptr;
+      o.class_weight ? arithmetic_data<T>(*o.class_weight, classes, "class_weight with one value per class, contiguous")
+                     : nullptr;
   return {reinterpret_cast<const bool*>(o.selected), o.present, class_weight, o.reduction == Reduction::mean};
 }
 
@@ -83,8 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   const CurrentStream current(logits);
   const Batch b = batch_of(logits, target, o.errors, o.per_image, o.ignore_index);
   const Segments s(b.g, o.per_image);
-  Tensor weights =
-      torch::stable::new_empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, scalar_type_of<T>());
+  Tensor weights = torch::stable::new_empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, scalar_type_of<T>());
   Tensor loss = torch::stable::new_empty(logits, o.loss_shape(s), loss_type<T>(logits, o.wide));
   Tensor scale = torch::stable::new_empty(logits, o.scale_shape(s), scalar_type_of<T>());
   const Tensor scratch = scratch_memory(logits, lovasz_scratch_bytes(b, sizeof(T) == 8));
@@ -116,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor> lovasz_softmax_forward(const Tensor& logits, 
   return with_arithmetic_type(logits, [&](auto zero) {
     return forward<decltype(zero)>(
         logits, target,
-        {from_logits ? Errors::softmax : Errors::probabilities, per_image, ignore_index, static_cast<Reduction>(reduction), keep,
-         wide, present, class_flags(selected, logits), class_weight});
+        {from_logits ? Errors::softmax : Errors::probabilities, per_image, ignore_index, static_cast<Reduction>(reduction),
+         keep, wide, present, class_flags(selected, logits), class_weight});
   });
 }
 
@@ -150,8 +150,9 @@ Tensor lovasz_hinge_backward(const Tensor& grad, const Tensor& logits, const Ten
 
 // A table with the bins of every cell. Its entries are on the device and taken as they are.
 const int32_t* table_data(const Tensor& table, int64_t segments, const BinLayout& layout) {
-  require(on_device(table) && table.is_contiguous() && table.numel() == segments * layout.cells && dtype_of(table) == DType::i32,
-          "a table with the bins of every cell of every segment");
+  require(
+      on_device(table) && table.is_contiguous() && table.numel() == segments * layout.cells && dtype_of(table) == DType::i32,
+      "a table with the bins of every cell of every segment");
   return static_cast<const int32_t*>(table.data_ptr());
 }
 
@@ -202,15 +203,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
   return with_arithmetic_type(logits, [&](auto zero) {
     using T = decltype(zero);
     const CurrentStream current(logits);
-    const Options o{static_cast<Errors>(errors),   per_image, std::nullopt, static_cast<Reduction>(reduction), true, wide,
-                    present, class_flags(selected, logits), class_weight};
+    const Options o{
+        static_cast<Errors>(errors),   per_image,   std::nullopt, static_cast<Reduction>(reduction), true, wide, present,
+        class_flags(selected, logits), class_weight};
     const Batch b = batch_of(logits, o.errors, per_image);
     const Segments s(b.g, per_image);
     const BinLayout layout(b.errors);
     check_counts(counts, s.count(), layout.bins);
-    require(on_device(largest) && largest.is_contiguous() && largest.numel() == 2 * s.count() && dtype_of(largest) == DType::f64,
-            "the largest errors of a counting pass");
-    const auto empty = [&](std::vector<int64_t> shape, ScalarType type) { return torch::stable::new_empty(logits, shape, type); };
+    require(
+        on_device(largest) && largest.is_contiguous() && largest.numel() == 2 * s.count() && dtype_of(largest) == DType::f64,
+        "the largest errors of a counting pass");
+    const auto empty = [&](std::vector<int64_t> shape, ScalarType type) {
+      return torch::stable::new_empty(logits, shape, type);
+    };
     Tensor loss = empty(o.loss_shape(s), loss_type<T>(logits, wide)), scale = empty(o.scale_shape(s), scalar_type_of<T>());
     Tensor weights = empty({s.rows, s.classes, 2, layout.bins}, scalar_type_of<T>());
     Tensor tops = empty({s.rows, s.classes, 2}, scalar_type_of<T>()), bounds = empty({s.rows, s.classes}, ScalarType::Double);

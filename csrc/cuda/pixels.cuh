@@ -63,32 +63,38 @@ __device__ inline double exponential(double x) {
   return exp(x);
 }
 
-// One class after another. `rest` is the sum of exp(x - maximum) without one of the largest, which is 1 exactly: so 1 - p of a
-// most probable class is rest / (1 + rest), where 1 - p would lose its digits. The passes of a loss come to the same bits.
+// exp(x - maximum) of the classes of a pixel, and `rest`, their sum without one of the largest, which is 1 exactly: so 1 - p of
+// a most probable class is rest / (1 + rest), where 1 - p would lose its digits. All passes of a loss come to the same bits.
 template <class T>
 struct Softmax {
   T maximum, rest;
 
-  __device__ explicit Softmax(T first) : maximum(first), rest(T(0)) {}
-  __device__ Softmax(T maximum_, T rest_) : maximum(maximum_), rest(rest_) {}
-
-  __device__ void add(T x) {
-    const T rise = x == maximum ? T(0) : x - maximum;
-    const T e = exponential(rise > T(0) ? -rise : rise);
-    rest = rise > T(0) ? (T(1) + rest) * e : rest + e;
-    maximum = rise > T(0) ? x : maximum;
-  }
-  __device__ void end() { rest += maximum - maximum; }  // infinite: NaN
-  __device__ T inverse_sum() const { return T(1) / (T(1) + rest); }
   __device__ T operator()(T x) const { return exponential(x - maximum); }
+  __device__ T inverse_sum() const { return T(1) / (T(1) + rest); }
 };
+
+// From `x(c)`, called for every class twice: the second time the logits come from registers or the cache. One pass that
+// rescales the sum at every new maximum would round more often, and so rank more pixels wrongly.
+template <class T, class X>
+__device__ inline Softmax<T> softmax_over(int64_t classes, const X& x) {
+  Softmax<T> softmax{x(0), T(0)};
+  for (int64_t c = 1; c < classes; ++c) {
+    const T value = x(c);
+    softmax.maximum = value > softmax.maximum ? value : softmax.maximum;
+  }
+  T ones = T(0);
+  for (int64_t c = 0; c < classes; ++c) {
+    const T e = softmax(x(c));
+    softmax.rest += e == T(1) ? T(0) : e;
+    ones += e == T(1) ? T(1) : T(0);
+  }
+  softmax.rest += ones - T(1);
+  return softmax;
+}
 
 template <class In>
 __device__ inline Softmax<Arithmetic<In>> softmax_of(const Batch& b, int64_t image, int64_t pixel) {
-  Softmax<Arithmetic<In>> softmax(load_logit<In>(b, image, 0, pixel));
-  for (int64_t c = 1; c < b.g.channels; ++c) softmax.add(load_logit<In>(b, image, c, pixel));
-  softmax.end();
-  return softmax;
+  return softmax_over<Arithmetic<In>>(b.g.channels, [&](int64_t c) { return load_logit<In>(b, image, c, pixel); });
 }
 
 }  // namespace veerloss

@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(finish_threads)
     const SegmentResult result = results[i];
     const int64_t row = i / classes, c = i % classes;
     double factor = result.takes_part ? 1.0 : 0.0;
-    if (result.takes_part && selection.class_weight) factor = static_cast<double>(static_cast<const T*>(selection.class_weight)[c]);
+    if (result.takes_part && selection.class_weight)
+      factor = static_cast<double>(static_cast<const T*>(selection.class_weight)[c]);
     if (result.takes_part && selection.mean) factor /= static_cast<double>(in_mean[row]) * static_cast<double>(rows);
     const double value = result.takes_part ? factor * result.loss : 0.0;
     sum += value;
@@ -55,8 +56,8 @@ __device__ inline T factor_of(const Factors& f, int64_t segment) {
   return static_cast<const T*>(f.scale)[segment] * static_cast<T>(load_value(f.grad, f.grad_dtype, f.one ? 0 : segment));
 }
 
-// The gradient of softmax: p_j (g_j - sum_c p_c g_c). The g of a most probable class is the pivot: taken relative to it, the sum
-// has no large term that cancels. Where all g are 0 so is the gradient: an ignored pixel may hold NaN.
+// The gradient of softmax: p_j (g_j - sum_c p_c g_c). The g of a most probable class is the pivot: taken relative to it, the
+// sum has no large term that cancels. Where all g are 0 so is the gradient: an ignored pixel may hold NaN.
 template <class T>
 struct SoftmaxGradient {
   T pivot = 0, others = 0, mean = 0;
@@ -68,9 +69,7 @@ struct SoftmaxGradient {
     weighted |= g != T(0);
   }
   __device__ void end(T rest, T inverse_sum) { mean = (others - pivot * rest) * inverse_sum; }
-  __device__ T operator()(T e, T g, T inverse_sum) const {
-    return weighted ? e * inverse_sum * ((g - pivot) - mean) : T(0);
-  }
+  __device__ T operator()(T e, T g, T inverse_sum) const { return weighted ? e * inverse_sum * ((g - pivot) - mean) : T(0); }
 };
 
 // `most`: as many classes as registers are set aside for, 0 for any number of them. A thread has one pixel.
@@ -92,16 +91,23 @@ __global__ void __launch_bounds__(gradient_threads)
     T e[most], g[most];
 #pragma unroll
     for (int c = 0; c < most; ++c) e[c] = c < classes ? load_logit<In>(b, image, c, pixel) : T(0);
-    Softmax<T> softmax(e[0]);
+    Softmax<T> softmax{e[0], T(0)};
 #pragma unroll
     for (int c = 1; c < most; ++c)
-      if (c < classes) softmax.add(e[c]);
-    softmax.end();
+      if (c < classes) softmax.maximum = e[c] > softmax.maximum ? e[c] : softmax.maximum;
+    T ones = T(0);
+#pragma unroll
+    for (int c = 0; c < most; ++c) {
+      if (c >= classes) continue;
+      e[c] = softmax(e[c]);
+      softmax.rest += e[c] == T(1) ? T(0) : e[c];
+      ones += e[c] == T(1) ? T(1) : T(0);
+    }
+    softmax.rest += ones - T(1);
     const T inverse_sum = softmax.inverse_sum();
 #pragma unroll
     for (int c = 0; c < most; ++c) {
-      if (c >= classes) break;
-      e[c] = softmax(e[c]);
+      if (c >= classes) continue;
       g[c] = weigh(c, e[c], softmax, inverse_sum);
       gradient.add(e[c], g[c]);
     }

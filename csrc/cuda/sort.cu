@@ -3,10 +3,10 @@
 // DeviceSegmentedRadixSort has one block for a segment and starves on few long ones, so those are sorted one after another
 // (lovasz.cu groups them).
 
-#include <cub/device/device_radix_sort.cuh>
-#include <cub/device/device_segmented_radix_sort.cuh>
 #include <thrust/iterator/counting_iterator.h>
 #include <thrust/iterator/transform_iterator.h>
+#include <cub/device/device_radix_sort.cuh>
+#include <cub/device/device_segmented_radix_sort.cuh>
 
 #include "device.cuh"
 #include "launch.h"

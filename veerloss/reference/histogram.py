@@ -46,9 +46,9 @@ def cells_of(errors: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
     return cell.clamp(0, cells(bounded) - 1), position
 
 
-def cell_edges(bounded: bool) -> Tensor:
+def cell_edges(bounded: bool, device: torch.device | None = None) -> Tensor:
     """[cells + 1] float64: where each cell begins, and the last ends."""
-    cell = torch.arange(HALF + 1 if bounded else cells(False) + 1)
+    cell = torch.arange(HALF + 1 if bounded else cells(False) + 1, device=device)
     bits = torch.where(
         cell < NARROW_CELLS,
         cell << CELL_BITS,
@@ -103,7 +103,7 @@ def place(fg: Tensor, bg: Tensor, total: Tensor, bounded: bool) -> Tensor:
     s bins divide the mean square error that a cell makes by s**2; the sum over the cells is least where s goes by the cube root
     of that error. Half of the bins are placed for the error of the gradient, half for that of the loss.
     """
-    result, edges, f, b = weigh(fg, bg, total.clamp(min=1)), cell_edges(bounded), fg.double(), bg.double()
+    result, edges, f, b = weigh(fg, bg, total.clamp(min=1)), cell_edges(bounded, fg.device), fg.double(), bg.double()
     error = (edges[:-1] + edges[1:]).clamp(max=2) / 2
     slope = error * (1 - error) if bounded else 1  # of the gradient of a logit, over the weight
     of_gradient = slope**2 * (result.fg_bound**2 / f.clamp(min=1) + result.bg_bound**2 / b.clamp(min=1))
@@ -148,9 +148,10 @@ def segment(
     fg, bg = count(index, int(bins.sum()))
     result = weigh(fg, bg, total)
 
-    edges = cell_edges(bounded)
+    edges = cell_edges(bounded, errors.device)
     width = (edges.diff() / bins).repeat_interleave(bins)
-    low = edges[:-1].repeat_interleave(bins) + width * (torch.arange(width.numel()) - before.repeat_interleave(bins))
+    here = torch.arange(width.numel(), device=width.device)
+    low = edges[:-1].repeat_interleave(bins) + width * (here - before.repeat_interleave(bins))
     high = torch.minimum(low + width, largest)
     top = (fg + bg).nonzero().max() if (fg + bg).any() else 0  # has the largest error, known exactly, and perhaps others
     loss = 0.0
@@ -158,7 +159,6 @@ def segment(
         # The mean error in a bin: the middle, moved by the slope of the counts between its neighbours in the cell.
         first = before.repeat_interleave(bins)
         last = first + bins.repeat_interleave(bins) - 1
-        here = torch.arange(counts.numel())
         below, above = (here - 1).maximum(first), (here + 1).minimum(last)
         slope = (counts[above] - counts[below]) / (above - below).clamp(min=1)
         shift = torch.where(counts > 0, slope / counts.clamp(min=1) / 12, 0.0).clamp(-0.25, 0.25)
