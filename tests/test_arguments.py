@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import veerloss
+from veerloss import _arguments as arguments
 from veerloss import lovasz_hinge_loss, lovasz_softmax_loss, sigmoid_focal_loss, softmax_focal_loss
 
 X = torch.zeros(2, 3, 4)
@@ -25,7 +26,6 @@ def target_of(function):
     [
         ({"reduction": "avg"}, ValueError, r"reduction must be one of .*'none'.*, got 'avg'"),
         ({"backend": "gpu"}, ValueError, r"backend must be one of .*, got 'gpu'"),
-        ({"backend": "triton"}, RuntimeError, r"backend='triton' cannot run on device 'cpu': "),
         ({"ignore_index": 1.5}, TypeError, r"ignore_index must be an int or None, got float"),
         ({"ignore_index": 2**63}, ValueError, r"ignore_index must fit in 64 bits, got 9223372036854775808"),
     ],
@@ -201,3 +201,35 @@ def test_public_names():
     assert set(veerloss.__all__) >= {f.__name__ for f in ALL}
     for name in veerloss.__all__:
         assert getattr(veerloss, name) is not None
+
+
+def test_triton_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(veerloss._extension, "_interpreted", False)
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot run on device 'cpu': Triton kernels do not run on"):
+        softmax_focal_loss(X, Y, backend="triton")
+
+
+def test_backends_of_a_gpu(monkeypatch):
+    """Lovász has compiled kernels there, where they are loaded; the focal losses are Triton's."""
+    gpu = torch.device("cuda")
+    monkeypatch.setitem(arguments.native_missing, "cuda", None)
+    monkeypatch.setattr(arguments, "triton_missing", lambda _: None)
+    assert arguments.choose_backend("auto", gpu, "lovasz") == "native"
+    assert arguments.choose_backend("auto", gpu, "focal") == "triton"
+    with pytest.raises(RuntimeError, match="on a GPU the focal losses are Triton kernels"):
+        arguments.choose_backend("native", gpu, "focal")
+    monkeypatch.setitem(arguments.native_missing, "cuda", "no library")
+    assert arguments.choose_backend("auto", gpu, "lovasz") == "triton"
+    with pytest.raises(RuntimeError, match="backend='native' cannot run on device 'cuda': no library"):
+        arguments.choose_backend("native", gpu, "lovasz")
+    monkeypatch.setattr(arguments, "triton_missing", lambda _: "no triton")
+    assert arguments.choose_backend("auto", gpu, "lovasz") == arguments.choose_backend("auto", gpu, "focal") == "reference"
+
+
+def test_values_are_checked_on_a_gpu_if_asked_for(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.delenv("VEERLOSS_CHECK", raising=False)
+    assert arguments.checks_values("reference", gpu) and not arguments.checks_values("native", gpu)
+    monkeypatch.setenv("VEERLOSS_CHECK", "1")
+    assert arguments.checks_values("native", gpu) and arguments.checks_values("triton", gpu)
+    assert not arguments.checks_values("native", cpu)  # its kernels do

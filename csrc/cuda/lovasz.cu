@@ -19,9 +19,9 @@ namespace {
 
 constexpr int key_threads = 256;
 
-// Of the segments of a row: pixels that are valid, and whether a target is out of range.
+// Of the segments of a row: pixels that are valid, and of them those whose target is out of range.
 struct RowCounts {
-  int32_t valid, bad, in_mean;
+  int32_t valid, bad;
 };
 
 template <class T>
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(key_threads)
   if (pixel < b.g.pixels) {
     const int32_t label = load_label(b, image, pixel);
     if (label != label_ignored) atomicAdd(&valid, 1);
-    if (label == label_bad) bad = 1;
+    if (label == label_bad) atomicAdd(&bad, 1);
     const int64_t foreground_channel = errors == Errors::hinge ? (label == 1 ? 0 : -1) : label;
     if (label >= 0 && foreground_channel >= 0)
       atomicAdd(count_in_shared ? own + foreground_channel : foreground + row * classes + foreground_channel, 1);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(key_threads)
   __syncthreads();
   if (threadIdx.x == 0) {
     if (valid) atomicAdd(&rows[row].valid, valid);
-    if (bad) rows[row].bad = 1;
+    if (bad) atomicAdd(&rows[row].bad, 1);
   }
   if (count_in_shared)
     for (int64_t c = threadIdx.x; c < classes; c += key_threads)

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(statistics_threads)
     if (threadIdx.x == 0) any = 0;
     __syncthreads();
     for (int64_t i = threadIdx.x; i < b.segments(); i += statistics_threads)
-      if (wanted[i]) any = 1;
+      if (wanted[i]) atomicAdd(&any, 1);
     __syncthreads();
     if (!any) return;
   }
@@ -208,7 +208,7 @@ __device__ inline int cell_of_bin(const uint32_t* table, int cells, int bin) {
   return low;
 }
 
-// The share of `all`'s cube roots; relative to the largest square, so that float32 holds them.
+// A cube root, relative to the largest square, so that float32 holds it.
 __device__ inline double root_of(double square, double most) {
   return square > 0.0 ? static_cast<double>(cbrtf(static_cast<float>(square / most))) : 0.0;
 }

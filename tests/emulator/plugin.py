@@ -1,7 +1,7 @@
 """pytest plugin: ``backend="native"`` runs the CUDA kernels of csrc/cuda, emulated on the CPU (emulator.h).
 
-With ``tests`` on PYTHONPATH, ``python -m pytest -p emulator.plugin tests/test_lovasz.py tests/test_histogram.py`` puts the tests
-of the Lovász losses to them; test_cuda.py does.
+With ``tests`` on PYTHONPATH, ``python -m pytest -p emulator.plugin tests/test_lovasz.py tests/test_histogram.py`` puts the
+tests of the Lovász losses to them; test_cuda.py does.
 """
 
 from __future__ import annotations
