@@ -139,11 +139,17 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
   check(cudaGetLastError(), "launch of a kernel");
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "the current device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-  return count;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "an attribute of the device");
+  return value;
+}
+inline int multiprocessors() {
+  return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+inline int shared_memory_of_a_block() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 #define VEERLOSS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]

@@ -73,7 +73,8 @@ void launch_lovasz_backward(const Batch& b, const Factors& factors, const void* 
 
 // ---- method "histogram" (lovasz_histogram.cu); counts are [rows, classes, 2, bins], int32 or int64
 
-int64_t histogram_scratch_bytes(const Batch& b, bool sampled);
+// coarse: without a table.
+int64_t histogram_scratch_bytes(const Batch& b, bool coarse, bool sampled);
 // table: null counts in cells. wanted: [segments], or null for all.
 void launch_histogram_count(const Batch& b, const int32_t* table, const bool* wanted, bool sampled, int32_t* counts,
                             double* largest, void* scratch, cudaStream_t stream);

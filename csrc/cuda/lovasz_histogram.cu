@@ -1,7 +1,7 @@
 // Lovász losses on a GPU, method "histogram": the steps of csrc/cpu/lovasz_histogram.cpp, whose comments say what each is for.
 //
 //   statistics  maximum and sum of exponentials of every pixel (softmax)
-//   count       a block has one segment's chunk of pixels and counts in shared memory, then adds to the counts of all
+//   count       a block counts a chunk of pixels in a few classes in shared memory, then adds to the counts of all
 //   place       one block per segment
 //   weigh       one block per segment, then one for the loss
 //   sum         hinge and probabilities: fixed-point sums of weight times error
@@ -17,12 +17,15 @@ namespace {
 
 // ---- count
 
-// 512 threads with 70 KiB of counts: three blocks on a multiprocessor of an H100.
-constexpr int count_threads = 512, count_unroll = 4;
+constexpr int count_threads = 1024, count_unroll = 4;
 constexpr int64_t count_tile = count_threads * count_unroll;
-// A block adds up to 16 000 counts to those of all, so its chunk is to be worth that; and there are to be a few blocks for
-// every multiprocessor.
-constexpr int64_t least_chunk = 16 * count_tile, blocks_per_multiprocessor = 3;
+// Of an element a block reads its logit, 4 bytes of float32; of its pixel the softmax's maximum and sum, and the label, 16
+// bytes from L2. So a block counts a few classes, as many as its shared memory holds (70 KiB each: three on an H100, one on a
+// GPU for graphics), which makes 9 bytes of those 20.
+constexpr int most_group = 3;
+// A block adds up to 16 000 counts a class to those of all, so its chunk is to be worth that; and there are to be two rounds of
+// blocks, for the ends of the second to be short.
+constexpr int64_t least_chunk = 8 * count_tile, rounds = 2;
 
 // The largest error of a segment: 1 + its bits; 0 where there is none. And how many pixels have it.
 struct Top {
@@ -35,16 +38,25 @@ __device__ inline Top larger(const Top& a, const Top& b) {
   return a.key > b.key ? a : b;
 }
 
-// How the pixels of a pass are divided: `chunks` of `chunk` pixels, or pixels of the sample, for each image.
+// How the pixels of a pass are divided: `chunks` of `chunk` pixels, or pixels of the sample, for each image, and `groups` of
+// `group` classes.
 struct Chunks {
   int64_t per_image, chunk, chunks;
+  int group, groups;
 };
 
-Chunks chunks_of(const Batch& b, bool sampled) {
+int64_t count_bytes(const BinLayout& layout, bool coarse) {
+  return 4 * (2 * (coarse ? layout.coarse_bins : layout.bins) + (coarse ? 0 : layout.cells));
+}
+
+Chunks chunks_of(const Batch& b, bool coarse, bool sampled) {
   Chunks c;
+  const int64_t fit = (shared_memory_of_a_block() - 8 * count_threads - 1024) / count_bytes(BinLayout(b.errors), coarse);
+  c.group = static_cast<int>(fit < most_group ? (fit > 1 ? fit : 1) : most_group);
+  if (b.g.channels < c.group) c.group = static_cast<int>(b.g.channels);
+  c.groups = static_cast<int>(divide_up(b.g.channels, c.group));
   c.per_image = sampled ? divide_up(b.g.pixels, sample_step) * sample_run : b.g.pixels;
-  const int64_t blocks = blocks_per_multiprocessor * multiprocessors();
-  const int64_t wanted = divide_up(blocks, b.g.images > 0 ? b.g.images * b.g.channels : 1);
+  const int64_t wanted = divide_up(rounds * multiprocessors(), b.g.images > 0 ? b.g.images * c.groups : 1);
   c.chunk = divide_up(divide_up(c.per_image, wanted), count_tile) * count_tile;
   if (c.chunk < least_chunk) c.chunk = least_chunk;
   c.chunks = divide_up(c.per_image, c.chunk);
@@ -92,83 +104,108 @@ __global__ void __launch_bounds__(count_threads)
   __shared__ unsigned long long scratch[count_threads];
   const BinLayout layout(errors);
   const int bins = static_cast<int>(coarse ? layout.coarse_bins : layout.bins), slots = 2 * bins;
-  auto* own = reinterpret_cast<int32_t*>(memory);
-  auto* cells = reinterpret_cast<uint32_t*>(own + slots);
-
-  const auto [image, part, c] = image_part(chunks.chunks, b.g.channels);
-  const int64_t segment = b.segment(image, c);
+  const int words = slots + (coarse ? 0 : static_cast<int>(layout.cells));
+  const auto [image, part, group] = image_part(chunks.chunks, chunks.groups);
+  const int64_t first = group * chunks.group;
   const auto thread = static_cast<int>(threadIdx.x);
-  if (wanted && !wanted[segment]) {
-    if (thread == 0) tops[blockIdx.x] = {0, 0};
-    return;
+
+  // Each class of the group has its counts, then its table.
+  const auto counts_of = [&](int k) { return reinterpret_cast<int32_t*>(memory) + k * words; };
+  const auto table_of = [&](int k) { return reinterpret_cast<uint32_t*>(memory) + k * words + slots; };
+  Top top[most_group];
+  int modal[most_group], in_modal[most_group];
+  bool here[most_group], any = false;
+#pragma unroll
+  for (int k = 0; k < most_group; ++k) {
+    top[k] = {0, 0};
+    modal[k] = -1;
+    in_modal[k] = 0;
+    here[k] = k < chunks.group && first + k < b.g.channels && (!wanted || wanted[b.segment(image, first + k)]);
+    any |= here[k];
+    if (!here[k]) continue;
+    for (int i = thread; i < slots; i += count_threads) counts_of(k)[i] = 0;
+    if (!coarse)
+      for (int i = thread; i < layout.cells; i += count_threads)
+        table_of(k)[i] = static_cast<uint32_t>(table[b.segment(image, first + k) * layout.cells + i]);
   }
-  for (int i = thread; i < slots; i += count_threads) own[i] = 0;
-  if (!coarse)
-    for (int i = thread; i < layout.cells; i += count_threads)
-      cells[i] = static_cast<uint32_t>(table[segment * layout.cells + i]);
   __syncthreads();
 
-  // Most pixels have the same bin where a network is sure. Once a tile has shown which one, it is counted in registers.
-  int modal = -1, in_modal = 0;
-  Top top{0, 0};
   const int64_t begin = part * chunks.chunk;
-  const int64_t end = begin + chunks.chunk < chunks.per_image ? begin + chunks.chunk : chunks.per_image;
+  const int64_t end = !any ? begin : begin + chunks.chunk < chunks.per_image ? begin + chunks.chunk : chunks.per_image;
   for (int64_t base = begin; base < end; base += count_tile) {
     if (base == begin + count_tile) {
+      // Most pixels have the same bin where a network is sure. The first tile has shown which one: from here on it is counted
+      // in registers.
       __syncthreads();
-      unsigned long long most = 0;  // count, slot
-      for (int i = thread; i < slots; i += count_threads) {
-        const unsigned long long here = (static_cast<unsigned long long>(own[i]) << 32) | static_cast<unsigned>(i);
-        most = here > most ? here : most;
+#pragma unroll
+      for (int k = 0; k < most_group; ++k) {
+        if (!here[k]) continue;
+        unsigned long long most = 0;  // count, slot
+        for (int i = thread; i < slots; i += count_threads) {
+          const unsigned long long own = (static_cast<unsigned long long>(counts_of(k)[i]) << 32) | static_cast<unsigned>(i);
+          most = own > most ? own : most;
+        }
+        most = block_reduce<count_threads>(most, scratch, [](auto p, auto q) { return p > q ? p : q; });
+        modal[k] = static_cast<int>(most & 0xffffffffu);
       }
-      most = block_reduce<count_threads>(most, scratch, [](auto a, auto b_) { return a > b_ ? a : b_; });
-      modal = static_cast<int>(most & 0xffffffffu);
     }
-    T x[count_unroll];
-    Softmax<T> pixels[count_unroll];
+    int64_t pixels[count_unroll];
     int32_t labels[count_unroll];
+    Softmax<T> softmax[count_unroll];
 #pragma unroll
     for (int u = 0; u < count_unroll; ++u) {
       const int64_t j = base + u * count_threads + thread;
-      const int64_t pixel = j < end ? pixel_at(j, chunks, sampled, b.g.pixels) : -1;
-      labels[u] = pixel < 0 ? label_ignored : load_label(b, image, pixel);
-      x[u] = pixel < 0 ? T(0) : load_logit<In>(b, image, c, pixel);
-      if (bounded) pixels[u] = pixel < 0 ? Softmax<T>{T(0), T(0)} : statistics[image * b.g.pixels + pixel];
+      pixels[u] = j < end ? pixel_at(j, chunks, sampled, b.g.pixels) : -1;
+      labels[u] = pixels[u] < 0 ? label_ignored : load_label(b, image, pixels[u]);
+      if (bounded && pixels[u] >= 0) softmax[u] = statistics[image * b.g.pixels + pixels[u]];
     }
 #pragma unroll
-    for (int u = 0; u < count_unroll; ++u) {
-      if (labels[u] == label_ignored) continue;
-      const bool foreground = labels[u] == b.foreground(c);
-      float error;
-      if constexpr (errors == Errors::softmax) {
-        const Softmax<T> softmax = pixels[u];
-        error = static_cast<float>(softmax_error(softmax(x[u]), softmax.rest, softmax.inverse_sum(), foreground).error);
-      } else {
-        const T difference = errors == Errors::hinge ? hinge_error(x[u], foreground) : probability_error(x[u], foreground);
-        error = narrow_error(difference < T(0) ? -difference : difference);
+    for (int k = 0; k < most_group; ++k) {
+      if (!here[k]) continue;
+      T x[count_unroll];
+#pragma unroll
+      for (int u = 0; u < count_unroll; ++u) x[u] = pixels[u] < 0 ? T(0) : load_logit<In>(b, image, first + k, pixels[u]);
+#pragma unroll
+      for (int u = 0; u < count_unroll; ++u) {
+        if (labels[u] == label_ignored) continue;
+        const bool foreground = labels[u] == b.foreground(first + k);
+        float error;
+        if constexpr (errors == Errors::softmax) {
+          error =
+              static_cast<float>(softmax_error(softmax[u](x[u]), softmax[u].rest, softmax[u].inverse_sum(), foreground).error);
+        } else {
+          const T difference = errors == Errors::hinge ? hinge_error(x[u], foreground) : probability_error(x[u], foreground);
+          error = narrow_error(difference < T(0) ? -difference : difference);
+        }
+        Top own{1 + (bit_cast<uint32_t>(error) & 0x7fffffffu), 1};
+        if (own.key > 0x7f800000u) own.key = top_nan;
+        if (labels[u] == label_bad) own.key = top_bad;
+        top[k] = larger(top[k], own);
+        int slot = error == 0.0f ? 0 : 1 + static_cast<int>(cell_of_error<bounded>(error).cell);
+        if constexpr (!coarse) slot = bin_of_error<bounded>(error, table_of(k));
+        slot += foreground ? bins : 0;
+        if (slot == modal[k])
+          ++in_modal[k];
+        else
+          atomicAdd(counts_of(k) + slot, 1);
       }
-      Top here{1 + (bit_cast<uint32_t>(error) & 0x7fffffffu), 1};
-      if (here.key > 0x7f800000u) here.key = top_nan;
-      if (labels[u] == label_bad) here.key = top_bad;
-      top = larger(top, here);
-      int slot = error == 0.0f ? 0 : 1 + static_cast<int>(cell_of_error<bounded>(error).cell);
-      if constexpr (!coarse) slot = bin_of_error<bounded>(error, cells);
-      slot += foreground ? bins : 0;
-      if (slot == modal)
-        ++in_modal;
-      else
-        atomicAdd(own + slot, 1);
     }
   }
   __syncthreads();
-  const auto modal_pixels = static_cast<int>(block_sum<count_threads>(static_cast<unsigned long long>(in_modal), scratch));
-  if (thread == 0 && modal >= 0) own[modal] += modal_pixels;
-  __syncthreads();
-  for (int i = thread; i < slots; i += count_threads)
-    if (own[i] != 0) atomicAdd(counts + segment * slots + i, own[i]);
   static_assert(sizeof(Top) == sizeof(unsigned long long), "in the same scratch");
-  top = block_reduce<count_threads>(top, reinterpret_cast<Top*>(scratch), larger);
-  if (thread == 0) tops[blockIdx.x] = top;
+#pragma unroll
+  for (int k = 0; k < most_group; ++k) {
+    if (k >= chunks.group || first + k >= b.g.channels) continue;
+    top[k] = block_reduce<count_threads>(top[k], reinterpret_cast<Top*>(scratch), larger);
+    if (thread == 0) tops[(image * chunks.chunks + part) * b.g.channels + first + k] = top[k];
+    if (!here[k]) continue;
+    const auto rest = static_cast<int>(block_sum<count_threads>(static_cast<unsigned long long>(in_modal[k]), scratch));
+    int32_t* all = counts + b.segment(image, first + k) * slots;
+    for (int i = thread; i < slots; i += count_threads) {
+      const int32_t own = counts_of(k)[i] + (i == modal[k] ? rest : 0);
+      if (own != 0) atomicAdd(all + i, own);
+    }
+  }
 }
 
 constexpr int merge_threads = 128;
@@ -451,25 +488,21 @@ BinWeights<T> bin_weights(const int32_t* table, const void* weights, const void*
   return {reinterpret_cast<const uint32_t*>(table), static_cast<const T*>(weights), static_cast<const T*>(tops)};
 }
 
-int64_t count_blocks(const Batch& b, const Chunks& chunks) {
-  return b.g.images * chunks.chunks * b.g.channels;
-}
-
 }  // namespace
 
 // ---- launches
 
-int64_t histogram_scratch_bytes(const Batch& b, bool sampled) {
-  const int64_t tops = count_blocks(b, chunks_of(b, sampled)) * static_cast<int64_t>(sizeof(Top));
+int64_t histogram_scratch_bytes(const Batch& b, bool coarse, bool sampled) {
+  const int64_t tops = b.g.images * chunks_of(b, coarse, sampled).chunks * b.g.channels * static_cast<int64_t>(sizeof(Top));
   if (b.errors != Errors::softmax) return tops;
   return tops + b.g.images * b.g.pixels * 2 * (b.x.dtype == DType::f64 ? 8 : 4);
 }
 
 void launch_histogram_count(const Batch& b, const int32_t* table, const bool* wanted, bool sampled, int32_t* counts,
                             double* largest, void* scratch, cudaStream_t stream) {
-  const Chunks chunks = chunks_of(b, sampled);
-  const BinLayout layout(b.errors);
-  const int64_t blocks = count_blocks(b, chunks);
+  const Chunks chunks = chunks_of(b, !table, sampled);
+  const int64_t blocks = b.g.images * chunks.chunks * chunks.groups;
+  const auto bytes = static_cast<size_t>(chunks.group * count_bytes(BinLayout(b.errors), !table));
   with_element_type(b.x.dtype, [&](auto zero) {
     using In = decltype(zero);
     auto* statistics = static_cast<Softmax<Arithmetic<In>>*>(scratch);
@@ -479,10 +512,8 @@ void launch_histogram_count(const Batch& b, const int32_t* table, const bool* wa
       launch(lovasz_statistics_kernel<In>, b.g.images * parts, statistics_threads, 0, stream, b, chunks, sampled, wanted, parts,
              statistics);
     }
-    const int64_t words = 2 * (table ? layout.bins : layout.coarse_bins) + (table ? layout.cells : 0);
     const auto run = [&](auto kernel) {
-      launch(kernel, blocks, count_threads, static_cast<size_t>(4 * words), stream, b, statistics, table, wanted, chunks,
-             sampled, counts, tops);
+      launch(kernel, blocks, count_threads, bytes, stream, b, statistics, table, wanted, chunks, sampled, counts, tops);
     };
     const auto run_either = [&](auto fine, auto coarse) { table ? run(fine) : run(coarse); };
     if (b.errors == Errors::softmax)

@@ -175,7 +175,7 @@ std::tuple<Tensor, Tensor> lovasz_histogram_count(const Tensor& logits, const Te
     const int64_t bins = table ? layout.bins : layout.coarse_bins;
     Tensor counts = torch::stable::new_zeros(logits, {b.rows(), b.g.channels, 2, bins}, ScalarType::Int);
     Tensor largest = torch::stable::new_empty(logits, {b.rows(), b.g.channels, 2}, ScalarType::Double);
-    const Tensor scratch = scratch_memory(logits, histogram_scratch_bytes(b, sampled));
+    const Tensor scratch = scratch_memory(logits, histogram_scratch_bytes(b, !table, sampled));
     launch_histogram_count(b, table ? table_data(*table, b.segments(), layout) : nullptr,
                            wanted ? static_cast<const bool*>(wanted->data_ptr()) : nullptr, sampled,
                            static_cast<int32_t*>(counts.data_ptr()), static_cast<double*>(largest.data_ptr()),

@@ -130,11 +130,15 @@ namespace veerloss {
 inline int multiprocessors() {
   return 2;
 }
+inline int shared_memory_of_a_block() {
+  return 227 * 1024;
+}
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
             Arguments... arguments) {
-  if (shared_bytes > 227 * 1024) throw std::runtime_error("emulator: more shared memory than a block of an H100 can have");
+  if (shared_bytes > static_cast<size_t>(shared_memory_of_a_block()))
+    throw std::runtime_error("emulator: more shared memory than a block of an H100 can have");
   const std::function<void()> f = [&] { kernel(arguments...); };
   for (int64_t i = 0; i < blocks; ++i) {
     emulator::shared.assign(shared_bytes, 0xcd);
