@@ -50,7 +50,8 @@ def sigmoid_focal_loss(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
-        IndexError: target holds a value out of range.
+        IndexError: target holds a value out of range. On a GPU only if VEERLOSS_CHECK=1 is in the environment: else the loss is
+            NaN.
 
     Example:
         >>> import torch
@@ -138,7 +139,8 @@ def softmax_focal_loss(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
-        IndexError: target holds a value that is neither a class nor ``ignore_index``.
+        IndexError: target holds a value that is neither a class nor ``ignore_index``. On a GPU only if VEERLOSS_CHECK=1 is in
+            the environment: else the loss is NaN.
 
     Example:
         >>> import torch

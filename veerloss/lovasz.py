@@ -74,7 +74,8 @@ def lovasz_softmax_loss(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
-        IndexError: target holds a value that is neither a class nor ``ignore_index``, or ``classes`` an id that is none.
+        IndexError: target holds a value that is neither a class nor ``ignore_index`` (on a GPU only if VEERLOSS_CHECK=1 is in
+            the environment: else the loss is NaN), or ``classes`` an id that is none.
         RuntimeError: arguments or target of another rank of ``process_group`` are bad; it raises what is wrong with them.
 
     Example:
@@ -167,7 +168,8 @@ def lovasz_hinge_loss(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
-        IndexError: target holds a value that is neither 0, 1 nor ``ignore_index``.
+        IndexError: target holds a value that is neither 0, 1 nor ``ignore_index``. On a GPU only if VEERLOSS_CHECK=1 is in
+            the environment: else the loss is NaN.
         RuntimeError: arguments or target of another rank of ``process_group`` are bad; it raises what is wrong with them.
 
     Example:
