@@ -1,7 +1,7 @@
 """Method "histogram" of the Lovász losses: its steps put together, in one process or many.
 
-The steps are operators (ops.py, kernels in csrc/cpu/lovasz_histogram.cpp). Between them only counts travel, so that the loss of
-a batch that is spread over ranks costs two sums of integers.
+The steps are operators (ops.py); csrc/cpu/lovasz_histogram.cpp is the place to read what each does. Between them only counts
+travel, so that the loss of a batch that is spread over ranks costs two sums of integers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: As ``Errors`` in csrc/cpu/lovasz_segments.h.
+#: As ``Errors`` in csrc/jaccard.h.
 SOFTMAX, PROBABILITIES, HINGE = 0, 1, 2
 
 #: Segments of this many pixels place their bins by a sample, 64 of every 1031 pixels; below, by all pixels. 16 000 sampled
@@ -20,7 +20,7 @@ SAMPLED_IMAGE = 1 << 12
 
 
 def cells_and_bins(errors: int) -> tuple[int, int]:
-    """Cells of a table and the most bins that they hold, as in ``BinLayout`` in csrc/cpu/lovasz_histogram.cpp."""
+    """Cells of a table and the most bins that they hold, as in ``BinLayout`` in csrc/bins.h."""
     cells = 1794 if errors == SOFTMAX else 2032
     return cells, 1 + cells + 6144
 

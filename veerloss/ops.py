@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _histogram
 from ._arguments import arithmetic_dtype, loss_dtype
 
-#: As ``Reduction`` in csrc/cpu/tensor.h.
+#: As ``Reduction`` in csrc/tensor.h.
 NONE, MEAN, SUM = 0, 1, 2
 _REDUCTION = {"none": NONE, "mean": MEAN, "sum": SUM}
 

@@ -1,4 +1,4 @@
-"""Method "histogram" of the Lovász losses: weights from counts by error, without sorting. The specification of csrc/jaccard.h.
+"""Method "histogram" of the Lovász losses: weights from counts by error, without sorting. The specification of csrc/bins.h.
 
 The weight of a pixel depends only on how many foreground and background pixels have a larger error. So errors are counted in
 bins. A first count, in fixed cells, tells each cell's share of the loss's weight; the more it has, the more bins it gets. A

@@ -1,11 +1,12 @@
 """The scalar maths of the focal losses, as in csrc/focal.h and csrc/cpu/vecmath.h.
 
-Exponentials and logarithms are spelled out for float32: the hardware's are fast but lose digits, of exp for large arguments and
-of log near 1, which are the confident pixels. Only the hardware's 2^x on [-1/2, 1/2] is used, where it is good to 1 unit or 2.
+Logarithms are spelled out for float32: the hardware's are fast but lose digits near 1, which are the confident pixels.
 """
 
 import triton
 import triton.language as tl
+
+from ._math import exp_neg
 
 # As in csrc/cpu/vecmath.h, lowest power first: ln(1 + x) / x on [sqrt(1/2) - 1, sqrt(2) - 1] and on [0, 1].
 LOG1P_NEAR_0 = tl.constexpr((
@@ -16,10 +17,8 @@ LOG1P_UNIT = tl.constexpr((
     0.999999995, -0.499998926, 0.333297105, -0.249516163, 0.196632743, -0.152696671, 0.105436238, -0.0563736128, 0.0195425273,
     -0.00317605702,
 ))  # fmt: skip
-LOG2_E = tl.constexpr(1.44269504088896340736)
 LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits, so that n * LN2_HIGH is exact
 LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
-ROUND_SHIFT = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
 ROOT_HALF_BITS = tl.constexpr(0x3F3504F3)  # of float32 sqrt(1/2)
 
 
@@ -29,19 +28,6 @@ def polynomial(x, coefficients: tl.constexpr):
     for k in tl.static_range(9):
         result = result * x + coefficients[8 - k]
     return result
-
-
-@triton.jit
-def exp_neg(x):
-    """e^x for x <= 0; below the smallest normal number, 0."""
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    else:
-        shifted = x * LOG2_E + ROUND_SHIFT
-        n = shifted - ROUND_SHIFT
-        r = (x - n * LN2_HIGH) - n * LN2_LOW
-        power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)  # 2^n
-        return tl.where(x < -87.33, 0.0, tl.exp2(r * LOG2_E) * power)
 
 
 @triton.jit

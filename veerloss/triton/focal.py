@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._arguments import arithmetic_dtype
-from ._focal_math import exp_neg, log_of_sum, sigmoid_focal, softmax_focal
+from ._focal_math import log_of_sum, sigmoid_focal, softmax_focal
 from ._launch import MAX_PROGRAMS, arithmetic, as_bytes, check_shape, next_power_of_2, on_device, strides
+from ._math import exp_neg
 
 # ---- tiles
 

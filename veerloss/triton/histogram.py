@@ -55,7 +55,7 @@ BUDGET = tl.constexpr(6144)
 INFINITY_BITS = tl.constexpr(0x7F800000)
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 
-#: As in csrc/cpu/lovasz_histogram.cpp: above these estimates of a segment's errors its bins are placed again.
+#: As in csrc/bins.h: above these estimates of a segment's errors its bins are placed again.
 GRADIENT_TOLERANCE, LOSS_TOLERANCE = 5e-4, 3e-7
 
 # Sizes that no GPU has measured: bins to a step of the loop over a segment's, partial results to a step of theirs.

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from .._arguments import arithmetic_dtype
 from ._launch import arithmetic, as_bytes, next_power_of_2, on_device
+from ._math import exp_neg
 
-# As ``Errors`` in csrc/cpu/lovasz_segments.h, and labels that are no class.
+# As ``Errors`` in csrc/jaccard.h, and labels that are no class.
 SOFTMAX, PROBABILITIES, HINGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 IGNORED, BAD = tl.constexpr(-1), tl.constexpr(-2)
-#: As ``Reduction`` in csrc/cpu/tensor.h.
+#: As ``Reduction`` in csrc/tensor.h.
 NONE, MEAN = tl.constexpr(0), tl.constexpr(1)
-#: A sample of every image: runs of 64 pixels, 1031 from one to the next. As in csrc/cpu/lovasz_histogram.cpp.
+#: A sample of every image: runs of 64 pixels, 1031 from one to the next. As in csrc/bins.h.
 SAMPLE_RUN, SAMPLE_STEP = tl.constexpr(64), tl.constexpr(1031)
 
 # Sizes that no GPU has measured: a tile of pixels and classes has 1024 values, 8 of them to a thread of four warps. With twice
@@ -34,34 +35,6 @@ RANKS = 1024
 
 
 # ---- scalar maths
-
-
-@triton.jit
-def exp_neg(x):
-    """e^x for x <= 0 to one unit in the last place, as VecMath::exp_neg in csrc/cpu/vecmath.h. tl.exp has fewer digits."""
-    if x.dtype == tl.float64:
-        least = tl.full((), -708.39641853226408, tl.float64)  # ln 2^-1022
-        at_least = tl.where(x < least, least, x)
-        shifted = at_least * 1.44269504088896340736 + 6755399441055744.0  # 1.5 * 2^52 rounds to an integer
-        n = shifted - 6755399441055744.0
-        r = (at_least - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
-        y = r * (1 / 6227020800) + 1 / 479001600
-        y = ((y * r + 1 / 39916800) * r + 1 / 3628800) * r + 1 / 362880
-        y = ((y * r + 1 / 40320) * r + 1 / 5040) * r + 1 / 720
-        y = ((y * r + 1 / 120) * r + 1 / 24) * r + 1 / 6
-        y = ((y * r + 0.5) * r + 1.0) * r + 1.0
-        power = (shifted.to(tl.int64, bitcast=True) - 0x4338000000000000 + 1023) << 52
-        return tl.where(x < least, 0.0, y * power.to(tl.float64, bitcast=True))
-    else:
-        least = tl.full((), -87.33654475, tl.float32)  # ln 2^-126
-        at_least = tl.where(x < least, least, x)
-        shifted = at_least * 1.44269504088896340736 + 12582912.0  # 1.5 * 2^23
-        n = shifted - 12582912.0
-        r = (at_least - n * 0.693359375) - n * -2.12194440054690583e-4
-        y = ((r * (1 / 5040) + 1 / 720) * r + 1 / 120) * r + 1 / 24
-        y = (((y * r + 1 / 6) * r + 0.5) * r + 1.0) * r + 1.0
-        power = (shifted.to(tl.int32, bitcast=True) - 0x4B400000 + 127) << 23
-        return tl.where(x < least, 0.0, y * power.to(tl.float32, bitcast=True))
 
 
 @triton.jit
