@@ -61,7 +61,7 @@ GPU_CHECKS := gpu-memcheck gpu-racecheck
 
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no GPU")'
-	$(PYTHON) setup.py build_ext --inplace
+	VEERLOSS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	@status=0; \
 	if $(PYTHON) -c 'import pytest'; then $(SUBMAKE) --keep-going --jobs --output-sync $(GPU_TESTS) $(GPU_CHECKS) || status=1; \
 	else echo 'make gpu: $(PYTHON) has no pytest: the tests are left out'; status=1; fi; \

@@ -5,8 +5,9 @@ torch, and loaded only beside a CUDA build of torch. Both need torch's headers a
 found in the environment that pip installs into, which pip's isolated build environment hides from `import` alone.
 
 In the environment: VEERLOSS_NATIVE=0 gives a pure-Python install, as does a missing C++ compiler. VEERLOSS_CUDA=0 leaves the
-CUDA library out. TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" names the architectures to compile for; by default that of the GPU at hand,
-or where there is none 8.0 with PTX, which newer ones compile when it is loaded. CUDA_HOME says where nvcc is.
+CUDA library out; VEERLOSS_CUDA=1 makes it an error if nvcc fails, which otherwise is told and leaves it out too.
+TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" names the architectures to compile for; by default that of the GPU at hand, or where there is
+none 8.0 with PTX, which newer ones compile when it is loaded. CUDA_HOME says where nvcc is.
 """
 
 import importlib.util
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ABI3 = "cp310"  # one binary for every Python from 3.10 on
 TORCH_TARGET = "0x020a000000000000"  # and for every torch from 2.10 on
@@ -81,11 +83,14 @@ def architectures() -> list[str]:
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
         if not match:
             raise SystemExit(f'veerloss: TORCH_CUDA_ARCH_LIST holds {name!r}, expected numbers as in "8.0;9.0+PTX"')
+        if int(match[1]) < 8:
+            say(f"no CUDA kernels for {name}: they need 8.0 or newer; backend='triton' does not")
+            continue
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return flags or ["-gencode=arch=compute_80,code=compute_80"]
 
 
 def extensions(torch: Path | None) -> list[Extension]:
@@ -117,7 +122,8 @@ def extensions(torch: Path | None) -> list[Extension]:
         say(f"compiling the CUDA library of {cuda_home()} for {' '.join(architectures())}")
         sources = sorted(str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in {".cpp", ".cu"})
         defines = [*DEFINES, ("VEERLOSS_CUDA", "1"), ("USE_CUDA", "1")]  # USE_CUDA: torch's headers then declare the stream
-        found.append(Extension("veerloss._C_cuda", sources, define_macros=defines, **common))
+        optional = os.environ.get("VEERLOSS_CUDA") != "1"
+        found.append(Extension("veerloss._C_cuda", sources, define_macros=defines, optional=optional, **common))
     return found
 
 
@@ -135,8 +141,9 @@ class BuildExt(build_ext):
             home = cuda_home()
             ext.include_dirs.append(str(home / "include"))
             ext.library_dirs += [str(p) for p in (home / "lib64", home / "lib") if p.is_dir()]
-            # The runtime is linked in, its symbols hidden, so that any driver does. A CUDA build of torch brings libtorch_cuda,
-            # which has the current stream; a CPU-only one has none to link with, and an empty one of that name does.
+            # The runtime is linked in, its symbols hidden: it needs no library beside the driver, of nvcc's version or newer.
+            # A CUDA build of torch brings libtorch_cuda, which has the current stream; a CPU-only one has none to link with, and
+            # an empty one of that name does.
             ext.extra_link_args = ["-Wl,--no-as-needed", self.empty_torch_cuda(), "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
             ext.libraries += ["cudart_static", "pthread", "dl", "rt"]
         super().build_extension(ext)
@@ -152,10 +159,8 @@ class BuildExt(build_ext):
         ]
         running = [subprocess.Popen(command) for command in commands]
         for process, command in [(p, c) for p, c in zip(running, commands, strict=True) if p.wait() != 0]:
-            raise SystemExit(
-                f"veerloss: nvcc failed with {process.returncode}: {shlex.join(command)}\n"
-                "VEERLOSS_CUDA=0 in the environment installs without the CUDA library"
-            )
+            say(f"no CUDA library: nvcc failed with {process.returncode}: {shlex.join(command)}")
+            raise CompileError("nvcc failed")
         return objects
 
     def empty_torch_cuda(self) -> str:

@@ -36,4 +36,17 @@ VEERLOSS_HD T rounded_product(T a, T b) {
 #endif
 }
 
+// a + b, likewise.
+template <class T>
+VEERLOSS_HD T rounded_sum(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 8)
+    return __dadd_rn(a, b);
+  else
+    return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
 }  // namespace veerloss

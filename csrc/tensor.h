@@ -69,7 +69,8 @@ inline bool on_device(const Tensor& t) {
 
 // t is [N, P], or [N, C, P] with channels, beside logits [N, C, P].
 inline void check_like(const Tensor& t, const Tensor& logits, bool channels, const char* expected) {
-  bool fits = on_device(t) && t.dim() == (channels ? 3 : 2) && t.size(0) == logits.size(0);
+  bool fits = on_device(t) && t.get_device_index() == logits.get_device_index();
+  fits = fits && t.dim() == (channels ? 3 : 2) && t.size(0) == logits.size(0);
   fits = fits && t.size(t.dim() - 1) == logits.size(2) && (!channels || t.size(1) == logits.size(1));
   require(fits, expected);
 }

@@ -228,6 +228,27 @@ def test_absent_class_counts_under_all(method, backend):
     )
 
 
+@pytest.mark.parametrize("classes", [[0, 1], "present"], ids=str)
+def test_a_class_that_takes_no_part_may_hold_anything(classes, method):
+    """Its pixels have no gradient, not even that of NaN times 0. (The reference multiplies.)"""
+    p = logits((1, 3, 50)).softmax(1)
+    p[:, 2] = math.nan
+    p.requires_grad_()
+    loss = lovasz_softmax_loss(p, labels((1, 2, 50), 2), classes=classes, from_logits=False, method=method)
+    gradient = torch.autograd.grad(loss, p)[0]
+    assert loss.isfinite() and gradient.isfinite().all() and (gradient[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(300, 3, 2, 2), (40, 2, 70)], ids=str)
+def test_small_images(shape, method):
+    """Many to a tile or a block, or one, in a batch and each for itself."""
+    x, target = logits(shape), labels(shape, shape[1], ignore_index=255)
+    for options in ({}, {"per_image": True}) if method == "exact" else ({},):
+        check_loss(lovasz_softmax_loss, x, target, ignore_index=255, method="exact", **options)
+        exact = lovasz_softmax_loss(x, target, ignore_index=255, method="exact", **options)
+        torch.testing.assert_close(lovasz_softmax_loss(x, target, ignore_index=255, method=method, **options), exact)
+
+
 def test_reductions_and_images(method, backend):
     x, target = logits((3, 4, 6, 5)), labels((3, 4, 6, 5), 4)
     values = lovasz_softmax_loss(x, target, per_image=True, reduction="none", method=method, backend=backend)

@@ -57,9 +57,10 @@ class Ranks:
         total = torch.cat([counts.flatten().long(), failed])
         dist.all_reduce(total, group=self.group)
         self._raise(problem, total[-self.size :].tolist())
-        errors = self.all_reduce(largest[..., 0], "max")
+        # On a GPU -1 pixels mean a target out of range, of which no rank has raised an error.
+        errors, bad = self.all_reduce(torch.stack([largest[..., 0], (largest[..., 1] < 0).double()]), "max")
         pixels = self.all_reduce(torch.where(largest[..., 0] == errors, largest[..., 1], 0.0), "sum")
-        return total[: -self.size].view(shape), torch.stack([errors, pixels], -1)
+        return total[: -self.size].view(shape), torch.stack([errors, torch.where(bad > 0, -1.0, pixels)], -1)
 
     def all_reduce(self, values: Tensor, op: str) -> Tensor:
         """The "sum" or "max" of all ranks; the maximum is NaN if any is."""

@@ -89,7 +89,7 @@ def lovasz_softmax_loss(
     def check() -> tuple[torch.Size, object]:
         arguments.check_logits(logits, 2, "[N, C, *]")
         arguments.check_index_target(target, logits)
-        _selected_classes(classes, logits)
+        ids = _check_classes(classes, logits)
         arguments.check_flag("from_logits", from_logits)
         if class_weight is not None:
             if not isinstance(class_weight, Tensor):
@@ -97,7 +97,6 @@ def lovasz_softmax_loss(
             arguments.check_per_class("class_weight", class_weight, logits, logits.size(1))
         arguments.as_ignore_index(ignore_index)
         _check_common(reduction, method, per_image, return_certificate, process_group)
-        ids = classes if isinstance(classes, str) else sorted(map(arguments.as_int, classes))
         return arguments.as_pixels(logits).shape, (ids, from_logits, reduction)
 
     def check_values() -> None:
@@ -116,7 +115,13 @@ def lovasz_softmax_loss(
     x, y = arguments.as_pixels(logits), target.reshape(n, p)
     if class_weight is not None:
         class_weight = class_weight.to(arguments.arithmetic_dtype(logits)).contiguous()
-    how = (_selected_classes(classes, logits), classes == "present", per_image, class_weight, ignore_index)
+    how = (
+        _selected_classes(_check_classes(classes, logits), logits),
+        classes == "present",
+        per_image,
+        class_weight,
+        ignore_index,
+    )
     if method == "exact":
         loss = ops.lovasz_softmax(x, y, *how, from_logits, reduction, backend)
         certificate = loss.new_zeros((n, c) if per_image else (c,), dtype=torch.float64)
@@ -287,11 +292,11 @@ def _without_channel(t: Tensor, other: Tensor) -> torch.Size:
     return t.shape
 
 
-def _selected_classes(classes: str | Sequence[int], logits: Tensor) -> Tensor | None:
-    """[C] bool for a sequence of ids, None where every class may take part."""
+def _check_classes(classes: str | Sequence[int], logits: Tensor) -> str | list[int]:
+    """ "present", "all" or the ids in order."""
     if isinstance(classes, str):
         arguments.check_choice("classes", classes, ("present", "all"))
-        return None
+        return classes
     if not isinstance(classes, Sequence):
         raise TypeError(f"classes must be 'present', 'all' or a sequence of class ids, got {type(classes).__name__}")
     count = logits.size(1)
@@ -305,9 +310,20 @@ def _selected_classes(classes: str | Sequence[int], logits: Tensor) -> Tensor | 
         chosen.add(number)
     if len(chosen) != len(classes) or not chosen:
         raise ValueError(f"classes must hold at least one class id, and each once, got {list(classes)}")
-    selected = torch.zeros(count, dtype=torch.bool, device=logits.device)
-    for c in chosen:  # not a copy from the host, which a CUDA graph could not hold
-        selected[c].fill_(True)
+    return sorted(chosen)
+
+
+def _selected_classes(classes: str | list[int], logits: Tensor) -> Tensor | None:
+    """[C] bool for ids in order, None where every class may take part."""
+    if isinstance(classes, str):
+        return None
+    selected = torch.zeros(logits.size(1), dtype=torch.bool, device=logits.device)
+    first = last = classes[0]
+    for c in [*classes[1:], -1]:  # runs of ids are filled, not copied from the host: a CUDA graph could not hold that
+        if c != last + 1:
+            selected[first : last + 1].fill_(True)
+            first = c
+        last = c
     return selected
 
 

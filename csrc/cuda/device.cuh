@@ -122,23 +122,12 @@ __device__ inline T block_scan(T value, T* scratch, T* all) {
 // ---- launches
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("veerloss: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // else the next launch would find it
+  throw std::runtime_error(std::string("veerloss: ") + what + ": " + cudaGetErrorString(error));
 }
 
 #if !defined(VEERLOSS_EMULATED)
-// Every launch is one dimension of blocks. An empty grid is no launch.
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
-            Arguments... arguments) {
-  if (blocks == 0) return;
-  if (blocks > 0x7fffffff) throw std::invalid_argument("veerloss: more pixels than one launch can take");
-  if (shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "shared memory of a kernel");
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
-  check(cudaGetLastError(), "launch of a kernel");
-}
-
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   check(cudaGetDevice(&device), "the current device");
@@ -150,6 +139,24 @@ inline int multiprocessors() {
 }
 inline int shared_memory_of_a_block() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+// Every launch is one dimension of blocks. An empty grid is no launch.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+            Arguments... arguments) {
+  if (blocks == 0) return;
+  if (blocks > 0x7fffffff) throw std::invalid_argument("veerloss: more pixels than one launch can take");
+  if (shared_bytes > 0) {
+    // More than 48 KiB, static and dynamic together, have to be asked for: always all there is, for other threads launch too.
+    cudaFuncAttributes own;
+    check(cudaFuncGetAttributes(&own, kernel), "attributes of a kernel");
+    const int most = shared_memory_of_a_block() - static_cast<int>(own.sharedSizeBytes);
+    if (own.sharedSizeBytes + shared_bytes > 48 * 1024)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory of a kernel");
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+  check(cudaGetLastError(), "launch of a kernel");
 }
 
 #define VEERLOSS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]

@@ -36,18 +36,18 @@ __device__ inline typename ErrorKey<T>::Word marked(typename ErrorKey<T>::Word k
 template <class In, Errors errors>
 __global__ void __launch_bounds__(key_threads)
     lovasz_keys_kernel(Batch b, typename ErrorKey<Arithmetic<In>>::Word* keys, int32_t* foreground, RowCounts* rows,
-                       int64_t parts, bool count_in_shared) {
+                       PixelGrid grid, bool count_in_shared) {
   using T = Arithmetic<In>;
   VEERLOSS_DYNAMIC_SHARED(memory);
   auto* own = reinterpret_cast<int32_t*>(memory);  // [classes]
   __shared__ int32_t valid, bad;
-  const auto [image, part, channel] = image_part(parts);
-  const int64_t pixel = part * key_threads + threadIdx.x, classes = b.g.channels, row = b.per_image ? image : 0;
+  const auto [image, pixel, channel] = pixel_place(grid, b.g.images, b.g.pixels, key_threads);
+  const int64_t classes = b.g.channels, row = b.per_image ? image : 0;
   if (threadIdx.x == 0) valid = bad = 0;
   if (count_in_shared)
     for (int64_t c = threadIdx.x; c < classes; c += key_threads) own[c] = 0;
   __syncthreads();
-  if (pixel < b.g.pixels) {
+  if (pixel >= 0) {
     const int32_t label = load_label(b, image, pixel);
     if (label != label_ignored) atomicAdd(&valid, 1);
     if (label == label_bad) atomicAdd(&bad, 1);
@@ -213,8 +213,9 @@ struct StoredWeights {
 
 // ---- scratch memory
 
-// One radix sort of a long segment fills a GPU; of short ones, a segmented sort takes as many as a group holds.
-constexpr int64_t long_segment = 1 << 18, group_pixels = 1 << 24;
+// One radix sort of a long segment fills a GPU; of short ones, a segmented sort takes as many as a group holds, with one block
+// for each: where they are fewer than multiprocessors, segments count as long from 2^15 on. (Not measured.)
+constexpr int64_t long_segment = 1 << 18, long_of_few = 1 << 15, group_pixels = 1 << 24;
 
 // Takes pieces of memory, or adds up their sizes where there is none.
 class Pieces {
@@ -240,7 +241,8 @@ struct Scratch {
   Scratch(const Batch& b, void* memory) {
     Pieces pieces(memory);
     const int64_t length = b.length() > 0 ? b.length() : 1;
-    group = b.length() >= long_segment ? 1 : group_pixels / length;
+    const bool few = b.segments() < multiprocessors();
+    group = b.length() >= (few ? long_of_few : long_segment) ? 1 : group_pixels / length;
     if (group > b.segments()) group = b.segments();
     tiles = divide_up(b.length(), rank_tile);
     foreground = pieces.take<int32_t>(b.segments());
@@ -277,11 +279,10 @@ void forward(const Batch& b, const Selection& selection, const LossOutput& out, 
   const Scratch<T> s(b, memory);
   auto* keys = static_cast<Word*>(weights);
   check(cudaMemsetAsync(memory, 0, static_cast<size_t>(s.zeroed), stream), "memset");
-  const int64_t parts = divide_up(b.g.pixels, key_threads);
+  const PixelGrid grid = pixel_grid(b, b.g.pixels, key_threads, !b.per_image);  // a block counts for one row
   const bool count_in_shared = b.g.channels <= 8192;
-  launch(lovasz_keys_kernel<In, errors>, b.g.images * parts, key_threads,
-         count_in_shared ? static_cast<size_t>(4 * b.g.channels) : 0, stream, b, keys, s.foreground, s.rows, parts,
-         count_in_shared);
+  launch(lovasz_keys_kernel<In, errors>, grid.blocks, key_threads, count_in_shared ? static_cast<size_t>(4 * b.g.channels) : 0,
+         stream, b, keys, s.foreground, s.rows, grid, count_in_shared);
   const int64_t index_parts = divide_up(b.length(), key_threads);
   launch(lovasz_index_kernel, s.group * index_parts, key_threads, 0, stream, s.index, b.length(), index_parts);
   for (int64_t first = 0; first < b.segments(); first += s.group) {

@@ -28,7 +28,7 @@ constexpr int most_group = 3;
 constexpr int64_t least_chunk = 8 * count_tile, rounds = 2;
 
 // The largest error of a segment: 1 + its bits; 0 where there is none. And how many pixels have it.
-struct Top {
+struct alignas(8) Top {
   uint32_t key, pixels;
 };
 constexpr uint32_t top_nan = 0xfffffffeu, top_bad = 0xffffffffu;
@@ -39,10 +39,11 @@ __device__ inline Top larger(const Top& a, const Top& b) {
 }
 
 // How the pixels of a pass are divided: `chunks` of `chunk` pixels, or pixels of the sample, for each image, and `groups` of
-// `group` classes.
+// `group` classes. Small images of one row are in a row, as if they were one.
 struct Chunks {
-  int64_t per_image, chunk, chunks;
+  int64_t images, per_image, chunk, chunks;
   int group, groups;
+  bool in_a_row;
 };
 
 int64_t count_bytes(const BinLayout& layout, bool coarse) {
@@ -52,21 +53,27 @@ int64_t count_bytes(const BinLayout& layout, bool coarse) {
 Chunks chunks_of(const Batch& b, bool coarse, bool sampled) {
   Chunks c;
   const int64_t fit = (shared_memory_of_a_block() - 8 * count_threads - 1024) / count_bytes(BinLayout(b.errors), coarse);
-  c.group = static_cast<int>(fit < most_group ? (fit > 1 ? fit : 1) : most_group);
+  if (fit < 1)
+    throw std::runtime_error(
+        "veerloss: method 'histogram' needs 80 KiB of shared memory for a block, a GPU of compute capability 8.0 or newer; "
+        "backend='triton' has no such need");
+  c.group = static_cast<int>(fit < most_group ? fit : most_group);
   if (b.g.channels < c.group) c.group = static_cast<int>(b.g.channels);
   c.groups = static_cast<int>(divide_up(b.g.channels, c.group));
+  c.in_a_row = !sampled && !b.per_image && b.g.pixels < least_chunk && b.g.images > 0;
+  c.images = c.in_a_row ? 1 : b.g.images;
   c.per_image = sampled ? divide_up(b.g.pixels, sample_step) * sample_run : b.g.pixels;
-  const int64_t wanted = divide_up(rounds * multiprocessors(), b.g.images > 0 ? b.g.images * c.groups : 1);
+  if (c.in_a_row) c.per_image *= b.g.images;
+  const int64_t wanted = divide_up(rounds * multiprocessors(), c.images > 0 ? c.images * c.groups : 1);
   c.chunk = divide_up(divide_up(c.per_image, wanted), count_tile) * count_tile;
   if (c.chunk < least_chunk) c.chunk = least_chunk;
   c.chunks = divide_up(c.per_image, c.chunk);
   return c;
 }
 
-// The pixel at place j of an image's sample, or of the image; -1 past its end.
-__device__ inline int64_t pixel_at(int64_t j, const Chunks& chunks, bool sampled, int64_t pixels) {
-  if (j >= chunks.per_image) return -1;
-  if (!sampled) return j;
+// The pixel at place j of an image's sample, or of the image; -1 past its end, and for -1.
+__device__ inline int64_t pixel_at(int64_t j, bool sampled, int64_t pixels) {
+  if (!sampled || j < 0) return j;
   const int64_t pixel = j / sample_run * sample_step + j % sample_run;
   return pixel < pixels ? pixel : -1;
 }
@@ -76,7 +83,7 @@ constexpr int statistics_threads = 256;
 // [N, P]; of a sample, those of its pixels alone.
 template <class In>
 __global__ void __launch_bounds__(statistics_threads)
-    lovasz_statistics_kernel(Batch b, Chunks chunks, bool sampled, const bool* wanted, int64_t parts,
+    lovasz_statistics_kernel(Batch b, int64_t per_image, bool sampled, const bool* wanted, PixelGrid grid,
                              Softmax<Arithmetic<In>>* statistics) {
   if (wanted) {  // perhaps no segment is
     __shared__ int any;
@@ -87,8 +94,8 @@ __global__ void __launch_bounds__(statistics_threads)
     __syncthreads();
     if (!any) return;
   }
-  const auto [image, part, channel] = image_part(parts);
-  const int64_t pixel = pixel_at(part * statistics_threads + threadIdx.x, chunks, sampled, b.g.pixels);
+  const auto [image, place, channel] = pixel_place(grid, b.g.images, per_image, statistics_threads);
+  const int64_t pixel = pixel_at(place, sampled, b.g.pixels);
   if (pixel < 0) return;
   statistics[image * b.g.pixels + pixel] = softmax_of<In>(b, image, pixel);
 }
@@ -100,12 +107,14 @@ __global__ void __launch_bounds__(count_threads)
                         Chunks chunks, bool sampled, int32_t* counts, Top* tops) {
   using T = Arithmetic<In>;
   constexpr bool bounded = errors == Errors::softmax;
+  constexpr int unroll = sizeof(T) == 8 ? count_unroll / 2 : count_unroll;  // of doubles four spill
+  constexpr int64_t tile = count_threads * unroll;
   VEERLOSS_DYNAMIC_SHARED(memory);
   __shared__ unsigned long long scratch[count_threads];
   const BinLayout layout(errors);
   const int bins = static_cast<int>(coarse ? layout.coarse_bins : layout.bins), slots = 2 * bins;
   const int words = slots + (coarse ? 0 : static_cast<int>(layout.cells));
-  const auto [image, part, group] = image_part(chunks.chunks, chunks.groups);
+  const auto [first_image, part, group] = image_part(chunks.chunks, chunks.groups);
   const int64_t first = group * chunks.group;
   const auto thread = static_cast<int>(threadIdx.x);
 
@@ -120,20 +129,20 @@ __global__ void __launch_bounds__(count_threads)
     top[k] = {0, 0};
     modal[k] = -1;
     in_modal[k] = 0;
-    here[k] = k < chunks.group && first + k < b.g.channels && (!wanted || wanted[b.segment(image, first + k)]);
+    here[k] = k < chunks.group && first + k < b.g.channels && (!wanted || wanted[b.segment(first_image, first + k)]);
     any |= here[k];
     if (!here[k]) continue;
     for (int i = thread; i < slots; i += count_threads) counts_of(k)[i] = 0;
     if (!coarse)
       for (int i = thread; i < layout.cells; i += count_threads)
-        table_of(k)[i] = static_cast<uint32_t>(table[b.segment(image, first + k) * layout.cells + i]);
+        table_of(k)[i] = static_cast<uint32_t>(table[b.segment(first_image, first + k) * layout.cells + i]);
   }
   __syncthreads();
 
   const int64_t begin = part * chunks.chunk;
   const int64_t end = !any ? begin : begin + chunks.chunk < chunks.per_image ? begin + chunks.chunk : chunks.per_image;
-  for (int64_t base = begin; base < end; base += count_tile) {
-    if (base == begin + count_tile) {
+  for (int64_t base = begin; base < end; base += tile) {
+    if (base == begin + tile) {
       // Most pixels have the same bin where a network is sure. The first tile has shown which one: from here on it is counted
       // in registers.
       __syncthreads();
@@ -149,24 +158,29 @@ __global__ void __launch_bounds__(count_threads)
         modal[k] = static_cast<int>(most & 0xffffffffu);
       }
     }
-    int64_t pixels[count_unroll];
-    int32_t labels[count_unroll];
-    Softmax<T> softmax[count_unroll];
+    int64_t images[unroll], pixels[unroll];
+    int32_t labels[unroll];
+    Softmax<T> softmax[unroll];
 #pragma unroll
-    for (int u = 0; u < count_unroll; ++u) {
+    for (int u = 0; u < unroll; ++u) {
       const int64_t j = base + u * count_threads + thread;
-      pixels[u] = j < end ? pixel_at(j, chunks, sampled, b.g.pixels) : -1;
-      labels[u] = pixels[u] < 0 ? label_ignored : load_label(b, image, pixels[u]);
-      if (bounded && pixels[u] >= 0) softmax[u] = statistics[image * b.g.pixels + pixels[u]];
+      images[u] = first_image;
+      pixels[u] = j < end ? pixel_at(j, sampled, b.g.pixels) : -1;
+      if (chunks.in_a_row && pixels[u] >= 0) {  // j < 2^31
+        images[u] = static_cast<uint32_t>(j) / static_cast<uint32_t>(b.g.pixels);
+        pixels[u] = static_cast<uint32_t>(j) % static_cast<uint32_t>(b.g.pixels);
+      }
+      labels[u] = pixels[u] < 0 ? label_ignored : load_label(b, images[u], pixels[u]);
+      if (bounded && pixels[u] >= 0) softmax[u] = statistics[images[u] * b.g.pixels + pixels[u]];
     }
 #pragma unroll
     for (int k = 0; k < most_group; ++k) {
       if (!here[k]) continue;
-      T x[count_unroll];
+      T x[unroll];
 #pragma unroll
-      for (int u = 0; u < count_unroll; ++u) x[u] = pixels[u] < 0 ? T(0) : load_logit<In>(b, image, first + k, pixels[u]);
+      for (int u = 0; u < unroll; ++u) x[u] = pixels[u] < 0 ? T(0) : load_logit<In>(b, images[u], first + k, pixels[u]);
 #pragma unroll
-      for (int u = 0; u < count_unroll; ++u) {
+      for (int u = 0; u < unroll; ++u) {
         if (labels[u] == label_ignored) continue;
         const bool foreground = labels[u] == b.foreground(first + k);
         float error;
@@ -197,10 +211,10 @@ __global__ void __launch_bounds__(count_threads)
   for (int k = 0; k < most_group; ++k) {
     if (k >= chunks.group || first + k >= b.g.channels) continue;
     top[k] = block_reduce<count_threads>(top[k], reinterpret_cast<Top*>(scratch), larger);
-    if (thread == 0) tops[(image * chunks.chunks + part) * b.g.channels + first + k] = top[k];
+    if (thread == 0) tops[(first_image * chunks.chunks + part) * b.g.channels + first + k] = top[k];
     if (!here[k]) continue;
     const auto rest = static_cast<int>(block_sum<count_threads>(static_cast<unsigned long long>(in_modal[k]), scratch));
-    int32_t* all = counts + b.segment(image, first + k) * slots;
+    int32_t* all = counts + b.segment(first_image, first + k) * slots;
     for (int i = thread; i < slots; i += count_threads) {
       const int32_t own = counts_of(k)[i] + (i == modal[k] ? rest : 0);
       if (own != 0) atomicAdd(all + i, own);
@@ -213,13 +227,13 @@ constexpr int merge_threads = 128;
 // largest: [segments, 2], the error and how many pixels have it. -1: no pixel. NaN: an error that is none, or with -1 pixels a
 // target out of range.
 __global__ void __launch_bounds__(merge_threads)
-    lovasz_merge_tops_kernel(Batch b, int64_t chunks, const Top* tops, double* largest) {
+    lovasz_merge_tops_kernel(Batch b, Chunks chunks, const Top* tops, double* largest) {
   __shared__ Top scratch[merge_threads];
   const int64_t segment = blockIdx.x, c = segment % b.g.channels, row = segment / b.g.channels;
-  const int64_t first = b.per_image ? row : 0, images = b.per_image ? 1 : b.g.images;
+  const int64_t first = b.per_image ? row : 0, images = b.per_image ? 1 : chunks.images;
   Top top{0, 0};
-  for (int64_t k = threadIdx.x; k < images * chunks; k += merge_threads)
-    top = larger(top, tops[(first * chunks + k) * b.g.channels + c]);
+  for (int64_t k = threadIdx.x; k < images * chunks.chunks; k += merge_threads)
+    top = larger(top, tops[(first * chunks.chunks + k) * b.g.channels + c]);
   top = block_reduce<merge_threads>(top, scratch, larger);
   if (threadIdx.x != 0) return;
   const double nan = static_cast<double>(bit_cast<float>(0x7fc00000u));
@@ -294,20 +308,25 @@ __global__ void __launch_bounds__(segment_threads)
   fg = all_fg - fg_below - fg;
   const double foreground = all_fg + static_cast<double>(counts[bins]), total = foreground > 1.0 ? foreground : 1.0;
 
-  // From here on the arrays hold what the cells' counts cost.
-  auto* gradient = reinterpret_cast<double*>(cell_bg);
-  auto* loss = reinterpret_cast<double*>(cell_fg);
+  // From here on the arrays hold the bits of what the cells' counts cost.
+  struct Doubles {
+    unsigned long long* bits;
+    __device__ double operator[](int c) const { return bit_cast<double>(bits[c]); }
+    __device__ void set(int c, double value) const { bits[c] = bit_cast<unsigned long long>(value); }
+  };
+  const Doubles gradient{cell_bg}, loss{cell_fg};
   double most_gradient = 0, most_loss = 0;
   for (int c = end - 1; c >= begin; --c) {
     const auto b = static_cast<double>(cell_bg[c]), f = static_cast<double>(cell_fg[c]);
-    gradient[c] = loss[c] = 0.0;
+    gradient.set(c, 0.0);
+    loss.set(c, 0.0);
     if (b + f == 0) continue;
     const double low = layout.begin(c), high = layout.begin(c + 1), middle = 0.5 * (low + high);
     const JaccardDeviation deviation =
         jaccard_bin_deviation(jaccard_bin(total, fg, bg, f, b), jaccard_bin_bound(total, fg, bg, f, b), f, b,
                               slope_of_error(middle < 1.0 ? middle : 1.0, layout.bounded), high - low);
-    gradient[c] = deviation.gradient > 0.0 ? deviation.gradient : 0.0;
-    loss[c] = deviation.loss;
+    gradient.set(c, deviation.gradient > 0.0 ? deviation.gradient : 0.0);
+    loss.set(c, deviation.loss);
     most_gradient = gradient[c] > most_gradient ? gradient[c] : most_gradient;
     most_loss = loss[c] > most_loss ? loss[c] : most_loss;
     fg += f;
@@ -318,8 +337,10 @@ __global__ void __launch_bounds__(segment_threads)
   most_loss = block_reduce<segment_threads>(most_loss, scratch, larger_of);
   double all_gradient = 0, all_loss = 0;
   for (int c = begin; c < end; ++c) {
-    all_gradient += gradient[c] = root_of(gradient[c], most_gradient);
-    all_loss += loss[c] = root_of(loss[c], most_loss);
+    gradient.set(c, root_of(gradient[c], most_gradient));
+    loss.set(c, root_of(loss[c], most_loss));
+    all_gradient += gradient[c];
+    all_loss += loss[c];
   }
   all_gradient = block_sum<segment_threads>(all_gradient, scratch);
   all_loss = block_sum<segment_threads>(all_loss, scratch);
@@ -391,7 +412,10 @@ __global__ void __launch_bounds__(segment_threads)
     if (part) atomicAdd(in_mean + segment / classes, 1);
   }
   for (int k = thread; k < bins; k += segment_threads)
-    if (!weigh || k == 0 || k >= used) weights[k] = weights[bins + k] = k == 0 ? T(0) : fill;
+    if (!weigh || k == 0 || k >= used) {
+      weights[k] = k == 0 ? T(0) : fill;
+      weights[bins + k] = fill;
+    }
   if (weigh) {
     double bound_sum = 0, weight_sum = 0, gradient_sum = 0, loss_sum = 0;
     int cell = begin < end ? cell_of_bin(table, cells, end - 1) : 0;
@@ -410,10 +434,11 @@ __global__ void __launch_bounds__(segment_threads)
         fg_rise = bg_rise = 0.0;
       }
       const JaccardBin bin = jaccard_bin(total, fg, bg, f, b);
-      const JaccardBound bound = jaccard_bin_bound(total, fg, bg, f, b);
-      const JaccardDeviation deviation = jaccard_bin_deviation(bin, bound, f, b, slope_of_error(middle, layout.bounded), width);
       weights[k] = static_cast<T>(bin.bg);
       weights[bins + k] = static_cast<T>(-bin.fg);
+      if (f + b == 0.0) continue;  // no term of any sum; where float64 is slow, that counts
+      const JaccardBound bound = jaccard_bin_bound(total, fg, bg, f, b);
+      const JaccardDeviation deviation = jaccard_bin_deviation(bin, bound, f, b, slope_of_error(middle, layout.bounded), width);
       result.loss += bin.fg * f * mean_error(middle, width, f, fg_rise) + bin.bg * b * mean_error(middle, width, b, bg_rise);
       bound_sum += bound.fg + bound.bg;
       weight_sum += deviation.weights;
@@ -493,7 +518,8 @@ BinWeights<T> bin_weights(const int32_t* table, const void* weights, const void*
 // ---- launches
 
 int64_t histogram_scratch_bytes(const Batch& b, bool coarse, bool sampled) {
-  const int64_t tops = b.g.images * chunks_of(b, coarse, sampled).chunks * b.g.channels * static_cast<int64_t>(sizeof(Top));
+  const Chunks chunks = chunks_of(b, coarse, sampled);
+  const int64_t tops = chunks.images * chunks.chunks * b.g.channels * static_cast<int64_t>(sizeof(Top));
   if (b.errors != Errors::softmax) return tops;
   return tops + b.g.images * b.g.pixels * 2 * (b.x.dtype == DType::f64 ? 8 : 4);
 }
@@ -501,15 +527,16 @@ int64_t histogram_scratch_bytes(const Batch& b, bool coarse, bool sampled) {
 void launch_histogram_count(const Batch& b, const int32_t* table, const bool* wanted, bool sampled, int32_t* counts,
                             double* largest, void* scratch, cudaStream_t stream) {
   const Chunks chunks = chunks_of(b, !table, sampled);
-  const int64_t blocks = b.g.images * chunks.chunks * chunks.groups;
+  const int64_t blocks = chunks.images * chunks.chunks * chunks.groups;
   const auto bytes = static_cast<size_t>(chunks.group * count_bytes(BinLayout(b.errors), !table));
   with_element_type(b.x.dtype, [&](auto zero) {
     using In = decltype(zero);
     auto* statistics = static_cast<Softmax<Arithmetic<In>>*>(scratch);
     auto* tops = reinterpret_cast<Top*>(statistics + (b.errors == Errors::softmax ? b.g.images * b.g.pixels : 0));
     if (b.errors == Errors::softmax) {
-      const int64_t parts = divide_up(chunks.per_image, statistics_threads);
-      launch(lovasz_statistics_kernel<In>, b.g.images * parts, statistics_threads, 0, stream, b, chunks, sampled, wanted, parts,
+      const int64_t per_image = sampled ? divide_up(b.g.pixels, sample_step) * sample_run : b.g.pixels;
+      const PixelGrid grid = pixel_grid(b, per_image, statistics_threads);
+      launch(lovasz_statistics_kernel<In>, grid.blocks, statistics_threads, 0, stream, b, per_image, sampled, wanted, grid,
              statistics);
     }
     const auto run = [&](auto kernel) {
@@ -522,8 +549,7 @@ void launch_histogram_count(const Batch& b, const int32_t* table, const bool* wa
       run_either(lovasz_count_kernel<In, Errors::probabilities, false>, lovasz_count_kernel<In, Errors::probabilities, true>);
     else
       run_either(lovasz_count_kernel<In, Errors::hinge, false>, lovasz_count_kernel<In, Errors::hinge, true>);
-    launch(lovasz_merge_tops_kernel, b.segments(), merge_threads, 0, stream, b, chunks.chunks, static_cast<const Top*>(tops),
-           largest);
+    launch(lovasz_merge_tops_kernel, b.segments(), merge_threads, 0, stream, b, chunks, static_cast<const Top*>(tops), largest);
   });
 }
 

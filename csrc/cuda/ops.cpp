@@ -39,7 +39,7 @@ Tensor scratch_memory(const Tensor& like, int64_t bytes) {
 }
 
 Batch batch_of(const Tensor& logits, Errors errors, bool per_image) {
-  require(logits.dim() == 3, "logits [N, C, P]");
+  require(logits.dim() == 3 && logits.size(1) > 0, "logits [N, C, P] with a class");
   require(errors != Errors::hinge || logits.size(1) == 1, "logits [N, 1, P]");
   const Geometry g = segment_geometry(logits, per_image);
   (void)Segments(g, per_image);  // raises for one that is too long

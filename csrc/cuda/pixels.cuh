@@ -18,6 +18,35 @@ __device__ inline ImagePart image_part(int64_t parts, int64_t channels = 1) {
   return {rest / p, rest % p, blockIdx.x % c};
 }
 
+// The pixels of a launch with one thread for each: blocks keep to an image, unless images are small, and their pixels in a row.
+struct PixelGrid {
+  int64_t parts;   // blocks for an image, or for all images where they are in a row
+  int64_t blocks;  // for each channel that is told apart
+  bool in_a_row;
+};
+
+// may_cross: a block may have pixels of several images.
+inline PixelGrid pixel_grid(const Batch& b, int64_t pixels, int threads, bool may_cross = true) {
+  const int64_t all = b.g.images * pixels;
+  if (may_cross && pixels < 4 * threads && all < int64_t{1} << 31)
+    return {divide_up(all, threads), divide_up(all, threads), true};
+  return {divide_up(pixels, threads), b.g.images * divide_up(pixels, threads), false};
+}
+
+struct PixelPlace {
+  int64_t image, pixel, channel;  // pixel -1: past the last one
+};
+
+__device__ inline PixelPlace pixel_place(const PixelGrid& grid, int64_t images, int64_t pixels, int threads,
+                                         int64_t channels = 1) {
+  const auto [image, part, channel] = image_part(grid.parts, channels);
+  const int64_t i = part * threads + threadIdx.x;
+  if (!grid.in_a_row) return {image, i < pixels ? i : -1, channel};
+  if (i >= images * pixels) return {0, -1, channel};
+  return {static_cast<uint32_t>(i) / static_cast<uint32_t>(pixels), static_cast<uint32_t>(i) % static_cast<uint32_t>(pixels),
+          channel};
+}
+
 template <class In>
 __device__ inline Arithmetic<In> load_logit(const Batch& b, int64_t image, int64_t channel, int64_t pixel) {
   const int64_t at = image * b.x.stride_image + channel * b.x.stride_channel + pixel * b.x.stride_pixel;
@@ -66,11 +95,18 @@ __device__ inline double exponential(double x) {
 // exp(x - maximum) of the classes of a pixel, and `rest`, their sum without one of the largest, which is 1 exactly: so 1 - p of
 // a most probable class is rest / (1 + rest), where 1 - p would lose its digits. All passes of a loss come to the same bits.
 template <class T>
-struct Softmax {
+struct alignas(2 * sizeof(T)) Softmax {
   T maximum, rest;
 
   __device__ T operator()(T x) const { return exponential(x - maximum); }
-  __device__ T inverse_sum() const { return T(1) / (T(1) + rest); }
+  __device__ T inverse_sum() const { return T(1) / rounded_sum(T(1), rest); }
+
+  // The sum, one exponential at a time; `ones` counts those of the maximum.
+  __device__ void add(T e, T& ones) {
+    rest = rounded_sum(rest, e == T(1) ? T(0) : e);
+    ones += e == T(1) ? T(1) : T(0);
+  }
+  __device__ void end(T ones) { rest = rounded_sum(rest, ones - T(1)); }
 };
 
 // From `x(c)`, called for every class twice: the second time the logits come from registers or the cache. One pass that
@@ -83,12 +119,8 @@ __device__ inline Softmax<T> softmax_over(int64_t classes, const X& x) {
     softmax.maximum = value > softmax.maximum ? value : softmax.maximum;
   }
   T ones = T(0);
-  for (int64_t c = 0; c < classes; ++c) {
-    const T e = softmax(x(c));
-    softmax.rest += e == T(1) ? T(0) : e;
-    ones += e == T(1) ? T(1) : T(0);
-  }
-  softmax.rest += ones - T(1);
+  for (int64_t c = 0; c < classes; ++c) softmax.add(softmax(x(c)), ones);
+  softmax.end(ones);
   return softmax;
 }
 

@@ -51,10 +51,21 @@ __device__ inline bool takes_part(const Selection& selection, int64_t c, bool ha
 
 constexpr int gradient_threads = 256;
 
+// What a segment's weights are multiplied with.
 template <class T>
-__device__ inline T factor_of(const Factors& f, int64_t segment) {
-  return static_cast<const T*>(f.scale)[segment] * static_cast<T>(load_value(f.grad, f.grad_dtype, f.one ? 0 : segment));
-}
+class FactorOf {
+ public:
+  __device__ explicit FactorOf(const Factors& f)
+      : f_(f), one_(f.one ? static_cast<T>(load_value(f.grad, f.grad_dtype, 0)) : T(0)) {}
+  __device__ T operator()(int64_t segment) const {
+    const T grad = f_.one ? one_ : static_cast<T>(load_value(f_.grad, f_.grad_dtype, segment));
+    return static_cast<const T*>(f_.scale)[segment] * grad;
+  }
+
+ private:
+  const Factors& f_;
+  const T one_;
+};
 
 // The gradient of softmax: p_j (g_j - sum_c p_c g_c). The g of a most probable class is the pivot: taken relative to it, the
 // sum has no large term that cancels. Where all g are 0 so is the gradient: an ignored pixel may hold NaN.
@@ -75,17 +86,17 @@ struct SoftmaxGradient {
 // `most`: as many classes as registers are set aside for, 0 for any number of them. A thread has one pixel.
 template <class In, int most, class Weights>
 __global__ void __launch_bounds__(gradient_threads)
-    lovasz_softmax_backward_kernel(Batch b, Factors factors, Weights weights, View out, int64_t parts) {
+    lovasz_softmax_backward_kernel(Batch b, Factors factors, Weights weights, View out, PixelGrid grid) {
   using T = Arithmetic<In>;
-  const auto [image, part, channel] = image_part(parts);
-  const int64_t pixel = part * gradient_threads + threadIdx.x;
-  if (pixel >= b.g.pixels) return;
+  const auto [image, pixel, channel] = pixel_place(grid, b.g.images, b.g.pixels, gradient_threads);
+  if (pixel < 0) return;
+  const FactorOf<T> factor_of(factors);
   const int64_t classes = b.g.channels;
   const int32_t label = load_label(b, image, pixel);
   SoftmaxGradient<T> gradient;
   const auto weigh = [&](int64_t c, T e, const Softmax<T>& softmax, T inverse_sum) {
     const auto error = softmax_error(e, softmax.rest, inverse_sum, label == c);
-    return weights(b, image, pixel, c, label, error.error) * factor_of<T>(factors, b.segment(image, c));
+    return weights(b, image, pixel, c, label, error.error) * factor_of(b.segment(image, c));
   };
   if constexpr (most > 0) {
     T e[most], g[most];
@@ -100,10 +111,9 @@ __global__ void __launch_bounds__(gradient_threads)
     for (int c = 0; c < most; ++c) {
       if (c >= classes) continue;
       e[c] = softmax(e[c]);
-      softmax.rest += e[c] == T(1) ? T(0) : e[c];
-      ones += e[c] == T(1) ? T(1) : T(0);
+      softmax.add(e[c], ones);
     }
-    softmax.rest += ones - T(1);
+    softmax.end(ones);
     const T inverse_sum = softmax.inverse_sum();
 #pragma unroll
     for (int c = 0; c < most; ++c) {
@@ -133,11 +143,10 @@ __global__ void __launch_bounds__(gradient_threads)
 // Of a hinge or of probabilities, where classes do not meet.
 template <class In, class Weights>
 __global__ void __launch_bounds__(gradient_threads)
-    lovasz_direct_backward_kernel(Batch b, Factors factors, Weights weights, View out, int64_t parts) {
+    lovasz_direct_backward_kernel(Batch b, Factors factors, Weights weights, View out, PixelGrid grid) {
   using T = Arithmetic<In>;
-  const auto [image, part, c] = image_part(parts, b.g.channels);
-  const int64_t pixel = part * gradient_threads + threadIdx.x;
-  if (pixel >= b.g.pixels) return;
+  const auto [image, pixel, c] = pixel_place(grid, b.g.images, b.g.pixels, gradient_threads, b.g.channels);
+  if (pixel < 0) return;
   const int32_t label = load_label(b, image, pixel);
   const bool foreground = label == b.foreground(c);
   const T x = load_logit<In>(b, image, c, pixel);
@@ -145,26 +154,27 @@ __global__ void __launch_bounds__(gradient_threads)
   const T difference = hinge ? hinge_error(x, foreground) : probability_error(x, foreground);
   T g = weights(b, image, pixel, c, label, difference < T(0) ? -difference : difference);
   if (!hinge) g = sign_outside(x, g);
-  store_gradient<In>(out, image, c, pixel, g * factor_of<T>(factors, b.segment(image, c)));
+  const T factor = FactorOf<T>(factors)(b.segment(image, c));  // 0 where the segment takes no part, whatever it holds
+  store_gradient<In>(out, image, c, pixel, factor == T(0) ? T(0) : g * factor);
 }
 
 template <class Weights>
 void launch_gradient(const Batch& b, const Factors& factors, const Weights& weights, const View& out, cudaStream_t stream) {
-  const int64_t parts = divide_up(b.g.pixels, gradient_threads), blocks = b.g.images * parts;
+  const PixelGrid grid = pixel_grid(b, b.g.pixels, gradient_threads);
   with_element_type(b.x.dtype, [&](auto zero) {
     using In = decltype(zero);
     if constexpr (std::is_same_v<Arithmetic<In>, typename Weights::Value>) {
       const auto run = [&](auto kernel, int64_t count) {
-        launch(kernel, count, gradient_threads, 0, stream, b, factors, weights, out, parts);
+        launch(kernel, count, gradient_threads, 0, stream, b, factors, weights, out, grid);
       };
       if (b.errors != Errors::softmax)
-        run(lovasz_direct_backward_kernel<In, Weights>, blocks * b.g.channels);
+        run(lovasz_direct_backward_kernel<In, Weights>, grid.blocks * b.g.channels);
       else if (b.g.channels <= 8)
-        run(lovasz_softmax_backward_kernel<In, 8, Weights>, blocks);
+        run(lovasz_softmax_backward_kernel<In, 8, Weights>, grid.blocks);
       else if (b.g.channels <= 24 && sizeof(Arithmetic<In>) == 4)  // of doubles they spill
-        run(lovasz_softmax_backward_kernel<In, 24, Weights>, blocks);
+        run(lovasz_softmax_backward_kernel<In, 24, Weights>, grid.blocks);
       else
-        run(lovasz_softmax_backward_kernel<In, 0, Weights>, blocks);
+        run(lovasz_softmax_backward_kernel<In, 0, Weights>, grid.blocks);
     }
   });
 }

@@ -48,9 +48,12 @@ constexpr size_t stack_bytes = 64 * 1024;
 inline void *scheduler_stack = nullptr, *current_stack = nullptr;
 inline const std::function<void()>* kernel = nullptr;
 inline bool current_ended = false;
+inline void* current_site = nullptr;
 
-inline void barrier() {
+// All threads that have not ended have to come to the same barrier.
+__attribute__((noinline)) inline void barrier() {
   const Index own = thread;
+  current_site = __builtin_return_address(0);
   veerloss_switch_fiber(&current_stack, scheduler_stack);
   thread = own;
 }
@@ -82,6 +85,7 @@ inline void run_block(const std::function<void()>& f, int threads, bool reverse)
   kernel = &f;
   for (int t = 0; t < threads; ++t) fibers[t].begin();
   for (int live = threads; live > 0;) {
+    void* site = nullptr;
     for (int k = 0; k < threads; ++k) {
       const int t = reverse ? threads - 1 - k : k;
       if (fibers[t].ended) continue;
@@ -93,6 +97,9 @@ inline void run_block(const std::function<void()>& f, int threads, bool reverse)
       fibers[t].stack = current_stack;
       fibers[t].ended = current_ended;
       live -= current_ended;
+      if (current_ended) continue;
+      if (site && site != current_site) throw std::runtime_error("emulator: threads of a block wait at different barriers");
+      site = current_site;
     }
   }
 }
@@ -105,9 +112,7 @@ inline void run_block(const std::function<void()>& f, int threads, bool reverse)
 #define blockIdx emulator::block
 #define VEERLOSS_DYNAMIC_SHARED(name) unsigned char* name = emulator::shared.data()
 
-inline void __syncthreads() {
-  emulator::barrier();
-}
+#define __syncthreads emulator::barrier
 
 template <class T, class U>
 T atomicAdd(T* at, U value) {
@@ -137,7 +142,7 @@ inline int shared_memory_of_a_block() {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
             Arguments... arguments) {
-  if (shared_bytes > static_cast<size_t>(shared_memory_of_a_block()))
+  if (shared_bytes + 9 * 1024 > static_cast<size_t>(shared_memory_of_a_block()))  // beside what is static
     throw std::runtime_error("emulator: more shared memory than a block of an H100 can have");
   const std::function<void()> f = [&] { kernel(arguments...); };
   for (int64_t i = 0; i < blocks; ++i) {
