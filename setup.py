@@ -142,8 +142,8 @@ class BuildExt(build_ext):
             ext.include_dirs.append(str(home / "include"))
             ext.library_dirs += [str(p) for p in (home / "lib64", home / "lib") if p.is_dir()]
             # The runtime is linked in, its symbols hidden: it needs no library beside the driver, of nvcc's version or newer.
-            # A CUDA build of torch brings libtorch_cuda, which has the current stream; a CPU-only one has none to link with, and
-            # an empty one of that name does.
+            # A CUDA build of torch brings libtorch_cuda, which has the current stream; a CPU-only one has none to link with,
+            # and an empty one of that name does.
             ext.extra_link_args = ["-Wl,--no-as-needed", self.empty_torch_cuda(), "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
             ext.libraries += ["cudart_static", "pthread", "dl", "rt"]
         super().build_extension(ext)

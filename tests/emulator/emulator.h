@@ -48,12 +48,12 @@ constexpr size_t stack_bytes = 64 * 1024;
 inline void *scheduler_stack = nullptr, *current_stack = nullptr;
 inline const std::function<void()>* kernel = nullptr;
 inline bool current_ended = false;
-inline void* current_site = nullptr;
+inline int current_line = 0;
 
 // All threads that have not ended have to come to the same barrier.
-__attribute__((noinline)) inline void barrier() {
+inline void barrier(int line) {
   const Index own = thread;
-  current_site = __builtin_return_address(0);
+  current_line = line;
   veerloss_switch_fiber(&current_stack, scheduler_stack);
   thread = own;
 }
@@ -85,7 +85,7 @@ inline void run_block(const std::function<void()>& f, int threads, bool reverse)
   kernel = &f;
   for (int t = 0; t < threads; ++t) fibers[t].begin();
   for (int live = threads; live > 0;) {
-    void* site = nullptr;
+    int line = 0;
     for (int k = 0; k < threads; ++k) {
       const int t = reverse ? threads - 1 - k : k;
       if (fibers[t].ended) continue;
@@ -98,8 +98,9 @@ inline void run_block(const std::function<void()>& f, int threads, bool reverse)
       fibers[t].ended = current_ended;
       live -= current_ended;
       if (current_ended) continue;
-      if (site && site != current_site) throw std::runtime_error("emulator: threads of a block wait at different barriers");
-      site = current_site;
+      if (line != 0 && line != current_line)
+        throw std::runtime_error("emulator: threads of a block wait at different barriers");
+      line = current_line;
     }
   }
 }
@@ -112,7 +113,7 @@ inline void run_block(const std::function<void()>& f, int threads, bool reverse)
 #define blockIdx emulator::block
 #define VEERLOSS_DYNAMIC_SHARED(name) unsigned char* name = emulator::shared.data()
 
-#define __syncthreads emulator::barrier
+#define __syncthreads() emulator::barrier(__LINE__)
 
 template <class T, class U>
 T atomicAdd(T* at, U value) {
