@@ -55,12 +55,14 @@ GPU_SECONDS ?= 200
 # By another name, for `make -n gpu` to run nothing.
 SUBMAKE := $(MAKE)
 GPU_PYTEST := -m pytest --noconftest -p no:cacheprovider -q -rs tests/test_gpu.py
-GPU_TESTS := gpu-focal gpu-native gpu-exact gpu-rest gpu-past
+GPU_TESTS := gpu-focal gpu-focal-grid gpu-native gpu-exact gpu-histogram gpu-rest gpu-past
 GPU_CHECKS := gpu-memcheck gpu-racecheck
 .PHONY: $(GPU_TESTS) $(GPU_CHECKS)
 
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no GPU")'
+	@$(PYTHON) -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists() \
+	  and "make gpu: Triton compiles its launches against Python.h, which this Python does not have: install its headers")'
 	VEERLOSS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	@status=0; \
 	if $(PYTHON) -c 'import pytest'; then $(SUBMAKE) --keep-going --jobs --output-sync $(GPU_TESTS) $(GPU_CHECKS) || status=1; \
@@ -68,19 +70,21 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) || status=1; \
 	if [ $$status != 0 ]; then echo 'make gpu: not everything passed, see above'; fi; exit $$status
 
-gpu-focal: PART = focal and not past_2_31
+gpu-focal: PART = focal and not grid and not past_2_31
+gpu-focal-grid: PART = focal and grid
 gpu-native: PART = native and not past_2_31
 gpu-exact: PART = exact and not native and not past_2_31
-gpu-rest: PART = not focal and not native and not exact and not past_2_31
+gpu-histogram: PART = histogram and softmax_grid and not native
+gpu-rest: PART = not focal and not native and not exact and not (histogram and softmax_grid) and not past_2_31
 gpu-past: PART = past_2_31
 $(GPU_TESTS):
-	timeout 240 $(PYTHON) $(GPU_PYTEST) -k '$(PART)'
+	timeout --signal=INT --kill-after=20 210 $(PYTHON) $(GPU_PYTEST) -k '$(PART)'
 
 # Without torch's cache of memory every tensor is an allocation of its own, past which memcheck sees an access.
 $(GPU_CHECKS): gpu-%:
 	@command -v compute-sanitizer > /dev/null || { echo 'no compute-sanitizer on PATH: no $*'; exit 0; }; \
 	log=$$(mktemp); status=0; \
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 compute-sanitizer --tool $* --target-processes application-only \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT --kill-after=20 210 compute-sanitizer --tool $* --target-processes application-only \
 	  --report-api-errors no --error-exitcode 1 --print-limit 20 $(PYTHON) $(GPU_PYTEST) -k sanitizer > $$log 2>&1 || status=$$?; \
 	echo '$*:'; tail -n 60 $$log; \
 	if grep -q 'Device not supported' $$log; then echo 'compute-sanitizer cannot use this GPU: no $*'; status=0; fi; \

@@ -309,8 +309,10 @@ def test_backward_checks_what_it_is_given(name):
     given = {"table": table, "weights": weights, "tops": tops, "scale": scale}
     ops.lovasz_histogram_backward(torch.ones(()), x, target, *given.values(), 0, False, None, 1)
     wild = {**given, "table": torch.full_like(table, -1)}
-    with pytest.raises(ValueError, match="lie within the bins"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match="lie within the bins"
+    ):  # of which type depends on the version of torch
         ops.lovasz_histogram_backward(torch.ones(()), x, target, *wild.values(), 0, False, None, 1)
     given[name] = given[name].flatten()[:-1].clone()
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises((ValueError, RuntimeError), match="expected"):
         ops.lovasz_histogram_backward(torch.ones(()), x, target, *given.values(), 0, False, None, 1)

@@ -171,7 +171,7 @@ def find_errors(value, foreground, rest, inverse_sum, ERRORS: tl.constexpr):
     return error.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "ignore"])
 def lovasz_count_kernel(
     x, target, table, wanted, counts, largest, largest_pixels, pixels, tiles, x_n, x_c, x_p, y_n, y_p, ignore,
     T: tl.constexpr, ERRORS: tl.constexpr, HAS_IGNORE: tl.constexpr, PER_IMAGE: tl.constexpr, SAMPLED: tl.constexpr,
@@ -223,7 +223,7 @@ def lovasz_count_kernel(
             tl.atomic_add(counts + segment * (2 * BINS) + 1, many, mask=many > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "per_row", "classes"])
 def lovasz_largest_kernel(
     largest, largest_pixels, wanted, result, programs, per_row, classes, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -271,7 +271,7 @@ def look_up(
     return tl.where(top_weight > 0.0, at_top, tl.load(at, mask=valid & (top_weight == 0.0), other=0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "ignore"])
 def lovasz_sum_kernel(
     x, target, table, weights, tops, units, sums, pixels, tiles, x_n, x_c, x_p, y_n, y_p, ignore,
     T: tl.constexpr, ERRORS: tl.constexpr, HAS_IGNORE: tl.constexpr, PER_IMAGE: tl.constexpr, CELLS: tl.constexpr,
@@ -298,7 +298,7 @@ def lovasz_sum_kernel(
         tl.atomic_add(sums + segment, total, mask=used & (total != 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "ignore"])
 def lovasz_histogram_backward_kernel(
     grad, x, target, table, weights, tops, scale, out, pixels, tiles, x_n, x_c, x_p, y_n, y_p, out_n, out_c, out_p, ignore,
     T: tl.constexpr, ERRORS: tl.constexpr, HAS_IGNORE: tl.constexpr, PER_IMAGE: tl.constexpr, REDUCTION: tl.constexpr,
@@ -405,7 +405,7 @@ def rise(counts, index, first, last):
     return difference.to(tl.float64) * tl.where(above - below == 2, 0.5, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["classes"])
 def lovasz_histogram_weigh_kernel(
     counts, largest, table, selected, weights, tops, losses, bounds, deviations, takes_part, classes,
     T: tl.constexpr, BOUNDED: tl.constexpr, PRESENT: tl.constexpr, CELLS: tl.constexpr, BINS: tl.constexpr,
