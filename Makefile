@@ -40,8 +40,9 @@ env: $(VENV)/installed
 demo: env
 	$(BIN)/python -m benchmarks.digitise
 
+# TESTS: arguments of pytest, to run some of them.
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TESTS)
 
 bench: env
 	$(BIN)/python -m benchmarks

@@ -65,9 +65,9 @@ struct Factors {
 
 // Bytes of scratch memory for one forward pass.
 int64_t lovasz_scratch_bytes(const Batch& b, bool wide);
-// weights: [C, N, P] in the arithmetic type, as scratch also where nobody keeps them.
-void launch_lovasz_forward(const Batch& b, const Selection& selection, const LossOutput& out, void* weights, void* scratch,
-                           cudaStream_t stream);
+// keys: [C, N, P] in the arithmetic type; with `keep` they become the weights.
+void launch_lovasz_forward(const Batch& b, const Selection& selection, const LossOutput& out, void* keys, bool keep,
+                           void* scratch, cudaStream_t stream);
 void launch_lovasz_backward(const Batch& b, const Factors& factors, const void* weights, const View& grad_logits,
                             cudaStream_t stream);
 

@@ -272,12 +272,12 @@ struct Scratch {
 };
 
 template <class In, Errors errors>
-void forward(const Batch& b, const Selection& selection, const LossOutput& out, void* weights, void* memory,
+void forward(const Batch& b, const Selection& selection, const LossOutput& out, void* words, bool keep, void* memory,
              cudaStream_t stream) {
   using T = Arithmetic<In>;
   using Word = typename ErrorKey<T>::Word;
   const Scratch<T> s(b, memory);
-  auto* keys = static_cast<Word*>(weights);
+  auto* keys = static_cast<Word*>(words);
   check(cudaMemsetAsync(memory, 0, static_cast<size_t>(s.zeroed), stream), "memset");
   const PixelGrid grid = pixel_grid(b, b.g.pixels, key_threads, !b.per_image);  // a block counts for one row
   const bool count_in_shared = b.g.channels <= 8192;
@@ -295,8 +295,8 @@ void forward(const Batch& b, const Selection& selection, const LossOutput& out, 
     launch(lovasz_tile_counts_kernel<T>, group * s.tiles, rank_threads, 0, stream, sorted, s.in_tile);
     launch(lovasz_tile_ranks_kernel, s.tiles > 0 ? group : 0, rank_threads, 0, stream, s.in_tile, s.tiles);
     launch(lovasz_ranks_kernel<T, errors == Errors::softmax>, group * s.tiles, rank_threads, 0, stream, sorted,
-           static_cast<const int32_t*>(s.foreground), static_cast<const int32_t*>(s.in_tile), static_cast<T*>(weights),
-           s.tile_losses);
+           static_cast<const int32_t*>(s.foreground), static_cast<const int32_t*>(s.in_tile),
+           keep ? static_cast<T*>(words) : nullptr, s.tile_losses);
     launch(lovasz_segment_kernel<T>, group, rank_threads, 0, stream, sorted, static_cast<const double*>(s.tile_losses),
            static_cast<const int32_t*>(s.foreground), s.rows, selection, s.results, s.in_mean);
   }
@@ -312,16 +312,16 @@ int64_t lovasz_scratch_bytes(const Batch& b, bool wide) {
   return wide ? Scratch<double>(b, nullptr).bytes : Scratch<float>(b, nullptr).bytes;
 }
 
-void launch_lovasz_forward(const Batch& b, const Selection& selection, const LossOutput& out, void* weights, void* scratch,
-                           cudaStream_t stream) {
+void launch_lovasz_forward(const Batch& b, const Selection& selection, const LossOutput& out, void* keys, bool keep,
+                           void* scratch, cudaStream_t stream) {
   with_element_type(b.x.dtype, [&](auto zero) {
     using In = decltype(zero);
     if (b.errors == Errors::softmax)
-      forward<In, Errors::softmax>(b, selection, out, weights, scratch, stream);
+      forward<In, Errors::softmax>(b, selection, out, keys, keep, scratch, stream);
     else if (b.errors == Errors::probabilities)
-      forward<In, Errors::probabilities>(b, selection, out, weights, scratch, stream);
+      forward<In, Errors::probabilities>(b, selection, out, keys, keep, scratch, stream);
     else
-      forward<In, Errors::hinge>(b, selection, out, weights, scratch, stream);
+      forward<In, Errors::hinge>(b, selection, out, keys, keep, scratch, stream);
   });
 }
 

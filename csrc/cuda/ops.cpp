@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   Tensor loss = torch::stable::new_empty(logits, o.loss_shape(s), loss_type<T>(logits, o.wide));
   Tensor scale = torch::stable::new_empty(logits, o.scale_shape(s), scalar_type_of<T>());
   const Tensor scratch = scratch_memory(logits, lovasz_scratch_bytes(b, sizeof(T) == 8));
-  launch_lovasz_forward(b, selection_of<T>(o, s.classes), loss_output(loss, scale, o.reduction), weights.data_ptr(),
+  launch_lovasz_forward(b, selection_of<T>(o, s.classes), loss_output(loss, scale, o.reduction), weights.data_ptr(), o.keep,
                         scratch.data_ptr(), current.stream);
   return {loss, scale, o.keep ? weights : torch::stable::new_empty(logits, {0}, scalar_type_of<T>())};
 }
