@@ -28,7 +28,7 @@ def run(*command, **env) -> str:
 @needs_nvcc
 def test_every_loss_on_emulated_kernels():
     """The tests of the Lovász losses, with the CUDA kernels run thread by thread on the CPU in the place of the native ones."""
-    tests = ["tests/test_lovasz.py", "tests/test_histogram.py"]
+    tests = ["tests/test_lovasz.py", "tests/test_histogram.py", "tests/emulator/test_targets.py"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     output = run(
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "emulator.plugin", *tests, PYTHONPATH=path

@@ -115,13 +115,8 @@ def lovasz_softmax_loss(
     x, y = arguments.as_pixels(logits), target.reshape(n, p)
     if class_weight is not None:
         class_weight = class_weight.to(arguments.arithmetic_dtype(logits)).contiguous()
-    how = (
-        _selected_classes(_check_classes(classes, logits), logits),
-        classes == "present",
-        per_image,
-        class_weight,
-        ignore_index,
-    )
+    selected = _selected_classes(_check_classes(classes, logits), logits)
+    how = (selected, classes == "present", per_image, class_weight, ignore_index)
     if method == "exact":
         loss = ops.lovasz_softmax(x, y, *how, from_logits, reduction, backend)
         certificate = loss.new_zeros((n, c) if per_image else (c,), dtype=torch.float64)
@@ -293,7 +288,7 @@ def _without_channel(t: Tensor, other: Tensor) -> torch.Size:
 
 
 def _check_classes(classes: str | Sequence[int], logits: Tensor) -> str | list[int]:
-    """ "present", "all" or the ids in order."""
+    """Either word, or the ids in order."""
     if isinstance(classes, str):
         arguments.check_choice("classes", classes, ("present", "all"))
         return classes
