@@ -7,7 +7,8 @@ TORCH ?= torch
 
 BIN := $(VENV)/bin
 CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-SOURCES := setup.py pyproject.toml $(filter csrc/%,$(CPP))
+# What the build needs, quoted for the shell: the list of pyproject.toml.
+BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
 .PHONY: help env demo test bench accuracy gpu lint format wheel clean
 help:
@@ -29,12 +30,16 @@ $(VENV)/torch.txt:
 	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/torch.tmp
 	mv $(VENV)/torch.tmp $@
 
-# An editable install: Python sources in place, the compiled library rebuilt when its sources change.
-$(VENV)/installed: $(VENV)/torch.txt $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[bench,demo,test]' --constraint $(VENV)/torch.txt
+# An editable install: Python sources in place. Built by the environment itself, for `env` below to go on from its objects.
+$(VENV)/installed: $(VENV)/torch.txt setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/torch.txt $(BUILD_REQUIRES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --check-build-dependencies --editable '.[bench,demo,test]' \
+	  --constraint $(VENV)/torch.txt
 	touch $@
 
+# Compiles the sources that have changed (ninja knows which): a second where none has.
 env: $(VENV)/installed
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m veerloss
 
 demo: env
@@ -42,7 +47,7 @@ demo: env
 
 # TESTS: arguments of pytest, to run some of them.
 test: env
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TESTS)
 
 bench: env
 	$(BIN)/python -m benchmarks
@@ -50,12 +55,13 @@ bench: env
 accuracy: env
 	$(BIN)/python -m benchmarks.suite
 
-# Everything that needs a GPU, with the python of the system: no environment, no network. The tests run in parts, side by side,
-# because most of their time is Triton compiling on the host. The benchmark runs also when a test has failed, and then alone.
+# Everything that needs a GPU, with the python of the system: no environment, no network, perhaps no ninja, without which the
+# build compiles every source. The tests run in parts, side by side, because most of their time is Triton compiling on the host.
+# The benchmark runs also when a test has failed, and then alone.
 GPU_SECONDS ?= 200
 # By another name, for `make -n gpu` to run nothing.
 SUBMAKE := $(MAKE)
-GPU_PYTEST := -m pytest --noconftest -p no:cacheprovider -q -rs tests/test_gpu.py
+GPU_PYTEST := -m pytest --noconftest -p no:cacheprovider -q -rs tests/gpu
 GPU_TESTS := gpu-focal gpu-focal-grid gpu-native gpu-exact gpu-histogram gpu-rest gpu-past
 GPU_CHECKS := gpu-memcheck gpu-racecheck
 .PHONY: $(GPU_TESTS) $(GPU_CHECKS)
@@ -101,8 +107,10 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-# For every GPU from Ampere on; newer ones than these compile the PTX when the library is loaded.
+# For every GPU from Ampere on; newer ones than these compile the PTX when the library is loaded. build/lib* would bring along
+# what an earlier build has left there.
 wheel: $(VENV)/torch.txt
+	rm -rf build/lib*
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;8.6;8.9;9.0;10.0;12.0+PTX}" \
 	  $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 

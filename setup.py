@@ -5,9 +5,9 @@ torch, and loaded only beside a CUDA build of torch. Both need torch's headers a
 found in the environment that pip installs into, which pip's isolated build environment hides from `import` alone.
 
 In the environment: VEERLOSS_NATIVE=0 gives a pure-Python install, as does a missing C++ compiler. VEERLOSS_CUDA=0 leaves the
-CUDA library out; VEERLOSS_CUDA=1 makes it an error if nvcc fails, which otherwise is told and leaves it out too.
+CUDA library out; VEERLOSS_CUDA=1 makes it an error if it does not compile, which otherwise is told and leaves it out too.
 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX" names the architectures to compile for; by default that of the GPU at hand, or where there is
-none 8.0 with PTX, which newer ones compile when it is loaded. CUDA_HOME says where nvcc is.
+none 8.0 with PTX, which newer ones compile when it is loaded. CUDA_HOME says where nvcc is, MAX_JOBS how many compilers run.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,21 +27,21 @@ from setuptools.errors import CompileError
 
 ABI3 = "cp310"  # one binary for every Python from 3.10 on
 TORCH_TARGET = "0x020a000000000000"  # and for every torch from 2.10 on
-
+CXX = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
 #: -fno-trapping-math lets the compiler turn selects into vector code; NaN and infinity keep their meaning. Instruction sets are
-#: chosen at run time (csrc/cpu/for_each_target.h), never with -march=native.
-COMPILE_FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-    "-fvisibility=hidden",
-    "-g0",
-]
-DEFINES = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", "0x030a0000")]
+#: chosen at run time (dispatch_isa.h), never with -march=native.
+CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"]
 #: Relaxed constexpr: the shared headers have constexpr functions of the standard library. No fast maths: NaN stays NaN.
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all"]
+#: Where objects are kept from one build to the next; pip gives an editable install a new build_temp each time.
+OBJECTS = Path("build/objects")
+#: A CUDA build of torch brings libtorch_cuda, which has the current stream; a CPU-only one has none to link with, and an empty
+#: one of that name does.
+TORCH_CUDA_STUB = OBJECTS / "libtorch_cuda.so"
+
+
+def say(message: str) -> None:
+    print(f"veerloss: {message}", file=sys.stderr, flush=True)
 
 
 def find_torch() -> Path | None:
@@ -49,18 +50,6 @@ def find_torch() -> Path | None:
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
     return next((p for p in places if (p / "include/torch/csrc/stable/library.h").exists()), None)
-
-
-def say(message: str) -> None:
-    print(f"veerloss: {message}", file=sys.stderr, flush=True)
-
-
-def compiler_command() -> str:
-    return os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
-
-
-def compiler() -> str | None:
-    return shutil.which(shlex.split(compiler_command())[0])
 
 
 def cuda_home() -> Path | None:
@@ -93,84 +82,102 @@ def architectures() -> list[str]:
     return flags or ["-gencode=arch=compute_80,code=compute_80"]
 
 
+def library(name: str, torch: Path, *patterns: str) -> Extension:
+    """A library of operators, for torch.ops.load_library, of the sources of csrc that match one of the patterns."""
+    return Extension(
+        name,
+        sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern)),
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
+        include_dirs=[str(torch / "include"), str(torch / "include/torch/csrc/api/include")],
+        library_dirs=[str(torch / "lib")],
+        libraries=["torch_cpu"],
+        language="c++",
+        py_limited_api=True,
+    )
+
+
+def cuda_library(torch: Path, cuda: Path) -> Extension:
+    generated = architectures()
+    say(f"compiling the CUDA library of {cuda} for {' '.join(generated)}")
+    ext = library("veerloss._C_cuda", torch, "ops/lovasz_*.cpp", "cuda/**/*.cu")
+    ext.optional = os.environ.get("VEERLOSS_CUDA") != "1"
+    ext.nvcc = [str(cuda / "bin/nvcc"), *NVCC_FLAGS, *generated]
+    ext.define_macros += [("VEERLOSS_CUDA", "1"), ("USE_CUDA", "1")]  # USE_CUDA: torch's headers then declare the stream
+    ext.include_dirs.append(str(cuda / "include"))
+    ext.library_dirs += [str(cuda / "lib64"), str(cuda / "lib")]
+    # The runtime is linked in, its symbols hidden: it needs no library beside the driver, of nvcc's version or newer.
+    ext.libraries += ["cudart_static", "pthread", "dl", "rt"]
+    ext.extra_link_args = ["-Wl,--no-as-needed", str(TORCH_CUDA_STUB), "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+    return ext
+
+
 def extensions(torch: Path | None) -> list[Extension]:
     pure = "pure-Python install (backends 'reference' and 'triton')"
     if os.environ.get("VEERLOSS_NATIVE", "1") == "0":
         say(f"VEERLOSS_NATIVE=0: {pure}")
         return []
-    if compiler() is None:
+    if shutil.which(CXX[0]) is None:
         say(f"no C++ compiler found: {pure}. Install one, or set CXX, and reinstall for the fast kernels")
         return []
     if torch is None:
         return []  # setup_requires asks for torch; the build proper comes after
     say(f"compiling against {torch}")
-    common = {
-        "depends": sorted(str(p) for p in Path("csrc").rglob("*.*h")),
-        "include_dirs": [str(torch / "include"), str(torch / "include/torch/csrc/api/include")],
-        "extra_compile_args": COMPILE_FLAGS,
-        "library_dirs": [str(torch / "lib")],
-        "libraries": ["torch_cpu"],
-        "language": "c++",
-        "py_limited_api": True,
-    }
-    found = [Extension("veerloss._C", sorted(map(str, Path("csrc/cpu").glob("*.cpp"))), define_macros=DEFINES, **common)]
+    found = [library("veerloss._C", torch, "ops/*.cpp", "cpu/**/*.cpp")]
     if os.environ.get("VEERLOSS_CUDA", "1") == "0":
         say("VEERLOSS_CUDA=0: no CUDA library")
-    elif cuda_home() is None:
-        say("no nvcc found: no CUDA library. Install the CUDA toolkit, or set CUDA_HOME, and reinstall for it")
+    elif cuda := cuda_home():
+        found.append(cuda_library(torch, cuda))
     else:
-        say(f"compiling the CUDA library of {cuda_home()} for {' '.join(architectures())}")
-        sources = sorted(str(p) for p in Path("csrc/cuda").iterdir() if p.suffix in {".cpp", ".cu"})
-        defines = [*DEFINES, ("VEERLOSS_CUDA", "1"), ("USE_CUDA", "1")]  # USE_CUDA: torch's headers then declare the stream
-        optional = os.environ.get("VEERLOSS_CUDA") != "1"
-        found.append(Extension("veerloss._C_cuda", sources, define_macros=defines, optional=optional, **common))
+        say("no nvcc found: no CUDA library. Install the CUDA toolkit, or set CUDA_HOME, and reinstall for it")
     return found
 
 
 class BuildExt(build_ext):
-    """The libraries hold operators, not Python modules: they are loaded with torch.ops.load_library and export no PyInit."""
+    """ninja compiles, setuptools links."""
 
-    def get_export_symbols(self, ext):
-        return ext.export_symbols
+    def run(self):
+        for library in Path(self.build_lib, "veerloss").glob("_C*"):
+            library.unlink()  # of an earlier build: a wheel would take it along, and one whose source is gone seems up to date
+        super().run()
 
     def build_extension(self, ext):
-        cuda = [s for s in ext.sources if s.endswith(".cu")]
-        if cuda:
-            ext.extra_objects = self.compile_cuda(cuda)
-            ext.sources = [s for s in ext.sources if not s.endswith(".cu")]
-            home = cuda_home()
-            ext.include_dirs.append(str(home / "include"))
-            ext.library_dirs += [str(p) for p in (home / "lib64", home / "lib") if p.is_dir()]
-            # The runtime is linked in, its symbols hidden: it needs no library beside the driver, of nvcc's version or newer.
-            # A CUDA build of torch brings libtorch_cuda, which has the current stream; a CPU-only one has none to link with,
-            # and an empty one of that name does.
-            ext.extra_link_args = ["-Wl,--no-as-needed", self.empty_torch_cuda(), "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
-            ext.libraries += ["cudart_static", "pthread", "dl", "rt"]
+        objects = self.compile(ext)
+        if str(TORCH_CUDA_STUB) in ext.extra_link_args:
+            stub = ["-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", "/dev/null", "-o", str(TORCH_CUDA_STUB)]
+            self.spawn([*CXX, *stub])
+        ext.sources, ext.extra_objects = [], objects
         super().build_extension(ext)
 
-    def compile_cuda(self, sources: list[str]) -> list[str]:
-        """Objects of .cu files, side by side."""
-        folder = Path(self.build_temp) / "cuda"
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = [str(folder / f"{Path(s).stem}.o") for s in sources]
-        commands = [
-            [str(cuda_home() / "bin/nvcc"), *NVCC_FLAGS, *architectures(), "-c", source, "-o", target]
-            for source, target in zip(sources, objects, strict=True)
-        ]
-        running = [subprocess.Popen(command) for command in commands]
-        for process, command in [(p, c) for p, c in zip(running, commands, strict=True) if p.wait() != 0]:
-            say(f"no CUDA library: nvcc failed with {process.returncode}: {shlex.join(command)}")
-            raise CompileError("nvcc failed")
-        return objects
-
-    def empty_torch_cuda(self) -> str:
-        folder = Path(self.build_temp) / "empty"
-        folder.mkdir(parents=True, exist_ok=True)
-        source, library = folder / "empty.cpp", folder / "libtorch_cuda.so"
-        source.write_text("")
-        command = [*shlex.split(compiler_command()), "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so"]
-        subprocess.run([*command, str(source), "-o", str(library)], check=True)
-        return str(library)
+    def compile(self, ext) -> list[str]:
+        """The objects. ninja compiles those whose source, headers or command changed; without a ninja all are compiled."""
+        folder = OBJECTS / ext.name
+        macros = [f"-D{name}={value}" for name, value in ext.define_macros]
+        cxx = [*self.compiler.compiler_so_cxx, *macros, *(f"-I{path}" for path in ext.include_dirs), *CXX_FLAGS]
+        lines = [f"builddir = {folder}", "rule compile", "  command = $command", "  description = $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc"]
+        commands = {}
+        for source in ext.sources:
+            target = folder / f"{source}.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # -MD, not -MMD: an upgrade of torch or of the toolkit changes headers as well.
+            compiler = ext.nvcc if source.endswith(".cu") else cxx
+            command = [*compiler, "-MD", "-MF", f"{target}.d", "-c", source, "-o", str(target)]
+            lines += [f"build {target}: compile {source}", f"  command = {shlex.join(command).replace('$', '$$')}"]
+            commands[str(target)] = command
+        jobs = os.environ.get("MAX_JOBS")
+        ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else [shutil.which("ninja")]
+        if ninja[0]:
+            (folder / "build.ninja").write_text("\n".join([*lines, ""]))
+            failed = subprocess.call([*ninja, "-f", str(folder / "build.ninja"), *(["-j", jobs] if jobs else [])])
+        else:
+            say("no ninja found: every source is compiled")
+            with ThreadPool(int(jobs or os.cpu_count())) as pool:
+                failed = any(pool.map(subprocess.call, commands.values()))
+        if failed and ext.optional:
+            say("no CUDA library: its sources do not compile, see above")
+        if failed:
+            raise CompileError(f"the sources of {ext.name} do not compile")
+        return list(commands)
 
 
 torch_folder = find_torch()

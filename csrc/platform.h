@@ -9,7 +9,7 @@
 #elif defined(_MSC_VER)
 #define VEERLOSS_HD __forceinline
 #else
-// Inlined into callers that are compiled for a wider instruction set than this function (cpu/for_each_target.h).
+// Inlined into callers that are compiled for a wider instruction set than this function (cpu/simd/dispatch_isa.h).
 #define VEERLOSS_HD inline __attribute__((always_inline))
 #endif
 
@@ -23,9 +23,9 @@ VEERLOSS_HD To bit_cast(From from) {
   return to;
 }
 
-// a * b, rounded: never part of a fused multiply-add, so that passes over the same pixels come to the same bits.
+// a * b rounded to nearest, never contracted into a fused multiply-add: all passes over a pixel then compute the same bits.
 template <class T>
-VEERLOSS_HD T rounded_product(T a, T b) {
+VEERLOSS_HD T mul_rn(T a, T b) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == 8)
     return __dmul_rn(a, b);
@@ -38,7 +38,7 @@ VEERLOSS_HD T rounded_product(T a, T b) {
 
 // a + b, likewise.
 template <class T>
-VEERLOSS_HD T rounded_sum(T a, T b) {
+VEERLOSS_HD T add_rn(T a, T b) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == 8)
     return __dadd_rn(a, b);

@@ -7,11 +7,16 @@ may be nearer to the exact value: they agree to 32 units (12 apart at most when 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
 FACTOR = 2.0
 UNITS_FLOAT64 = 32
+
+#: By method. A pixel whose error is rounded across the edge of a bin moves the loss by its weight times the width of a bin.
+SLACK = {"exact": 0.0, "histogram": 1e-6}
 
 
 def assert_within_budget(actual: Tensor, reference: Tensor, truth: Tensor, what: str, slack: float = 0.0) -> None:
@@ -27,28 +32,31 @@ def assert_within_budget(actual: Tensor, reference: Tensor, truth: Tensor, what:
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e} (truth {truth.norm():.3e})"
 
 
-def check_loss(function, logits: Tensor, *args, backend: str = "native", slack: float = 0.0, **options) -> None:
+def evaluate(function: Callable, logits: Tensor, *args, **options) -> tuple[Tensor, Tensor]:
+    """(loss, gradient). The weights of the loss's elements differ, so that a gradient in the wrong place shows."""
+    x = logits.detach().requires_grad_()  # a leaf with the same strides, which a clone would not have
+    loss = function(x, *args, **options)
+    ramp = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(loss)
+    return loss.detach(), torch.autograd.grad(loss, x, ramp)[0]
+
+
+def check_loss(
+    function: Callable, logits: Tensor | Mapping[str, Tensor], *args, backend: str, slack: float = 0.0, **options
+) -> None:
     """Loss and gradient of ``function`` against float64, and that the gradient lies in memory as the logits do.
 
-    ``slack``: what rounding of the inputs may move the loss by, besides, where the loss is not continuous in them.
+    ``logits``: a tensor, or by name the same values in several layouts. ``slack``: what rounding of the inputs may move the
+    loss by, besides, where the loss is not continuous in them.
     """
-    results = {}
-    for name, run, x in (
-        ("actual", backend, logits),
-        ("reference", "reference", logits),
-        ("truth", "reference", logits.double()),
-    ):
-        x = x.detach().requires_grad_()  # a leaf with the same strides, which a clone would not have
-        loss = function(x, *args, backend=run, **options)
-        # Weights that differ from element to element, so that a gradient in the wrong place shows.
-        ramp = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(loss)
-        (gradient,) = torch.autograd.grad(loss, x, ramp)
-        results[name] = loss.detach(), gradient
-    loss, gradient = results["actual"]
-    assert _strides(gradient) == _strides(torch.empty_like(logits)), "the gradient is laid out in another way than the logits"
-    assert loss.dtype == logits.dtype and gradient.dtype == logits.dtype
-    assert_within_budget(loss, results["reference"][0], results["truth"][0], "loss", slack)
-    assert_within_budget(gradient, results["reference"][1], results["truth"][1], "gradient")
+    layouts = logits if isinstance(logits, Mapping) else {"logits": logits}
+    first = next(iter(layouts.values()))
+    references, truths = (evaluate(function, x, *args, backend="reference", **options) for x in (first, first.double()))
+    for layout, x in layouts.items():
+        loss, gradient = evaluate(function, x, *args, backend=backend, **options)
+        assert _strides(gradient) == _strides(torch.empty_like(x)), f"{layout}: the gradient is laid out in another way"
+        assert loss.dtype == x.dtype and gradient.dtype == x.dtype
+        assert_within_budget(loss, references[0], truths[0], f"{layout}: loss", slack)
+        assert_within_budget(gradient, references[1], truths[1], f"{layout}: gradient")
 
 
 def _strides(t: Tensor) -> list[int]:

@@ -1,12 +1,85 @@
+"""Fixtures of all tests but those of tests/gpu, which are run without this file."""
+
 import os
 
 import torch
-from hypothesis import settings
 
-# Without a GPU, Triton kernels run in Triton's interpreter, which is chosen when triton is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Without a GPU, Triton kernels run in Triton's interpreter; veerloss looks when it is imported, and Triton when it is.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-# A first call may build caches; deadlines would make slow machines fail.
-settings.register_profile("veerloss", deadline=None, max_examples=60, derandomize=True)
+import pytest
+from emulator import library
+from filelock import FileLock
+from grid import INTERPRETED_TILES, runs
+from hypothesis import HealthCheck, settings
+
+from veerloss import ops
+from veerloss._arguments import missing_reason
+
+# A first call may build caches; deadlines would make slow machines fail. The fixture `backend` does not change from example to
+# example.
+settings.register_profile(
+    "veerloss", deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("veerloss")
+
+# Workers of pytest-xdist have a core each. (What numbers of threads change, tests with the fixture `threads` see.)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Takes out what slow backends do not run."""
+    kept, left_out = [], []
+    for item in items:
+        point = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        backend = point.pop("backend", None)
+        run = backend is None or runs(
+            backend, f"{item.module.__name__}.{item.originalname}", point, hasattr(item.obj, "hypothesis")
+        )
+        (kept if run else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def emulated_library():
+    """The CUDA kernels of csrc/cuda for the CPU, compiled by one of all workers, and loaded."""
+    if library.cuda_headers() is None:
+        pytest.skip("needs the headers of a CUDA toolkit")
+    library.CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(library.CACHE / "lock"):
+        path = library.build()
+    ops.define(library.NAMESPACE)
+    torch.ops.load_library(str(path))
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """A backend of grid.py, by the name under which public functions and `ops.operators` find it until the test ends."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated_library")
+        monkeypatch.setitem(ops.NAMESPACES, "native", library.NAMESPACE)
+        return "native"
+    if request.param == "triton":
+        reason = missing_reason("triton", torch.device("cpu"), "focal")
+        if reason is not None:
+            pytest.skip(reason)
+        for name, value in INTERPRETED_TILES.items():
+            monkeypatch.setattr(f"veerloss.triton._tuning.{name}", value)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """`for _ in threads(1, 2, 3)` goes over numbers of threads of torch; afterwards there are as many as before."""
+    before = torch.get_num_threads()
+
+    def over(*counts):
+        for count in counts:
+            torch.set_num_threads(count)
+            yield count
+
+    yield over
+    torch.set_num_threads(before)

@@ -1,16 +1,11 @@
-"""Compiles Triton kernels for NVIDIA GPUs on a machine that has none: `python tests/offline.py veerloss.triton.focal ...`.
+"""Compiles the Triton kernels for NVIDIA GPUs on a machine that has none:
 
-Each module named has a function `specializations()`, a generator of
+    python tests/offline.py [--capability 90] [MODULE ...]
 
-    (name, kernel, signature, constexprs, num_warps)
-
-where `kernel` is a @triton.jit function, `signature` has the types of its arguments by name ("*fp32", "i64", "fp64"; for a
-tuple, a tuple of types and of numbers that count as constants, such as a stride of 1), and `constexprs` the values of the
-others: constexpr ones, and those that are None. A line per kernel and target tells the shared memory in bytes, the registers
-per thread, and the bytes that it spills; the exit status is 1 where one does not compile, or spills more than MOST_SPILLED.
-Pointers and integers count as multiples of 16, which most are.
-
-A module without that function is in RECORDED below: there its launches are recorded, with what they were called with.
+A module is one of MODULES below, "veerloss.triton.focal" say; without any, all are compiled. What its operators launch is
+recorded, over the types, layouts, numbers of classes and options that change what a kernel does. A line per kernel and target
+tells the shared memory in bytes, the registers per thread, and the bytes that it spills; the exit status is 1 where one does
+not compile, or spills more than MAX_SPILLED. Pointers and integers count as multiples of 16, which most are.
 
 Triton must not be in its interpreter here (TRITON_INTERPRET unset), and that is settled when it is imported: tests run this
 file in a process of its own.
@@ -18,7 +13,8 @@ file in a process of its own.
 
 from __future__ import annotations
 
-import importlib
+import argparse
+import functools
 import re
 import subprocess
 import sys
@@ -31,9 +27,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from veerloss import _histogram
+from veerloss._layout import Errors, Reduction, bin_count, cell_count, pack_entry
+
 CAPABILITIES = (80, 90, 100)
 #: Bytes per thread. The assembler gives up a few registers to fit one more group of threads, which costs next to nothing.
-MOST_SPILLED = 64
+MAX_SPILLED = 64
 
 
 def compile_for(capability: int, kernel, signature: dict[str, str | tuple], constexprs: dict, num_warps: int = 4):
@@ -122,18 +121,26 @@ def kind_of(value: object) -> str | tuple | int:
     return 1 if value == 1 else "i32" if abs(value) < 2**31 else "i64"
 
 
+def passes(name: str, stem: str, logits: torch.Tensor, **options) -> Iterator[tuple]:
+    """What the forward operator of a loss launches, and the backward operator for it."""
+
+    def call():
+        x = logits.detach().requires_grad_()
+        loss = getattr(torch.ops.veerloss_triton, f"{stem}_forward")(logits=x, **options)[0]
+        torch.autograd.grad(loss, x, torch.ones((), dtype=loss.dtype).expand(loss.shape))
+
+    return recorded(name, call)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def focal() -> Iterator[tuple]:
-    """Types, layouts, kinds of targets, gammas, numbers of classes: those that change what a kernel does."""
-    from veerloss.triton import focal as kernels
-
-    def passes(name, loss, x, *options, reduction=1):
-        shape = () if reduction else x.shape if loss == "sigmoid" else (x.shape[0], x.shape[2])
-        forward, backward = (getattr(kernels, f"{loss}_focal_{direction}") for direction in ("forward", "backward"))
-        scale = torch.ones((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-        grad = torch.ones((), dtype=x.dtype).expand(shape)
-        yield from recorded(name, lambda: forward(x, *options, reduction, 1.0, None, False))
-        yield from recorded(name, lambda: backward(grad, x, *options, reduction, scale))
-
     for dtype, layout, gamma, classes in (
         (torch.float32, "NCHW", 2.0, 19),
         (torch.float32, "channels_last", 1.5, 150),
@@ -142,36 +149,85 @@ def focal() -> Iterator[tuple]:
         (torch.float64, "NCHW", 1.5, 150),
     ):
         x = torch.empty((2, classes, 64), dtype=dtype)
-        x = x if layout == "NCHW" else x.transpose(1, 2).contiguous().transpose(1, 2)
-        y = torch.zeros((2, 64), dtype=torch.int64)
-        alpha = torch.ones(classes, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        x = x if layout == "NCHW" else channels_last(x)
+        y, flat = torch.zeros((2, 64), dtype=torch.int64), x.flatten().reshape(1, 1, -1)
+        alpha = torch.ones(classes, dtype=opmath_dtype(dtype))
         name = f"{dtype}, gamma {gamma}, {classes} classes {layout}"
-        yield from passes(name, "softmax", x, y, 1.0, None, gamma, 0.0, -100)
-        yield from passes(f"smoothed {name}", "softmax", x, y.byte(), 1.0, alpha, gamma, 0.1, 255, reduction=0)
-        yield from passes(f"index {name}", "sigmoid", x, y, None, alpha, gamma, None, 255, reduction=0)
-        flat = x.flatten().reshape(1, 1, -1)
-        yield from passes(f"flat {name}", "sigmoid", flat, flat, 0.25, None, gamma, None, None)
-        yield from passes(f"flat uint8 weighted {name}", "sigmoid", flat, flat.byte(), 0.25, None, gamma, flat, 255)
+        both = {"gamma": gamma, "factor": 1.0, "normalizer": None, "upcast_loss": False}
+        softmax = both | {"alpha": 1.0, "ignore_index": 255}
+        yield from passes(
+            name, "softmax_focal", x, target=y, class_alpha=None, label_smoothing=0.0, reduction=Reduction.MEAN, **softmax
+        )
+        yield from passes(
+            f"smoothed {name}", "softmax_focal", x, target=y.byte(), class_alpha=alpha, label_smoothing=0.1,
+            reduction=Reduction.NONE, **softmax,
+        )  # fmt: skip
+        yield from passes(
+            f"index {name}", "sigmoid_focal", x, target=y, alpha=None, class_alpha=alpha, weight=None, ignore_index=255,
+            reduction=Reduction.NONE, **both,
+        )  # fmt: skip
+        for kind, target, weight, ignore_index in (("", flat, None, None), ("uint8 weighted ", flat.byte(), flat, 255)):
+            yield from passes(
+                f"flat {kind}{name}", "sigmoid_focal", flat, target=target, alpha=0.25, class_alpha=None, weight=weight,
+                ignore_index=ignore_index, reduction=Reduction.MEAN, **both,
+            )  # fmt: skip
 
 
-RECORDED = {"veerloss.triton.focal": focal}
+def lovasz(stem: str, pixels: int, **options) -> Iterator[tuple]:
+    for errors, dtype, classes in (
+        (Errors.SOFTMAX, torch.float32, 19),
+        (Errors.PROBABILITIES, torch.float32, 19),
+        (Errors.HINGE, torch.float32, 1),
+        (Errors.SOFTMAX, torch.float32, 2),
+        (Errors.SOFTMAX, torch.float32, 150),
+        (Errors.SOFTMAX, torch.float64, 19),
+        (Errors.SOFTMAX, torch.bfloat16, 19),
+        (Errors.PROBABILITIES, torch.float32, 2),
+    ):
+        x, target = torch.empty((2, classes, pixels), dtype=dtype), torch.zeros((2, pixels), dtype=torch.int64)
+        if dtype == torch.bfloat16:
+            x, target = channels_last(x), target.byte()
+        yield from passes(
+            f"{errors.name.lower()} {dtype} C={classes}", stem, x, target=target, errors=errors, per_image=False,
+            selected=torch.ones(classes, dtype=torch.bool), present=True,
+            class_weight=torch.ones(classes, dtype=opmath_dtype(dtype)), ignore_index=255, reduction=Reduction.MEAN,
+            upcast_loss=False, **options,
+        )  # fmt: skip
+
+
+def lovasz_exact() -> Iterator[tuple]:
+    return lovasz("lovasz_exact", 4096, keep_weights=True)
+
+
+def lovasz_histogram() -> Iterator[tuple]:
+    """Of enough pixels for the coarse pass to sample."""
+    yield from lovasz("lovasz_histogram", _histogram.SAMPLED_FROM)
+    for errors in (Errors.SOFTMAX, Errors.HINGE):  # bins are allocated again where the values of tensors say so
+        counts = torch.zeros((1, 2, 2, bin_count(errors)), dtype=torch.int32)
+        table = torch.full((1, 2, cell_count(errors)), pack_entry(1, 1), dtype=torch.int32)
+        allocate_bins = torch.ops.veerloss_triton.lovasz_histogram_allocate_bins
+        again = functools.partial(allocate_bins, counts=counts, counted_table=table, errors=errors)
+        yield from recorded(f"{errors.name.lower()}, from bins", again)
+
+
+MODULES = {f"veerloss.triton.{f.__name__}": f for f in (focal, lovasz_exact, lovasz_histogram)}
 
 
 def specializations_of(module: str) -> Iterator[tuple]:
     """Each kind once: what launches have in common, such as the sum of the partial sums, they share."""
     seen = set()
-    for found in (RECORDED[module] if module in RECORDED else importlib.import_module(module).specializations)():
+    for found in MODULES[module]():
         key = repr(found[1:])
         if key not in seen:
             seen.add(key)
             yield found
 
 
-def main(modules: list[str]) -> int:
+def main(modules: list[str], capabilities: list[int]) -> int:
     failures = 0
     for module in modules:
         for name, kernel, signature, constexprs, num_warps in specializations_of(module):
-            for capability in CAPABILITIES:
+            for capability in capabilities:
                 try:
                     compiled = compile_for(capability, kernel, signature, constexprs, num_warps)
                 except Exception as error:
@@ -179,7 +235,7 @@ def main(modules: list[str]) -> int:
                     print(f"FAILED {name} sm_{capability}: {error}")
                     continue
                 used = resources(compiled)
-                spilled = used is not None and used[1] > MOST_SPILLED
+                spilled = used is not None and used[1] > MAX_SPILLED
                 failures += spilled
                 detail = "registers unknown" if used is None else f"registers {used[0]:3d}, spilled {used[1]}"
                 print(f"{'SPILLS' if spilled else 'ok'} {name} sm_{capability}: shared {compiled.metadata.shared}, {detail}")
@@ -187,4 +243,8 @@ def main(modules: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="Compiles Triton kernels for GPUs that need not be there.")
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)}; default: all")
+    parser.add_argument("--capability", type=int, action="append", help=f"90 for sm_90, say; default: {CAPABILITIES}")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.modules or [*MODULES], arguments.capability or CAPABILITIES))

@@ -1,4 +1,5 @@
-"""The CUDA kernels and their library, as far as a machine without a GPU can tell. With one: test_gpu.py."""
+"""The CUDA kernels and their library, as far as a machine without a GPU can tell. Emulated, the kernels run with the other
+backends; on a GPU, in tests/gpu."""
 
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulator import library
 
 import veerloss
 
@@ -26,27 +28,22 @@ def run(*command, **env) -> str:
 
 
 @needs_nvcc
-def test_every_loss_on_emulated_kernels():
-    """The tests of the Lovász losses, with the CUDA kernels run thread by thread on the CPU in the place of the native ones."""
-    tests = ["tests/test_lovasz.py", "tests/test_histogram.py", "tests/emulator/test_targets.py"]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    output = run(
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "emulator.plugin", *tests, PYTHONPATH=path
-    )
-    assert int(re.search(r"(\d+) passed", output)[1]) > 200, output
+def test_where_nvcc_is_the_emulated_kernels_are_tested():
+    """Else tests of the backend "emulated" are skipped."""
+    assert library.cuda_headers() is not None
 
 
 #: Bytes per thread that ptxas may spill, by source: none in our kernels; CUB's radix sort is tuned as it is.
-SPILLS = {"lovasz.cu": 0, "lovasz_histogram.cu": 0, "sort.cu": 64}
-#: Static shared memory that lovasz_histogram.cu leaves for the kernels that count, beside what they ask for.
+SPILLS = {"sort.cu": 64}
+#: Static shared memory that the kernels that count leave beside what they ask for.
 STATIC_SHARED = 9 * 1024
 
 
 @needs_nvcc
-@pytest.mark.parametrize("source", SPILLS)
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").rglob("*.cu")), ids=lambda path: path.name)
 def test_nvcc_compiles_without_spills(source, tmp_path):
     flags = ["-std=c++20", "-O3", "-arch=sm_90", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Werror=all-warnings"]
-    output = run("nvcc", *flags, "-c", ROOT / "csrc/cuda" / source, "-o", tmp_path / "object.o")
+    output = run("nvcc", *flags, "-c", source, "-o", tmp_path / "object.o")
     name, worst = "", {}
     for line in output.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)'", line):
@@ -57,13 +54,9 @@ def test_nvcc_compiles_without_spills(source, tmp_path):
             shared = re.search(r"(\d+) bytes smem", line)
             print(f"{found[1]:>4} registers, {worst[name]:>3} bytes spilled, {shared[1] if shared else 0:>6} shared: {name}")
             assert "lovasz_count_kernel" not in name or int(shared[1]) <= STATIC_SHARED
-    assert len(worst) > 5
-    spilled = {name: count for name, count in worst.items() if count > SPILLS[source]}
+    assert worst
+    spilled = {name: count for name, count in worst.items() if count > SPILLS.get(source.name, 0)}
     assert not spilled, spilled
-
-
-def test_every_cuda_source_is_compiled_here():
-    assert {p.name for p in (ROOT / "csrc/cuda").glob("*.cu")} == set(SPILLS)
 
 
 @needs_nvcc
@@ -117,7 +110,7 @@ for name, loss in losses.items():
 def test_fake_cuda_tensors_trace_every_loss():
     """The library loads beside a CUDA build of torch without a GPU; losses trace under the front end of torch.compile."""
     assert veerloss._extension.native_missing["cuda"] is None, veerloss._extension.native_missing["cuda"]
-    for name in ("lovasz_softmax_forward", "lovasz_hinge_backward", "lovasz_histogram_count", "lovasz_histogram_backward"):
+    for name in ("lovasz_exact_forward", "lovasz_exact_backward", "lovasz_histogram_count", "lovasz_histogram_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"veerloss::{name}", "CUDA")
     lines = run(sys.executable, "-c", TRACE, TRITON_INTERPRET="0").splitlines()
     traced = [line for line in lines if "_forward" in line]

@@ -1,4 +1,4 @@
-"""Imports in fresh processes: the library absent, each instruction set, ``python -m veerloss``."""
+"""The build of setup.py; imports in fresh processes: the library absent, each instruction set, ``python -m veerloss``."""
 
 import os
 import shutil
@@ -87,3 +87,88 @@ def test_a_broken_library_keeps_its_reason(tmp_path):
 @pytest.mark.parametrize("name", ["numpy", "triton", "setuptools"])
 def test_needs_only_torch(name):
     python("-c", f"import sys; sys.modules[{name!r}] = None; import veerloss")
+
+
+SETUP = Path(__file__).parents[1] / "setup.py"
+
+#: setup.py where there is no ninja.
+WITHOUT_NINJA = """
+import runpy, shutil, sys
+which = shutil.which
+shutil.which = lambda name: None if name == "ninja" else which(name)
+sys.modules["ninja"] = None
+sys.argv = ["setup.py", *sys.argv[1:]]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """setup.py with next to nothing to compile, and a CUDA toolkit whose nvcc fails."""
+    files = {
+        "setup.py": SETUP.read_text(),
+        "veerloss/__init__.py": "",
+        "csrc/shared.h": "",
+        "csrc/ops/lovasz_a.cpp": '#include "../shared.h"',
+        "csrc/ops/b.cpp": "",
+        "csrc/cpu/folder/c.cpp": "",
+        "csrc/cuda/folder/d.cu": "",
+        "cuda/include/cuda_runtime_api.h": "",
+        "cuda/bin/nvcc": "#!/bin/sh\nexit 1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "cuda/bin/nvcc").chmod(0o755)
+    return tmp_path
+
+
+def build(checkout: Path, *script: str, **env: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "CUDA_HOME": str(checkout / "cuda"), "TORCH_CUDA_ARCH_LIST": "8.0", "VEERLOSS_CUDA": "0", **env}
+    command = [sys.executable, *(script or ["setup.py"]), "--quiet", "build_ext", "--inplace"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=checkout)
+
+
+def libraries(checkout: Path) -> set[str]:
+    return {path.name.split(".")[0] for path in (checkout / "veerloss").glob("_C*")}
+
+
+def test_build_compiles_what_has_changed(checkout):
+    def compiled(changed: str) -> set[str]:
+        before = {path: path.stat().st_mtime_ns for path in checkout.rglob("*.o")}
+        (checkout / changed).touch()
+        done = build(checkout)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return {path.stem for path in checkout.rglob("*.o") if path.stat().st_mtime_ns != before.get(path)}
+
+    assert compiled("setup.py") == {"lovasz_a.cpp", "b.cpp", "c.cpp"}
+    assert libraries(checkout) == {"_C"}
+    assert compiled("setup.py") == set()
+    assert compiled("csrc/cpu/folder/c.cpp") == {"c.cpp"}
+    assert compiled("csrc/shared.h") == {"lovasz_a.cpp"}
+
+
+def test_build_without_ninja(checkout):
+    done = build(checkout, "-c", WITHOUT_NINJA)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "veerloss: no ninja found" in done.stderr
+    assert libraries(checkout) == {"_C"}
+    (checkout / "csrc/ops/b.cpp").write_text("#error")
+    assert build(checkout, "-c", WITHOUT_NINJA).returncode != 0
+
+
+@pytest.mark.parametrize(
+    "env, message, built",
+    [
+        ({"VEERLOSS_NATIVE": "0"}, "VEERLOSS_NATIVE=0: pure-Python install", set()),
+        ({"CXX": "/nowhere/c++"}, "no C++ compiler found: pure-Python install", set()),
+        ({"VEERLOSS_CUDA": ""}, "no CUDA library: its sources do not compile", {"_C"}),
+        ({"VEERLOSS_CUDA": "1"}, "compiling the CUDA library", None),
+        ({"VEERLOSS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;hopper"}, "TORCH_CUDA_ARCH_LIST holds 'hopper'", None),
+    ],
+)
+def test_build_says_what_it_leaves_out(checkout, env, message, built):
+    done = build(checkout, **env)
+    assert f"veerloss: {message}" in done.stderr
+    assert (done.returncode == 0) == (built is not None), done.stdout + done.stderr
+    assert built is None or libraries(checkout) == built

@@ -4,72 +4,136 @@ import math
 
 import pytest
 import torch
-from grid import labels, layouts, logits
+from grid import labels, layouts, logits, over_lovasz_kernels
+from samples import FOCAL, HINGE, LOVASZ, backward_arguments, names, samples, strided, valid
 from torch.library import opcheck
 
 import veerloss
+from veerloss import _arguments, _autograd, ops
+from veerloss._layout import Errors
 
-X, Y = logits((2, 3, 10)), labels((2, 3, 10), 3)
-
-
-def samples():
-    """Arguments of every forward operator, by name."""
-    dense = torch.rand(2, 3, 10)
-    alpha = torch.tensor([0.2, 0.3, 0.5])
-    return {
-        "sigmoid_focal_forward": [
-            (X, dense, 0.25, None, 2.0, None, None, 1, 1.0, None, False),
-            (X, Y, None, alpha, 0.5, torch.rand(2, 3, 10), 1, 0, 1.0, None, True),
-            (X, dense, None, None, 2.0, None, None, 2, 0.5, torch.tensor(3), False),
-        ],
-        "softmax_focal_forward": [
-            (X, Y, 1.0, None, 2.0, 0.0, -100, 1, 1.0, None, False),
-            (X, Y, 1.0, alpha, 0.5, 0.1, None, 0, 1.0, None, True),
-            (X, Y, 0.5, None, 0.0, 0.0, 1, 2, 0.5, torch.tensor(3.0), False),
-        ],
-        "lovasz_softmax_forward": [
-            (X, Y, None, True, False, None, None, True, 1, True, False),
-            (X, Y, torch.tensor([True, False, True]), False, True, alpha, 1, True, 0, True, False),
-            (X.softmax(1), Y, None, False, True, None, None, False, 2, True, False),
-        ],
-        "lovasz_hinge_forward": [
-            (X[:, :1], Y.clamp(max=1), True, None, 1, True, False),
-            (X[:, :1], Y.clamp(max=1), False, 1, 0, True, False),
-        ],
-        "lovasz_histogram_forward": [
-            (X, Y, None, True, False, None, None, 0, 1, False),
-            (X, Y, torch.tensor([True, False, True]), False, True, alpha, 1, 0, 0, True),
-            (X.softmax(1), Y, None, False, True, None, None, 1, 2, False),
-            (X[:, :1], Y.clamp(max=1), None, False, True, None, 1, 2, 1, False),
-        ],
-    }
+# (backend, operator family)
+OPERATORS = [(b, stem) for b in ("native", "triton") for stem in FOCAL]
+OPERATORS += [(b, stem) for b in ("native", "triton", "emulated") for stem in LOVASZ]
+over_samples = pytest.mark.parametrize(
+    ("backend", "stem", "case"), [(b, stem, i) for b, stem in OPERATORS for i in range(len(samples()[stem]))],
+    indirect=["backend"],
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize(("name", "case"), [(n, i) for n, cases in samples().items() for i in range(len(cases))])
-def test_opcheck(name, case, strided):
-    x, *rest = samples()[name][case]
-    if strided:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    opcheck(getattr(torch.ops.veerloss, name).default, (x.detach().requires_grad_(), *rest))
+# ---- schemas, fakes, autograd
 
 
-def test_opcheck_backward():
-    for name, cases in samples().items():
-        for args in cases:
-            x = args[0].detach()
-            with torch.no_grad():
-                loss, scale, *rest = getattr(torch.ops.veerloss, name)(*args)
-            backward = getattr(torch.ops.veerloss, name.replace("forward", "backward")).default
-            if "histogram" in name:
-                table, weights, tops, _ = rest
-                kept = (args[1], table, weights, tops, scale)
-                opcheck(backward, (torch.ones_like(loss), x, *kept, args[7], args[4], args[6], args[8]))
-            elif name.startswith("lovasz"):
-                options = (args[4], args[7], args[8]) if "softmax" in name else (args[2], args[4])
-                opcheck(backward, (torch.ones_like(loss), x, rest[0], scale, *options))
-            else:
-                opcheck(backward, (torch.ones_like(loss), x, *args[1:8], scale))
+@over_samples
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_opcheck(backend, stem, case, layout):
+    arguments = samples()[stem][case]
+    x = arguments["logits"] if layout == "contiguous" else strided(arguments["logits"])
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    opcheck(getattr(ops.operators(backend), f"{stem}_forward").default, (), arguments | {"logits": x})
+    arguments = backward_arguments(ops.operators(backend), stem, arguments | {"logits": x.detach()})
+    opcheck(getattr(ops.operators(backend), f"{stem}_backward").default, (), arguments)
+
+
+@pytest.mark.parametrize("stem", ops.FAMILIES)
+@pytest.mark.parametrize("namespace", ops.NAMESPACES.values())
+def test_backward_takes_arguments_and_results_of_forward(namespace, stem):
+    """By name: that is what autograd goes by. And `logits` is the argument that has a gradient."""
+    forward, backward = (getattr(getattr(torch.ops, namespace), f"{stem}_{d}").default._schema for d in ("forward", "backward"))
+    known = [*names(forward.arguments), *names(forward.returns)]
+    assert len(known) == len({*known})
+    assert {*names(backward.arguments)} - {"grad"} <= {*known}
+    assert "logits" in names(backward.arguments) and forward.returns[0].name == "loss"
+    for argument in backward.arguments:
+        same = [a for a in forward.arguments if a.name == argument.name]
+        assert all(str(a.type) == str(argument.type) for a in same), argument.name
+
+
+@over_samples
+def test_autograd_calls_backward_by_name(backend, stem, case):
+    """Whatever the order of the arguments."""
+    operators, arguments = ops.operators(backend), samples()[stem][case]
+    arguments = arguments | {"logits": arguments["logits"].clone().requires_grad_()}
+    loss, *_ = getattr(operators, f"{stem}_forward")(**dict(reversed(arguments.items())))
+    (gradient,) = torch.autograd.grad(loss, arguments["logits"], torch.ones_like(loss))
+    expected = getattr(operators, f"{stem}_backward")(**backward_arguments(operators, stem, arguments))
+    torch.testing.assert_close(gradient, expected.detach(), rtol=0, atol=0)
+
+
+def test_autograd_refuses_a_backward_that_forward_does_not_serve():
+    library = torch.library.Library("veerloss_of_a_test", "FRAGMENT")
+    library.define("bad_forward(Tensor logits) -> (Tensor loss, Tensor scale)")
+    library.define("bad_backward(Tensor grad, Tensor logits, Tensor scale, Tensor weights) -> Tensor")
+    with pytest.raises(ValueError, match=r"bad_backward: \['weights'\] are neither arguments nor results of .*bad_forward"):
+        _autograd.SavedByName("veerloss_of_a_test", "bad")
+
+
+# ---- operators called directly check their arguments
+
+
+def shorter(t: torch.Tensor) -> torch.Tensor:
+    return t.flatten()[:-1].clone()
+
+
+#: (operator, argument, what is done to it)
+BAD = [
+    *((f"{stem}_forward", "logits", torch.Tensor.char) for stem in (*FOCAL, *LOVASZ)),
+    *((f"{stem}_forward", "target", shorter) for stem in (*FOCAL, *LOVASZ)),
+    *((f"{stem}_forward", "class_alpha", lambda _: torch.ones(6)[::2]) for stem in FOCAL),
+    ("sigmoid_focal_forward", "weight", lambda _: torch.ones(1, 3, 10)),
+    *((f"{stem}_backward", "grad", lambda _: torch.ones(2, 2)) for stem in (*FOCAL, *LOVASZ)),
+    ("lovasz_exact_backward", "weights", lambda _: torch.zeros(0)),
+    ("lovasz_exact_backward", "weights", torch.Tensor.half),
+    ("lovasz_exact_backward", "scale", shorter),
+    ("lovasz_histogram_count", "table", lambda _: torch.zeros(3, dtype=torch.int32)),
+    ("lovasz_histogram_allocate_bins", "counts", shorter),
+    ("lovasz_histogram_weigh", "counts", shorter),
+    ("lovasz_histogram_weigh", "max_error", shorter),
+    ("lovasz_histogram_weigh", "table", shorter),
+    ("lovasz_histogram_sum", "units", shorter),
+    ("lovasz_histogram_sum", "errors", lambda _: Errors.SOFTMAX),
+    *(("lovasz_histogram_backward", name, shorter) for name in ("table", "weights", "max_weight", "scale")),
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "operator", "argument", "spoil"),
+    [(b, *bad) for b, stem in OPERATORS for bad in BAD if bad[0].startswith(stem)],
+    indirect=["backend"],
+)
+def test_operators_check_their_arguments(backend, operator, argument, spoil):
+    """The error names the argument, and tells what it is; that of a compiled library names the operator too."""
+    # (The whole of method "histogram" is its steps, of which the first complains.)
+    operators = ops.operators(backend)
+    arguments = valid(operators, operator)
+    getattr(operators, operator)(**arguments)
+    name = "veerloss" if backend == "triton" else f"veerloss::{operator.replace('histogram_forward', 'histogram_count')}"
+    with pytest.raises((ValueError, RuntimeError), match=f"^{name}: {argument} must be .+, got .+"):
+        getattr(operators, operator)(**arguments | {argument: spoil(arguments[argument])})
+
+
+@pytest.mark.parametrize("stem", LOVASZ)
+@over_lovasz_kernels
+def test_a_hinge_has_one_channel(backend, stem):
+    arguments = samples()[stem][HINGE] | {"logits": logits((2, 3, 10))}
+    with pytest.raises((ValueError, RuntimeError), match=r"logits must be \[N, 1, P\].*got \[2, 3, 10\]"):
+        getattr(ops.operators(backend), f"{stem}_forward")(**arguments)
+
+
+@over_lovasz_kernels
+def test_a_table_of_entries_past_the_bins(backend):
+    """The CPU refuses it; a GPU does not read it to find out, and stays within its bins."""
+    backward = ops.operators(backend).lovasz_histogram_backward
+    arguments = valid(ops.operators(backend), "lovasz_histogram_backward")
+    arguments["table"] = torch.full_like(arguments["table"], -1)
+    if ops.NAMESPACES[backend] == "veerloss":
+        with pytest.raises((ValueError, RuntimeError), match="table must be of entries that lie within the bins"):
+            backward(**arguments)
+    else:
+        assert backward(**arguments).shape == arguments["logits"].shape
+
+
+# ---- compilation
 
 
 def losses():
@@ -87,17 +151,26 @@ def losses():
     }
 
 
+over_losses = pytest.mark.parametrize("loss", losses())
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """Else the compilations of one test count against the limit of the next."""
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("loss", losses())
-def test_compile_whole_graph(loss, dynamic):
+# Every loss through the front end and autograd. What inductor generates around an operator depends on its fake kernel and its
+# strides; that is compiled, which takes seconds, around one loss of each family.
+@pytest.mark.parametrize(
+    ("loss", "compiler", "dynamic"),
+    [(loss, "aot_eager", dynamic) for loss in losses() for dynamic in (False, True)]
+    + [("sigmoid index", "inductor", False)]
+    + [(loss, "inductor", True) for loss in ("softmax focal", "lovasz softmax", "lovasz hinge, histogram")],
+)
+def test_compile_whole_graph(loss, compiler, dynamic):
     function = losses()[loss]
-    compiled = torch.compile(lambda x: function(2 * x), fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(lambda x: function(2 * x), fullgraph=True, dynamic=dynamic, backend=compiler)
     x = logits((2, 3, 5, 4))
     grads = []
     for run in (lambda x: function(2 * x), compiled):
@@ -112,15 +185,13 @@ def test_compile_whole_graph(loss, dynamic):
 # (In the reference of "histogram" sizes come from the data: a graph cannot hold it.)
 @pytest.mark.parametrize("loss", [name for name in losses() if "histogram" not in name])
 def test_compile_whole_graph_of_the_reference(loss, monkeypatch):
-    import veerloss._arguments as arguments
-
-    monkeypatch.setattr(arguments, "choose_backend", lambda *_: "reference")
+    monkeypatch.setattr(_arguments, "choose_backend", lambda *_: "reference")
     function = losses()[loss]
     x = logits((2, 3, 5, 4))
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
 
 
-@pytest.mark.parametrize("loss", losses())
+@over_losses
 def test_second_derivative_is_refused(loss):
     x = logits((2, 3, 5, 4)).requires_grad_()
     (gradient,) = torch.autograd.grad(losses()[loss](x), x, create_graph=True)
@@ -128,7 +199,7 @@ def test_second_derivative_is_refused(loss):
         gradient.square().sum().backward()
 
 
-@pytest.mark.parametrize("loss", losses())
+@over_losses
 def test_no_copy_of_channels_last(loss):
     """Neither of the logits on their way in, nor of the gradient on its way out."""
     x = layouts(logits((2, 3, 5, 4)))["channels_last"].requires_grad_()
@@ -139,20 +210,18 @@ def test_no_copy_of_channels_last(loss):
         value = losses()[loss](x)
         if not loss.startswith("lovasz hinge"):
             value.backward()
-    names = {"aten::contiguous", "aten::clone", "aten::copy_"}
-    large = [e.name for e in profile.events() if e.name in names and math.prod(e.input_shapes[0]) > x.size(1)]
+    copies = {"aten::contiguous", "aten::clone", "aten::copy_"}
+    large = [e.name for e in profile.events() if e.name in copies and math.prod(e.input_shapes[0]) > x.size(1)]
     assert not large, large  # copies of [C] options are small
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("loss", losses())
+@over_losses
 def test_autocast(loss, dtype, backend, monkeypatch):
     """Half-precision logits go in as they are; the loss is float32, so that the usual scale of a gradient scaler fits."""
-    import veerloss._arguments as arguments
-
     if backend == "reference":
-        monkeypatch.setattr(arguments, "choose_backend", lambda *_: "reference")
+        monkeypatch.setattr(_arguments, "choose_backend", lambda *_: "reference")
     x = logits((2, 3, 5, 4)).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         value = losses()[loss](x)
@@ -172,21 +241,3 @@ def test_autocast_compiles():
             actual = compiled(x, y, reduction=reduction)
             assert actual.dtype == torch.float32
             torch.testing.assert_close(actual, veerloss.softmax_focal_loss(x, y, reduction=reduction))
-
-
-def test_operators_called_directly_check_their_arguments():
-    forward, backward = torch.ops.veerloss.softmax_focal_forward, torch.ops.veerloss.softmax_focal_backward
-    sigmoid, lovasz = torch.ops.veerloss.sigmoid_focal_forward, torch.ops.veerloss.lovasz_softmax_backward
-    one, options = torch.ones(()), (1.0, None, 2.0, 0.0, None)
-    for call, expected in (
-        (lambda: forward(X.to(torch.int8), Y, *options, 1, 1.0, None, False), "logits of float32"),
-        (lambda: sigmoid(X.to(torch.int8), X, None, None, 2.0, None, None, 0, 1.0, None, False), "logits of float32"),
-        (lambda: forward(X, Y.T.contiguous(), *options, 1, 1.0, None, False), r"a target \[N, P\]"),
-        (lambda: forward(X, Y, 1.0, torch.ones(6)[::2], 2.0, 0.0, None, 1, 1.0, None, False), "class_alpha"),
-        (lambda: backward(torch.ones(1, 1), X, Y, *options, 0, one), "a gradient of the shape of the loss"),
-        (lambda: lovasz(one, X, torch.zeros(3, 2, 10).half(), torch.ones(3), False, True, 1), "the weights of a forward pass"),
-        (lambda: lovasz(one, X, torch.zeros(0), torch.ones(3), False, True, 1), "the weights of a forward pass"),
-        (lambda: torch.ops.veerloss.lovasz_hinge_forward(X, Y, False, None, 1, True, False), r"logits \[N, 1, P\]"),
-    ):
-        with pytest.raises((ValueError, RuntimeError), match=expected):
-            call()

@@ -54,14 +54,14 @@ def checks_values(backend: str, device: torch.device) -> bool:
     return backend == "reference" or (device.type == "cuda" and os.environ.get("VEERLOSS_CHECK", "0") == "1")
 
 
-def check_logits(logits: Tensor, least_dim: int, shape: str) -> None:
+def check_logits(logits: Tensor, min_dim: int, shape: str) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a Tensor, got {type(logits).__name__}")
     if logits.layout != torch.strided:
         raise TypeError(f"logits must be a dense tensor, got the layout {logits.layout}")
     if logits.dtype not in _FLOATS:
         raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
-    if logits.dim() < least_dim:
+    if logits.dim() < min_dim:
         raise ValueError(f"logits must have the shape {shape}, got {list(logits.shape)}")
 
 
@@ -201,7 +201,7 @@ def as_pixels(logits: Tensor) -> Tensor:
     return logits.reshape(n, c, math.prod(logits.shape[2:]))
 
 
-def arithmetic_dtype(logits: Tensor) -> torch.dtype:
+def opmath_dtype(logits: Tensor) -> torch.dtype:
     """What kernels compute in: float32, or float64 for float64 logits."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -211,4 +211,4 @@ def loss_dtype(logits: Tensor) -> torch.dtype:
 
     A float16 loss has a float16 gradient, in which the usual scale of a gradient scaler, 65536, is infinite.
     """
-    return arithmetic_dtype(logits) if torch.is_autocast_enabled(logits.device.type) else logits.dtype
+    return opmath_dtype(logits) if torch.is_autocast_enabled(logits.device.type) else logits.dtype

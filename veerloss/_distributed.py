@@ -46,10 +46,10 @@ class Ranks:
         self.pixels, self.image = sum(pixels), min(image)
 
     def sum(self, count: Callable[[], tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """(counts, largest) of all ranks from those that `count` gives on this one: int64 of `shape`, [..., 2]."""
-        problem, counts, largest = None, torch.zeros(shape, dtype=torch.int64, device=self.device), None
+        """(counts, max_error) of all ranks from those that `count` gives on this one: int64 of `shape`, [..., 2]."""
+        problem, counts, max_error = None, torch.zeros(shape, dtype=torch.int64, device=self.device), None
         try:
-            counts, largest = count()
+            counts, max_error = count()
         except Exception as e:
             problem = e
         failed = torch.zeros(self.size, dtype=torch.int64, device=self.device)
@@ -58,8 +58,8 @@ class Ranks:
         dist.all_reduce(total, group=self.group)
         self._raise(problem, total[-self.size :].tolist())
         # On a GPU -1 pixels mean a target out of range, of which no rank has raised an error.
-        errors, bad = self.all_reduce(torch.stack([largest[..., 0], (largest[..., 1] < 0).double()]), "max")
-        pixels = self.all_reduce(torch.where(largest[..., 0] == errors, largest[..., 1], 0.0), "sum")
+        errors, bad = self.all_reduce(torch.stack([max_error[..., 0], (max_error[..., 1] < 0).double()]), "max")
+        pixels = self.all_reduce(torch.where(max_error[..., 0] == errors, max_error[..., 1], 0.0), "sum")
         return total[: -self.size].view(shape), torch.stack([errors, torch.where(bad > 0, -1.0, pixels)], -1)
 
     def all_reduce(self, values: Tensor, op: str) -> Tensor:

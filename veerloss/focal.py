@@ -96,7 +96,8 @@ def sigmoid_focal_loss(
     x, t, w, restore = _elements(logits, target, weight, isinstance(alpha, Tensor))
     class_alpha = _class_alpha(alpha, logits)
     loss = ops.sigmoid_focal(
-        x, t, alpha if class_alpha is None else None, class_alpha, gamma, w, ignore_index, reduction, normalizer, backend
+        x, t, alpha=alpha if class_alpha is None else None, class_alpha=class_alpha, gamma=gamma, weight=w,
+        ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, backend=backend,
     )  # fmt: skip
     return restore(loss) if reduction == "none" else loss
 
@@ -170,8 +171,8 @@ def softmax_focal_loss(
     class_alpha = _class_alpha(alpha, logits)
     number_alpha = 1.0 if alpha is None or class_alpha is not None else alpha
     loss = ops.softmax_focal(
-        x, target.reshape(x.size(0), x.size(2)), number_alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction,
-        normalizer, backend,
+        x, target.reshape(x.size(0), x.size(2)), alpha=number_alpha, class_alpha=class_alpha, gamma=gamma,
+        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, backend=backend,
     )  # fmt: skip
     return loss.reshape(target.shape) if reduction == "none" else loss
 
@@ -190,7 +191,7 @@ def _checked_alpha(alpha: float | Tensor | None, logits: Tensor, classes: int, h
 
 
 def _class_alpha(alpha: float | Tensor | None, logits: Tensor) -> Tensor | None:
-    return alpha.to(arguments.arithmetic_dtype(logits)).contiguous() if isinstance(alpha, Tensor) else None
+    return alpha.to(arguments.opmath_dtype(logits)).contiguous() if isinstance(alpha, Tensor) else None
 
 
 def _element_weight(weight: Tensor, logits: Tensor) -> Tensor:
@@ -229,47 +230,9 @@ def _elements(
     return x, t, None if weight is None else arguments.as_pixels(weight), lambda loss: loss.reshape(shape)
 
 
-class SigmoidFocalLoss(LossModule):
+class SigmoidFocalLoss(LossModule, function=sigmoid_focal_loss):
     """Module of :func:`sigmoid_focal_loss`, with the same arguments; tensors among them are buffers."""
 
-    def __init__(
-        self,
-        *,
-        alpha: float | Tensor | None = None,
-        gamma: float = 2.0,
-        weight: Tensor | None = None,
-        ignore_index: int | None = None,
-        reduction: str = "mean",
-        normalizer: float | Tensor | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index, reduction=reduction, normalizer=normalizer,
-            backend=backend,
-        )  # fmt: skip
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return sigmoid_focal_loss(logits, target, **self.options())
-
-
-class SoftmaxFocalLoss(LossModule):
+class SoftmaxFocalLoss(LossModule, function=softmax_focal_loss):
     """Module of :func:`softmax_focal_loss`, with the same arguments; tensors among them are buffers."""
-
-    def __init__(
-        self,
-        *,
-        alpha: float | Tensor | None = None,
-        gamma: float = 2.0,
-        label_smoothing: float = 0.0,
-        ignore_index: int | None = -100,
-        reduction: str = "mean",
-        normalizer: float | Tensor | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            alpha=alpha, gamma=gamma, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
-            normalizer=normalizer, backend=backend,
-        )  # fmt: skip
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return softmax_focal_loss(logits, target, **self.options())

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _arguments as arguments
-from . import _histogram, ops, reference
+from . import ops, reference
+from ._layout import Errors
 from ._module import LossModule
 from ._version import __version__
 
@@ -114,15 +115,17 @@ def lovasz_softmax_loss(
         return (loss, certificate) if return_certificate else loss
     x, y = arguments.as_pixels(logits), target.reshape(n, p)
     if class_weight is not None:
-        class_weight = class_weight.to(arguments.arithmetic_dtype(logits)).contiguous()
-    selected = _selected_classes(_check_classes(classes, logits), logits)
-    how = (selected, classes == "present", per_image, class_weight, ignore_index)
+        class_weight = class_weight.to(arguments.opmath_dtype(logits)).contiguous()
+    options = {
+        "selected": _selected_classes(_check_classes(classes, logits), logits), "present": classes == "present",
+        "per_image": per_image, "class_weight": class_weight, "ignore_index": ignore_index,
+        "errors": Errors.SOFTMAX if from_logits else Errors.PROBABILITIES, "reduction": reduction, "backend": backend,
+    }  # fmt: skip
     if method == "exact":
-        loss = ops.lovasz_softmax(x, y, *how, from_logits, reduction, backend)
+        loss = ops.lovasz_exact(x, y, **options)
         certificate = loss.new_zeros((n, c) if per_image else (c,), dtype=torch.float64)
     else:
-        errors = _histogram.SOFTMAX if from_logits else _histogram.PROBABILITIES
-        loss, certificate = ops.lovasz_histogram(x, y, *how, errors, reduction, ranks, backend)
+        loss, certificate = ops.lovasz_histogram(x, y, ranks=ranks, **options)
         certificate = certificate if per_image else certificate[0]
     return (loss, certificate) if return_certificate else loss
 
@@ -209,12 +212,15 @@ def lovasz_hinge_loss(
         )
         return (loss, certificate) if return_certificate else loss
     x, y = logits.reshape(n, 1, p), target.reshape(n, p)
+    options |= {
+        "selected": None, "present": False, "class_weight": None, "ignore_index": ignore_index, "errors": Errors.HINGE,
+        "backend": backend,
+    }  # fmt: skip
     if method == "exact":
-        loss = ops.lovasz_hinge(x, y, per_image, ignore_index, reduction, backend)
+        loss = ops.lovasz_exact(x, y, **options)
         certificate = loss.new_zeros((n,) if per_image else (), dtype=torch.float64)
     else:
-        how = (None, False, per_image, None, ignore_index)
-        loss, certificate = ops.lovasz_histogram(x, y, *how, _histogram.HINGE, reduction, ranks, backend)
+        loss, certificate = ops.lovasz_histogram(x, y, ranks=ranks, **options)
         certificate = certificate[:, 0] if per_image else certificate[0, 0]
     return (loss, certificate) if return_certificate else loss
 
@@ -322,51 +328,9 @@ def _selected_classes(classes: str | list[int], logits: Tensor) -> Tensor | None
     return selected
 
 
-class LovaszSoftmaxLoss(LossModule):
+class LovaszSoftmaxLoss(LossModule, function=lovasz_softmax_loss):
     """Module of :func:`lovasz_softmax_loss`, with the same arguments; tensors among them are buffers."""
 
-    def __init__(
-        self,
-        *,
-        classes: str | Sequence[int] = "present",
-        per_image: bool = False,
-        class_weight: Tensor | None = None,
-        ignore_index: int | None = None,
-        from_logits: bool = True,
-        reduction: str = "mean",
-        method: str = "auto",
-        return_certificate: bool = False,
-        process_group: dist.ProcessGroup | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            classes=classes, per_image=per_image, class_weight=class_weight, ignore_index=ignore_index, from_logits=from_logits,
-            reduction=reduction, method=method, return_certificate=return_certificate, process_group=process_group,
-            backend=backend,
-        )  # fmt: skip
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return lovasz_softmax_loss(logits, target, **self.options())
-
-
-class LovaszHingeLoss(LossModule):
+class LovaszHingeLoss(LossModule, function=lovasz_hinge_loss):
     """Module of :func:`lovasz_hinge_loss`, with the same arguments."""
-
-    def __init__(
-        self,
-        *,
-        per_image: bool = True,
-        ignore_index: int | None = None,
-        reduction: str = "mean",
-        method: str = "auto",
-        return_certificate: bool = False,
-        process_group: dist.ProcessGroup | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            per_image=per_image, ignore_index=ignore_index, reduction=reduction, method=method,
-            return_certificate=return_certificate, process_group=process_group, backend=backend,
-        )  # fmt: skip
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return lovasz_hinge_loss(logits, target, **self.options())

@@ -1,9 +1,9 @@
 #include "rows.h"
 
-#include "vecmath.h"
+#include "simd/vecmath.h"
 
 #define VEERLOSS_TILES "row_tiles.h"
-#include "for_each_target.h"
+#include "simd/dispatch_isa.h"
 
 namespace veerloss {
 

@@ -1,7 +1,8 @@
-// What the CUDA kernels share: elements of any type, sums over a block, launches. No torch headers: nvcc alone checks them.
+// What every CUDA kernel uses: conversion of elements, reductions and scans over a block, launches, scratch memory. No torch
+// headers: nvcc compiles the kernels alone.
 //
-// Kernels speak to each other through shared memory and barriers only, never through lanes of a warp, so that
-// tests/emulator/emulator.h can run them on a CPU, thread by thread.
+// The threads of a block communicate through shared memory and barriers only, never through lanes of a warp: tests/emulator
+// runs the kernels thread by thread on a CPU.
 #pragma once
 
 #if defined(VEERLOSS_EMULATED)
@@ -10,64 +11,64 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#define VEERLOSS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
-#include "../layout.h"
-#include "../platform.h"
+#include "../kernels.h"
 
 namespace veerloss {
 
 // ---- elements
 
-// What a type of logits is computed in.
+constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
+
+// The type that kernels compute in for logits of a type.
 template <class In>
-using Arithmetic = std::conditional_t<std::is_same_v<In, double>, double, float>;
+using opmath_t = std::conditional_t<std::is_same_v<In, double>, double, float>;
 
-template <class T, class In>
-__device__ inline T widen(In value) {
-  if constexpr (std::is_same_v<In, __half>)
-    return static_cast<T>(__half2float(value));
-  else if constexpr (std::is_same_v<In, __nv_bfloat16>)
-    return static_cast<T>(__bfloat162float(value));
-  else
-    return static_cast<T>(value);
-}
-
-template <class In, class T>
-__device__ inline In rounded(T value) {
-  if constexpr (std::is_same_v<In, __half>)
+// Between element types and opmath types, rounded to nearest; to 16 bits by way of float32.
+template <class To, class From>
+__device__ inline To convert(From value) {
+  if constexpr (std::is_same_v<From, __half>)
+    return static_cast<To>(__half2float(value));
+  else if constexpr (std::is_same_v<From, __nv_bfloat16>)
+    return static_cast<To>(__bfloat162float(value));
+  else if constexpr (std::is_same_v<To, __half>)
     return __float2half_rn(static_cast<float>(value));
-  else if constexpr (std::is_same_v<In, __nv_bfloat16>)
+  else if constexpr (std::is_same_v<To, __nv_bfloat16>)
     return __float2bfloat16_rn(static_cast<float>(value));
   else
-    return static_cast<In>(value);
+    return static_cast<To>(value);
 }
 
-// Element i of a tensor of any float type, for what is read once in a while.
-__device__ inline double load_value(const void* data, DType dtype, int64_t i) {
+// Element i of a tensor of any float type, where a kernel template per type is not worth it.
+__device__ inline double load_element(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
     case DType::f64: return static_cast<const double*>(data)[i];
-    case DType::bf16: return widen<double>(static_cast<const __nv_bfloat16*>(data)[i]);
-    case DType::f16: return widen<double>(static_cast<const __half*>(data)[i]);
+    case DType::bf16: return convert<double>(static_cast<const __nv_bfloat16*>(data)[i]);
+    case DType::f16: return convert<double>(static_cast<const __half*>(data)[i]);
     default: return static_cast<const float*>(data)[i];
   }
 }
 
-__device__ inline void store_value(void* data, DType dtype, int64_t i, double value) {
+__device__ inline void store_element(void* data, DType dtype, int64_t i, double value) {
   switch (dtype) {
     case DType::f64: static_cast<double*>(data)[i] = value; break;
-    case DType::bf16: static_cast<__nv_bfloat16*>(data)[i] = rounded<__nv_bfloat16>(value); break;
-    case DType::f16: static_cast<__half*>(data)[i] = rounded<__half>(value); break;
+    case DType::bf16: static_cast<__nv_bfloat16*>(data)[i] = convert<__nv_bfloat16>(value); break;
+    case DType::f16: static_cast<__half*>(data)[i] = convert<__half>(value); break;
     default: static_cast<float*>(data)[i] = static_cast<float>(value);
   }
 }
 
-// f with a value of the element type of `dtype`.
+// ---- run-time values as template arguments
+
+// Calls f with a value of the element type of logits.
 template <class F>
 void with_element_type(DType dtype, const F& f) {
   switch (dtype) {
@@ -78,9 +79,19 @@ void with_element_type(DType dtype, const F& f) {
   }
 }
 
-// ---- blocks
+// Calls f with a std::integral_constant.
+template <class F>
+void with_errors(Errors errors, const F& f) {
+  switch (errors) {
+    case Errors::softmax: return f(std::integral_constant<Errors, Errors::softmax>{});
+    case Errors::probabilities: return f(std::integral_constant<Errors, Errors::probabilities>{});
+    case Errors::hinge: return f(std::integral_constant<Errors, Errors::hinge>{});
+  }
+}
 
-// The combination of every thread's value, in a fixed order, to all of them. Blocks have a power of two of threads.
+// ---- blocks: one dimension of a power of two of threads; `scratch` is [threads] in shared memory
+
+// Combines the values of all threads in a fixed order. Every thread receives the result.
 template <int threads, class T, class F>
 __device__ inline T block_reduce(T value, T* scratch, const F& combine) {
   static_assert((threads & (threads - 1)) == 0, "a power of two");
@@ -91,9 +102,9 @@ __device__ inline T block_reduce(T value, T* scratch, const F& combine) {
     if (t < step) scratch[t] = combine(scratch[t], scratch[t + step]);
     __syncthreads();
   }
-  const T all = scratch[0];
+  const T result = scratch[0];
   __syncthreads();  // before the next use of scratch
-  return all;
+  return result;
 }
 
 template <int threads, class T>
@@ -101,9 +112,9 @@ __device__ inline T block_sum(T value, T* scratch) {
   return block_reduce<threads>(value, scratch, [](T a, T b) { return a + b; });
 }
 
-// The sum of the values of lower threads; `all` becomes that of all threads.
+// Exclusive prefix sum over the threads; `total` receives the sum of all.
 template <int threads, class T>
-__device__ inline T block_scan(T value, T* scratch, T* all) {
+__device__ inline T block_scan(T value, T* scratch, T* total) {
   const int t = static_cast<int>(threadIdx.x);
   scratch[t] = value;
   __syncthreads();
@@ -114,8 +125,8 @@ __device__ inline T block_scan(T value, T* scratch, T* all) {
     __syncthreads();
   }
   const T before = scratch[t] - value;
-  *all = scratch[threads - 1];
-  __syncthreads();
+  *total = scratch[threads - 1];
+  __syncthreads();  // before the next use of scratch
   return before;
 }
 
@@ -123,11 +134,22 @@ __device__ inline T block_scan(T value, T* scratch, T* all) {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // else the next launch would find it
+  (void)cudaGetLastError();  // clears it, else the next launch would report it
   throw std::runtime_error(std::string("veerloss: ") + what + ": " + cudaGetErrorString(error));
 }
 
-#if !defined(VEERLOSS_EMULATED)
+inline void zero_memory(void* data, int64_t bytes, Stream stream) {
+  check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "memset");
+}
+
+// Every launch is one dimension of blocks. An empty grid is no launch.
+struct Launch {
+  int64_t blocks;
+  int threads;
+  Stream stream;
+  int64_t shared_bytes = 0;  // dynamic shared memory
+};
+
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   check(cudaGetDevice(&device), "the current device");
@@ -137,33 +159,55 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 inline int multiprocessors() {
   return device_attribute(cudaDevAttrMultiProcessorCount);
 }
-inline int shared_memory_of_a_block() {
+// Static and dynamic together.
+inline int max_shared_bytes_of_block() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-// Every launch is one dimension of blocks. An empty grid is no launch.
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
-            Arguments... arguments) {
-  if (blocks == 0) return;
-  if (blocks > 0x7fffffff) throw std::invalid_argument("veerloss: more pixels than one launch can take");
-  if (shared_bytes > 0) {
-    // More than 48 KiB, static and dynamic together, have to be asked for: always all there is, for other threads launch too.
-    cudaFuncAttributes own;
-    check(cudaFuncGetAttributes(&own, kernel), "attributes of a kernel");
-    const int most = shared_memory_of_a_block() - static_cast<int>(own.sharedSizeBytes);
-    if (own.sharedSizeBytes + shared_bytes > 48 * 1024)
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory of a kernel");
+template <class... Parameters>
+void launch(void (*kernel)(Parameters...), const Launch& shape, std::type_identity_t<Parameters>... arguments) {
+  if (shape.blocks == 0) return;
+  if (shape.blocks > 0x7fffffff) throw std::invalid_argument("veerloss: more pixels than one launch can take");
+#if !defined(VEERLOSS_EMULATED)
+  if (shape.shared_bytes > 0) {
+    // More than 48 KiB, static and dynamic together, must be requested. The request is always for the maximum: another thread
+    // may launch the same kernel with more between the request and the launch.
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
+    const auto static_bytes = static_cast<int64_t>(attributes.sharedSizeBytes);
+    const int max_dynamic = max_shared_bytes_of_block() - static_cast<int>(static_bytes);
+    if (static_bytes + shape.shared_bytes > 48 * 1024)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_dynamic),
+            "shared memory of a kernel");
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+  auto* const stream = static_cast<cudaStream_t>(shape.stream);
+  kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes, stream>>>(arguments...);
   check(cudaGetLastError(), "launch of a kernel");
+#else
+  emulator::launch([&] { kernel(arguments...); }, shape.blocks, shape.threads, shape.shared_bytes);
+#endif
 }
 
-#define VEERLOSS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#endif
-
-inline int64_t divide_up(int64_t a, int64_t b) {
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
+
+// Divides scratch memory into arrays. Without memory (null) the arrays are null, and bytes() tells how much they need.
+class ScratchArrays {
+ public:
+  explicit ScratchArrays(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* array = memory_ ? reinterpret_cast<T*>(memory_ + bytes_) : nullptr;
+    bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 256) * 256;
+    return array;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* memory_;
+  int64_t bytes_ = 0;
+};
 
 }  // namespace veerloss

@@ -1,63 +1,73 @@
-// The pixels of the Lovász losses as kernels see them: logits, labels, softmax, errors.
+// The pixels of a batch as kernels see them: which one a thread has, its elements, label and errors.
 #pragma once
 
-#include "../jaccard.h"
+#include <cmath>
+
+#include "../math/jaccard.h"
 #include "device.cuh"
-#include "launch.h"
+#include "tuning.cuh"
 
 namespace veerloss {
 
-// What a block works on: part of an image, so that no thread divides by the size of one, and of one channel where `channels`
-// are told apart, those of a part side by side. In 32 bits, in which a division is no call.
+// What a block works on: a part of an image, so that no thread divides by the size of an image. Where `channels` have blocks of
+// their own, those of a part are neighbours, which share the labels in L2. The divisions are in 32 bits: in 64 bits each is a
+// call.
 struct ImagePart {
   int64_t image, part, channel;
 };
 
 __device__ inline ImagePart image_part(int64_t parts, int64_t channels = 1) {
-  const auto p = static_cast<uint32_t>(parts), c = static_cast<uint32_t>(channels), rest = blockIdx.x / c;
-  return {rest / p, rest % p, blockIdx.x % c};
+  const auto p = static_cast<uint32_t>(parts), c = static_cast<uint32_t>(channels), block_of_channel = blockIdx.x / c;
+  return {block_of_channel / p, block_of_channel % p, blockIdx.x % c};
 }
 
-// The pixels of a launch with one thread for each: blocks keep to an image, unless images are small, and their pixels in a row.
+// The blocks of a kernel with one thread for each pixel. A block keeps to one image, unless images are small: then the pixels
+// of all images are one sequence (`flat`).
 struct PixelGrid {
-  int64_t parts;   // blocks for an image, or for all images where they are in a row
-  int64_t blocks;  // for each channel that is told apart
-  bool in_a_row;
+  int64_t parts;   // blocks of an image, or of all images where they are flat
+  int64_t blocks;  // in all, for each channel that has its own
+  bool flat;
 };
 
-// may_cross: a block may have pixels of several images.
-inline PixelGrid pixel_grid(const Batch& b, int64_t pixels, int threads, bool may_cross = true) {
-  const int64_t all = b.g.images * pixels;
-  if (may_cross && pixels < 4 * threads && all < int64_t{1} << 31)
-    return {divide_up(all, threads), divide_up(all, threads), true};
-  return {divide_up(pixels, threads), b.g.images * divide_up(pixels, threads), false};
+// may_flatten: a block may have pixels of several images.
+template <int threads>
+PixelGrid pixel_grid(int64_t images, int64_t pixels, bool may_flatten = true) {
+  const int64_t all = images * pixels;
+  if (may_flatten && pixels < Tuning::Pixels::small_image_blocks * threads && all < int64_t{1} << 31)
+    return {ceil_div(all, threads), ceil_div(all, threads), true};
+  return {ceil_div(pixels, threads), images * ceil_div(pixels, threads), false};
 }
 
-struct PixelPlace {
-  int64_t image, pixel, channel;  // pixel -1: past the last one
+struct ThreadPixel {
+  int64_t image, pixel, channel;  // pixel -1: the thread has none
 };
 
-__device__ inline PixelPlace pixel_place(const PixelGrid& grid, int64_t images, int64_t pixels, int threads,
-                                         int64_t channels = 1) {
+template <int threads>
+__device__ inline ThreadPixel thread_pixel(const PixelGrid& grid, int64_t images, int64_t pixels, int64_t channels = 1) {
   const auto [image, part, channel] = image_part(grid.parts, channels);
   const int64_t i = part * threads + threadIdx.x;
-  if (!grid.in_a_row) return {image, i < pixels ? i : -1, channel};
+  if (!grid.flat) return {image, i < pixels ? i : -1, channel};
   if (i >= images * pixels) return {0, -1, channel};
   return {static_cast<uint32_t>(i) / static_cast<uint32_t>(pixels), static_cast<uint32_t>(i) % static_cast<uint32_t>(pixels),
           channel};
 }
 
+__device__ inline int64_t ptr_offset(const View& view, int64_t image, int64_t channel, int64_t pixel) {
+  return image * view.stride_image + channel * view.stride_channel + pixel * view.stride_pixel;
+}
+
+// An element of a tensor of element type In.
 template <class In>
-__device__ inline Arithmetic<In> load_logit(const Batch& b, int64_t image, int64_t channel, int64_t pixel) {
-  const int64_t at = image * b.x.stride_image + channel * b.x.stride_channel + pixel * b.x.stride_pixel;
-  return widen<Arithmetic<In>>(reinterpret_cast<const In*>(b.x.data)[at]);
+__device__ inline opmath_t<In> load(const View& view, int64_t image, int64_t channel, int64_t pixel) {
+  return convert<opmath_t<In>>(reinterpret_cast<const In*>(view.data)[ptr_offset(view, image, channel, pixel)]);
 }
 
 template <class In>
-__device__ inline void store_gradient(const View& out, int64_t image, int64_t channel, int64_t pixel, Arithmetic<In> value) {
-  const int64_t at = image * out.stride_image + channel * out.stride_channel + pixel * out.stride_pixel;
-  reinterpret_cast<In*>(out.data)[at] = rounded<In>(value);
+__device__ inline void store(const View& view, int64_t image, int64_t channel, int64_t pixel, opmath_t<In> value) {
+  reinterpret_cast<In*>(view.data)[ptr_offset(view, image, channel, pixel)] = convert<In>(value);
 }
+
+// ---- labels
 
 __device__ inline int32_t label_of(int64_t value, const TargetRule& rule) {
   if (rule.has_ignore && value == rule.ignore) return label_ignored;
@@ -70,63 +80,31 @@ __device__ inline int32_t label_of(double value, const TargetRule& rule) {
   return is_class ? static_cast<int32_t>(value) : label_bad;
 }
 
-__device__ inline int32_t load_label(const Batch& b, int64_t image, int64_t pixel) {
-  const int64_t at = image * b.y.stride_image + pixel * b.y.stride_pixel;
-  const void* data = b.y.data;
-  switch (b.y.dtype) {
-    case DType::i64: return label_of(static_cast<const int64_t*>(data)[at], b.rule);
-    case DType::i32: return label_of(int64_t{static_cast<const int32_t*>(data)[at]}, b.rule);
-    case DType::i16: return label_of(int64_t{static_cast<const int16_t*>(data)[at]}, b.rule);
-    case DType::i8: return label_of(int64_t{static_cast<const int8_t*>(data)[at]}, b.rule);
-    case DType::u8: return label_of(int64_t{static_cast<const uint8_t*>(data)[at]}, b.rule);
-    default: return label_of(load_value(data, b.y.dtype, at), b.rule);
+// From a target [N, P] of any type.
+__device__ inline int32_t load_label(const View& target, const TargetRule& rule, int64_t image, int64_t pixel) {
+  const int64_t i = ptr_offset(target, image, 0, pixel);
+  const void* data = target.data;
+  switch (target.dtype) {
+    case DType::i64: return label_of(static_cast<const int64_t*>(data)[i], rule);
+    case DType::i32: return label_of(int64_t{static_cast<const int32_t*>(data)[i]}, rule);
+    case DType::i16: return label_of(int64_t{static_cast<const int16_t*>(data)[i]}, rule);
+    case DType::i8: return label_of(int64_t{static_cast<const int8_t*>(data)[i]}, rule);
+    case DType::u8: return label_of(int64_t{static_cast<const uint8_t*>(data)[i]}, rule);
+    default: return label_of(load_element(data, target.dtype, i), rule);
   }
 }
 
-// ---- softmax of a pixel
+// ---- errors
 
-__device__ inline float exponential(float x) {
-  return expf(x);
-}
-__device__ inline double exponential(double x) {
-  return exp(x);
-}
-
-// exp(x - maximum) of the classes of a pixel, and `rest`, their sum without one of the largest, which is 1 exactly: so 1 - p of
-// a most probable class is rest / (1 + rest), where 1 - p would lose its digits. All passes of a loss come to the same bits.
+// Of a probability or a hinge, up to its sign.
 template <class T>
-struct alignas(2 * sizeof(T)) Softmax {
-  T maximum, rest;
-
-  __device__ T operator()(T x) const { return exponential(x - maximum); }
-  __device__ T inverse_sum() const { return T(1) / rounded_sum(T(1), rest); }
-
-  // The sum, one exponential at a time; `ones` counts those of the maximum.
-  __device__ void add(T e, T& ones) {
-    rest = rounded_sum(rest, e == T(1) ? T(0) : e);
-    ones += e == T(1) ? T(1) : T(0);
-  }
-  __device__ void end(T ones) { rest = rounded_sum(rest, ones - T(1)); }
-};
-
-// From `x(c)`, called for every class twice: the second time the logits come from registers or the cache. One pass that
-// rescales the sum at every new maximum would round more often, and so rank more pixels wrongly.
-template <class T, class X>
-__device__ inline Softmax<T> softmax_over(int64_t classes, const X& x) {
-  Softmax<T> softmax{x(0), T(0)};
-  for (int64_t c = 1; c < classes; ++c) {
-    const T value = x(c);
-    softmax.maximum = value > softmax.maximum ? value : softmax.maximum;
-  }
-  T ones = T(0);
-  for (int64_t c = 0; c < classes; ++c) softmax.add(softmax(x(c)), ones);
-  softmax.end(ones);
-  return softmax;
+__device__ inline T signed_error(Errors errors, T x, bool foreground) {
+  return errors == Errors::hinge ? hinge_error(x, foreground) : probability_error(x, foreground);
 }
 
-template <class In>
-__device__ inline Softmax<Arithmetic<In>> softmax_of(const Batch& b, int64_t image, int64_t pixel) {
-  return softmax_over<Arithmetic<In>>(b.g.channels, [&](int64_t c) { return load_logit<In>(b, image, c, pixel); });
+template <class T>
+__device__ inline T magnitude(T x) {
+  return x < T(0) ? -x : x;
 }
 
 }  // namespace veerloss

@@ -1,11 +1,10 @@
-// The parts of the emulator that are not templates: the switch of fibers, and a sort in CUB's place.
-
-#include "emulator.h"
+// The parts of the emulator that are compiled once: the switch of fibers, and a sort in place of csrc/cuda/lovasz/sort.cu.
 
 #include <algorithm>
 #include <numeric>
+#include <vector>
 
-#include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/lovasz/sort.h"
 
 #if !defined(__x86_64__)
 #error "the emulator's fibers are written for x86-64"
@@ -36,32 +35,31 @@ veerloss_switch_fiber:
 )");
 
 namespace veerloss {
-namespace {
 
 template <class Word>
-void sort(const void* keys, void* sorted_keys, const uint32_t* values, uint32_t* sorted_values, int64_t length,
-          int64_t segments, int bits) {
-  const Word mask = (Word(1) << bits) - 1;
-  const auto* in = static_cast<const Word*>(keys);
-  auto* out = static_cast<Word*>(sorted_keys);
+int64_t sort_scratch_bytes(const SortedSegments&) {
+  return 1;
+}
+
+template <class Word>
+void sort_pairs(const SortPairs<Word>& args) {
+  constexpr Word mask = ~(Word(1) << (8 * sizeof(Word) - 1));
+  const auto [segments, length] = args.shape;
   std::vector<int64_t> order(static_cast<size_t>(length));
-  for (int64_t base = 0; base < length * segments; base += length) {
+  for (int64_t base = 0; base < segments * length; base += length) {
     std::iota(order.begin(), order.end(), base);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return (in[a] & mask) > (in[b] & mask); });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return (args.keys[a] & mask) > (args.keys[b] & mask); });
     for (int64_t i = 0; i < length; ++i) {
-      out[base + i] = in[order[i]];
-      sorted_values[base + i] = values[order[i]];
+      args.sorted_keys[base + i] = args.keys[order[i]];
+      args.sorted_values[base + i] = args.values[order[i]];
     }
   }
 }
 
-}  // namespace
-
-size_t sort_pairs(void* scratch, size_t, bool wide, const void* keys, void* sorted_keys, const uint32_t* values,
-                  uint32_t* sorted_values, int64_t length, int64_t segments, int bits, cudaStream_t) {
-  if (!scratch) return 1;
-  (wide ? sort<uint64_t> : sort<uint32_t>)(keys, sorted_keys, values, sorted_values, length, segments, bits);
-  return 1;
-}
+template int64_t sort_scratch_bytes<uint32_t>(const SortedSegments&);
+template int64_t sort_scratch_bytes<uint64_t>(const SortedSegments&);
+template void sort_pairs<uint32_t>(const SortPairs<uint32_t>&);
+template void sort_pairs<uint64_t>(const SortPairs<uint64_t>&);
 
 }  // namespace veerloss

@@ -40,6 +40,10 @@ struct Index {
 inline Index thread, block;
 inline std::vector<unsigned char> shared;
 
+// The device: few multiprocessors, for few blocks; the shared memory of an H100, and what kernels may have of it that is
+// static.
+constexpr int multiprocessors = 2, shared_bytes_of_block = 227 * 1024, static_shared_bytes = 9 * 1024;
+
 // ---- fibers (x86-64, System V)
 
 extern "C" void veerloss_switch_fiber(void** save_stack, void* load_stack);
@@ -52,10 +56,10 @@ inline int current_line = 0;
 
 // All threads that have not ended have to come to the same barrier.
 inline void barrier(int line) {
-  const Index own = thread;
+  const Index saved = thread;
   current_line = line;
   veerloss_switch_fiber(&current_stack, scheduler_stack);
-  thread = own;
+  thread = saved;
 }
 
 inline void fiber() {
@@ -125,32 +129,33 @@ T atomicAdd(T* at, U value) {
 inline const char* cudaGetErrorString(cudaError_t) {
   return "an error";
 }
-
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulator::shared_bytes_of_block : emulator::multiprocessors;
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);
   return cudaSuccess;
 }
 
-namespace veerloss {
+namespace emulator {
 
-inline int multiprocessors() {
-  return 2;
-}
-inline int shared_memory_of_a_block() {
-  return 227 * 1024;
-}
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, cudaStream_t,
-            Arguments... arguments) {
-  if (shared_bytes + 9 * 1024 > static_cast<size_t>(shared_memory_of_a_block()))  // beside what is static
+// In place of kernel<<<blocks, threads, shared_bytes>>>(...): `call` calls the kernel.
+inline void launch(const std::function<void()>& call, int64_t blocks, int threads, int64_t shared_bytes) {
+  if (shared_bytes + static_shared_bytes > shared_bytes_of_block)
     throw std::runtime_error("emulator: more shared memory than a block of an H100 can have");
-  const std::function<void()> f = [&] { kernel(arguments...); };
   for (int64_t i = 0; i < blocks; ++i) {
-    emulator::shared.assign(shared_bytes, 0xcd);
-    emulator::block.x = static_cast<unsigned>(i);
-    emulator::run_block(f, threads, i % 2 == 1);
+    shared.assign(static_cast<size_t>(shared_bytes), 0xcd);
+    block.x = static_cast<unsigned>(i);
+    run_block(call, threads, i % 2 == 1);
   }
 }
 
-}  // namespace veerloss
+}  // namespace emulator

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._arguments import arithmetic_dtype, loss_dtype, widened
+from .._arguments import loss_dtype, opmath_dtype, widened
 
 
 def sigmoid_focal_loss(
@@ -21,7 +21,7 @@ def sigmoid_focal_loss(
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """Binary focal loss of each logit; arguments as in :func:`veerloss.sigmoid_focal_loss`."""
-    x = logits.to(arithmetic_dtype(logits))
+    x = logits.to(opmath_dtype(logits))
     if target.shape == logits.shape:
         target = widened(target)
         valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
@@ -57,7 +57,7 @@ def softmax_focal_loss(
 ) -> Tensor:
     """Multiclass focal loss of each pixel; arguments as in :func:`veerloss.softmax_focal_loss`."""
     class_dim = 1 if logits.dim() > 1 else 0
-    x = logits.to(arithmetic_dtype(logits))
+    x = logits.to(opmath_dtype(logits))
     valid, labels = _valid_labels(target, ignore_index)
     x = torch.where(valid.unsqueeze(class_dim), x, torch.zeros_like(x))
     log_p = F.log_softmax(x, class_dim)

@@ -13,48 +13,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Bins to give out, besides the one that every cell has.
-BUDGET = 6144
-#: Cells are cut by the bits of a float32, error + OFFSET: equal in width below OFFSET, 128 to an octave from there to 16, and
-#: 4 to an octave above. Where errors are at most 1, those above 1/2 are cut by the bits of 1 - error in mirror image.
-OFFSET = 2.0**-8
-ORIGIN = 0x3B800000  # its bits
-CELL_BITS = 16  # below those of the cell
-POSITION_BITS, POSITION_SHIFT = 15, 1  # of them tell the position in the cell
-NARROW_END = 12 << 23
-NARROW_CELLS = NARROW_END >> CELL_BITS
-WIDE_SHIFT = 5
-HALF = (7 << (23 - CELL_BITS)) + 1
+from .. import _layout as layout
 
 
 def cells(bounded: bool) -> int:
     """How many cells there are; `bounded` errors are at most 1."""
-    return 2 * HALF if bounded else NARROW_CELLS + ((0x7F800000 - ORIGIN - NARROW_END) >> (CELL_BITS + WIDE_SHIFT))
+    return layout.BOUNDED_CELLS if bounded else layout.UNBOUNDED_CELLS
 
 
 def cells_of(errors: Tensor, bounded: bool) -> tuple[Tensor, Tensor]:
     """The cell of each error, and where in the cell it is, of 2**15 positions. Any shape; int64."""
     errors = errors.float()
     mirrored = (errors > 0.5) & bounded
-    bits = (torch.where(mirrored, 1 - errors, errors) + OFFSET).view(torch.int32).long() - ORIGIN
-    wide = (bits >= NARROW_END) & (not bounded)
-    above = bits - NARROW_END
-    cell = torch.where(wide, NARROW_CELLS + (above >> (CELL_BITS + WIDE_SHIFT)), bits >> CELL_BITS)
-    position = (torch.where(wide, above >> WIDE_SHIFT, bits) >> POSITION_SHIFT) % (1 << POSITION_BITS)
+    bits = (torch.where(mirrored, 1 - errors, errors) + layout.CELL_OFFSET).view(torch.int32).long() - layout.CELL_ORIGIN
+    wide = (bits >= layout.NARROW_END) & (not bounded)
+    above = bits - layout.NARROW_END
+    cell = torch.where(wide, layout.NARROW_CELLS + (above >> (layout.CELL_BITS + layout.WIDE_SHIFT)), bits >> layout.CELL_BITS)
+    position = (torch.where(wide, above >> layout.WIDE_SHIFT, bits) >> layout.POSITION_SHIFT) % (1 << layout.POSITION_BITS)
     cell = torch.where(mirrored, cells(bounded) - 1 - cell, cell)
-    position = torch.where(mirrored, (1 << POSITION_BITS) - 1 - position, position)
+    position = torch.where(mirrored, (1 << layout.POSITION_BITS) - 1 - position, position)
     return cell.clamp(0, cells(bounded) - 1), position
 
 
 def cell_edges(bounded: bool, device: torch.device | None = None) -> Tensor:
     """[cells + 1] float64: where each cell begins, and the last ends."""
-    cell = torch.arange(HALF + 1 if bounded else cells(False) + 1, device=device)
+    cell = torch.arange(layout.HALF_CELLS + 1 if bounded else cells(False) + 1, device=device)
     bits = torch.where(
-        cell < NARROW_CELLS,
-        cell << CELL_BITS,
-        NARROW_END + ((cell - NARROW_CELLS) << (CELL_BITS + WIDE_SHIFT)),
+        cell < layout.NARROW_CELLS,
+        cell << layout.CELL_BITS,
+        layout.NARROW_END + ((cell - layout.NARROW_CELLS) << (layout.CELL_BITS + layout.WIDE_SHIFT)),
     )
-    edges = (bits + ORIGIN).int().view(torch.float32).double().clamp(max=2.0**128) - OFFSET
+    edges = (bits + layout.CELL_ORIGIN).int().view(torch.float32).double().clamp(max=2.0**128) - layout.CELL_OFFSET
     return torch.cat([edges, 1 - edges[:-1].flip(0)]) if bounded else edges
 
 
@@ -97,11 +86,11 @@ def weigh(fg: Tensor, bg: Tensor, total: Tensor) -> Bins:
     return Bins(at_fg, at_bg, f * at_fg + b * at_bg, f * b / (2 * first * last), high + low)
 
 
-def place(fg: Tensor, bg: Tensor, total: Tensor, bounded: bool) -> Tensor:
+def allocate_bins(fg: Tensor, bg: Tensor, total: Tensor, bounded: bool) -> Tensor:
     """[cells] int64: the bins that each cell gets, from the counts in the cells.
 
     s bins divide the mean square error that a cell makes by s**2; the sum over the cells is least where s goes by the cube root
-    of that error. Half of the bins are placed for the error of the gradient, half for that of the loss.
+    of that error. Half of the bins are allocated for the error of the gradient, half for that of the loss.
     """
     result, edges, f, b = weigh(fg, bg, total.clamp(min=1)), cell_edges(bounded, fg.device), fg.double(), bg.double()
     error = (edges[:-1] + edges[1:]).clamp(max=2) / 2
@@ -112,7 +101,7 @@ def place(fg: Tensor, bg: Tensor, total: Tensor, bounded: bool) -> Tensor:
     for square in (of_gradient, of_loss):
         root = square.clamp(min=0) ** (1 / 3)
         share += root / root.sum() / 2 if root.sum() > 0 else 0
-    return 1 + (share * BUDGET * (1 - 1e-12)).long()
+    return 1 + (share * layout.BIN_BUDGET * (1 - 1e-12)).long()
 
 
 def segment(
@@ -131,39 +120,40 @@ def segment(
     """
     errors = errors.float()
     inside = errors > 0
-    largest = all_reduce(errors.max() if errors.numel() else errors.new_tensor(-1.0), "max").double()
+    max_error = all_reduce(errors.max() if errors.numel() else errors.new_tensor(-1.0), "max").double()
     total = all_reduce(foreground.sum(), "sum")
     if total == 0:  # the largest error has the whole weight
-        at_largest = (errors == largest).double()
-        pixels = all_reduce(at_largest.sum(), "sum")
-        return torch.where(inside, at_largest / pixels.clamp(min=1), 0.0), largest.clamp(min=0), 2 * (1 - 1 / pixels)
+        at_max_error = (errors == max_error).double()
+        pixels = all_reduce(at_max_error.sum(), "sum")
+        return torch.where(inside, at_max_error / pixels.clamp(min=1), 0.0), max_error.clamp(min=0), 2 * (1 - 1 / pixels)
     cell, position = cells_of(errors, bounded)
 
     def count(index: Tensor, size: int) -> list[Tensor]:
         return [all_reduce(index[inside & kind].bincount(minlength=size), "sum") for kind in (foreground, ~foreground)]
 
-    bins = place(*count(cell, cells(bounded)), total, bounded)
+    bins = allocate_bins(*count(cell, cells(bounded)), total, bounded)
     before = bins.cumsum(0) - bins
-    index = before[cell] + (position * bins[cell] >> POSITION_BITS)
+    index = before[cell] + (position * bins[cell] >> layout.POSITION_BITS)
     fg, bg = count(index, int(bins.sum()))
     result = weigh(fg, bg, total)
 
     edges = cell_edges(bounded, errors.device)
     width = (edges.diff() / bins).repeat_interleave(bins)
-    here = torch.arange(width.numel(), device=width.device)
-    low = edges[:-1].repeat_interleave(bins) + width * (here - before.repeat_interleave(bins))
-    high = torch.minimum(low + width, largest)
-    top = (fg + bg).nonzero().max() if (fg + bg).any() else 0  # has the largest error, known exactly, and perhaps others
+    k = torch.arange(width.numel(), device=width.device)
+    low = edges[:-1].repeat_interleave(bins) + width * (k - before.repeat_interleave(bins))
+    high = torch.minimum(low + width, max_error)
+    max_bin = (fg + bg).nonzero().max() if (fg + bg).any() else 0  # holds max_error, known exactly, and perhaps others
     loss = 0.0
     for counts, weight in ((fg, result.fg), (bg, result.bg)):
         # The mean error in a bin: the middle, moved by the slope of the counts between its neighbours in the cell.
         first = before.repeat_interleave(bins)
         last = first + bins.repeat_interleave(bins) - 1
-        below, above = (here - 1).maximum(first), (here + 1).minimum(last)
+        below, above = (k - 1).maximum(first), (k + 1).minimum(last)
         slope = (counts[above] - counts[below]) / (above - below).clamp(min=1)
         shift = torch.where(counts > 0, slope / counts.clamp(min=1) / 12, 0.0).clamp(-0.25, 0.25)
         mean = (low + high) / 2 + (high - low) * shift
-        mean[top] = (low + high)[top] / 2 + (largest - (low + high)[top] / 2) / (fg + bg)[top].clamp(min=1)
+        middle = (low + high)[max_bin] / 2
+        mean[max_bin] = middle + (max_error - middle) / (fg + bg)[max_bin].clamp(min=1)
         loss = loss + (counts * weight * mean).sum()
     weights = torch.where(foreground, result.fg[index], result.bg[index])
     weights = torch.where(inside, weights, 0.0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._arguments import arithmetic_dtype, loss_dtype, widened
+from .._arguments import loss_dtype, opmath_dtype, widened
 from . import histogram
 
 AllReduce = Callable[[Tensor, str], Tensor]
@@ -62,7 +62,7 @@ def lovasz_softmax_loss(
 ) -> tuple[Tensor, Tensor]:
     """Lovász-Softmax and its certificate; arguments as in :func:`veerloss.lovasz_softmax_loss`."""
     n, c = logits.shape[:2]
-    x = logits.to(arithmetic_dtype(logits)).reshape(n, c, -1 if logits.numel() else 0)
+    x = logits.to(opmath_dtype(logits)).reshape(n, c, -1 if logits.numel() else 0)
     labels = target.long().reshape(n, 1, x.size(2))
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     foreground = (labels == torch.arange(c, device=x.device)[:, None]) & valid
@@ -110,7 +110,7 @@ def lovasz_hinge_loss(
 ) -> tuple[Tensor, Tensor]:
     """Binary Lovász hinge and its certificate; arguments as in :func:`veerloss.lovasz_hinge_loss`."""
     n = logits.size(0)
-    x = logits.to(arithmetic_dtype(logits)).reshape(n, 1, -1 if logits.numel() else 0)
+    x = logits.to(opmath_dtype(logits)).reshape(n, 1, -1 if logits.numel() else 0)
     labels = widened(target).reshape(n, 1, x.size(2))
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     foreground = (labels == 1) & valid

@@ -1,4 +1,4 @@
-"""The scalar maths of the focal losses, as in csrc/focal.h and csrc/cpu/vecmath.h.
+"""The scalar maths of the focal losses, as in csrc/math/focal.h and csrc/cpu/simd/vecmath.h.
 
 Logarithms are spelled out for float32: the hardware's are fast but lose digits near 1, which are the confident pixels.
 """
@@ -6,9 +6,9 @@ Logarithms are spelled out for float32: the hardware's are fast but lose digits 
 import triton
 import triton.language as tl
 
-from ._math import exp_neg
+from ._math import LN2_HIGH, LN2_LOW, exp_neg
 
-# As in csrc/cpu/vecmath.h, lowest power first: ln(1 + x) / x on [sqrt(1/2) - 1, sqrt(2) - 1] and on [0, 1].
+# As in csrc/cpu/simd/vecmath.h, lowest power first: ln(1 + x) / x on [sqrt(1/2) - 1, sqrt(2) - 1] and on [0, 1].
 LOG1P_NEAR_0 = tl.constexpr((
     0.999999999, -0.499999885, 0.333333453, -0.250015791, 0.200009394, -0.166083694, 0.141996501, -0.132660314, 0.128066104,
     -0.0745118623,
@@ -17,8 +17,6 @@ LOG1P_UNIT = tl.constexpr((
     0.999999995, -0.499998926, 0.333297105, -0.249516163, 0.196632743, -0.152696671, 0.105436238, -0.0563736128, 0.0195425273,
     -0.00317605702,
 ))  # fmt: skip
-LN2_HIGH = tl.constexpr(0.693359375)  # 9 bits, so that n * LN2_HIGH is exact
-LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
 ROOT_HALF_BITS = tl.constexpr(0x3F3504F3)  # of float32 sqrt(1/2)
 
 
@@ -55,10 +53,10 @@ def log1p_unit(x):
 
 
 @triton.jit
-def log_of_sum(rest):
-    """ln(1 + rest), rest >= 0."""
-    small = rest <= 1.0
-    return tl.where(small, log1p_unit(tl.where(small, rest, 0.0)), log(1.0 + rest))
+def log_sumexp(sumexp_excl_max):
+    """ln(1 + sumexp_excl_max), of a sum >= 0: the logarithm of a softmax's sum, relative to the largest logit."""
+    small = sumexp_excl_max <= 1.0
+    return tl.where(small, log1p_unit(tl.where(small, sumexp_excl_max, 0.0)), log(1.0 + sumexp_excl_max))
 
 
 @triton.jit

@@ -1,38 +1,64 @@
-"""What every launch of a Triton kernel needs: shapes checked, strides, the device, how many programs."""
+"""What every launch of a Triton kernel needs: checked arguments, the type to compute in, strides, the device.
+
+Operators can be called directly, so they check whatever could make a kernel read outside a tensor.
+"""
 
 import contextlib
+import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._arguments import arithmetic_dtype
-
-#: Programs of a kernel that leaves one partial sum each. Each takes every MAX_PROGRAMS-th tile, in order: the sums, and so the
-#: bits of the loss, do not depend on the GPU. A few waves of the largest GPUs (not measured yet).
-MAX_PROGRAMS = 4096
+from .._arguments import opmath_dtype
 
 
-def arithmetic(logits: Tensor) -> tl.dtype:
+def describe(t: Tensor) -> str:
+    """[2, 3] float32 on cpu"""
+    contiguous = "" if t.is_contiguous() else ", not contiguous,"
+    return f"{list(t.shape)} {dtype_name(t.dtype)}{contiguous} on {t.device}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check(condition: bool, argument: str, t: Tensor, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"veerloss: {argument} must be {expected}, got {describe(t)}")
+
+
+def check_logits(logits: Tensor) -> None:
+    floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    fits = logits.dim() == 3 and logits.dtype in floats
+    check(fits, "logits", logits, "[N, C, P] float32, float64, bfloat16 or float16")
+
+
+def check_like(argument: str, t: Tensor, logits: Tensor, *, channels: bool) -> None:
+    """`t` is [N, P], or [N, C, P] with channels, beside logits [N, C, P]."""
+    shape = logits.shape if channels else (logits.size(0), logits.size(-1))
+    fits = t.shape == shape and t.device == logits.device
+    check(fits, argument, t, f"{list(shape)}, for logits {describe(logits)}")
+
+
+def check_data(argument: str, t: Tensor | None, like: Tensor, shape: Sequence[int], *dtypes: torch.dtype) -> None:
+    """`t`, unless it is None, is contiguous, on the device of `like`, of one of the types and has the elements of the shape."""
+    if t is None:
+        return
+    fits = t.is_contiguous() and t.numel() == math.prod(shape) and t.dtype in dtypes and t.device == like.device
+    check(fits, argument, t, f"{list(shape)} {' or '.join(map(dtype_name, dtypes))}, contiguous")
+
+
+def opmath_t(logits: Tensor) -> tl.dtype:
     """The type that kernels compute in."""
-    if not logits.is_floating_point():
-        raise ValueError(f"veerloss: expected logits of float32, float64, bfloat16 or float16, got {logits.dtype}")
-    return tl.float64 if arithmetic_dtype(logits) == torch.float64 else tl.float32
+    return tl.float64 if opmath_dtype(logits) == torch.float64 else tl.float32
 
 
-def check_shape(name: str, t: Tensor, shape: tuple[int, ...], logits: Tensor) -> None:
-    """Kernels read what the shape of the logits says: an operator called directly must not make them read beyond a tensor."""
-    if t.shape != shape or t.device != logits.device:
-        raise ValueError(
-            f"veerloss: expected {name} of shape {list(shape)} on {logits.device} for logits {list(logits.shape)}, "
-            f"got {list(t.shape)} on {t.device}"
-        )
-
-
-def as_bytes(t: Tensor) -> Tensor:
+def as_bytes(t: Tensor | None) -> Tensor | None:
     """A bool tensor as uint8, which every version of Triton loads alike; others as they are."""
-    return t.view(torch.uint8) if t.dtype == torch.bool else t
+    return t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t
 
 
 def strides(t: Tensor) -> tuple[int, int, int]:

@@ -1,0 +1,147 @@
+// Softmax focal loss on the CPU.
+
+#include "focal.h"
+#include "simd/vecmath.h"
+
+#define VEERLOSS_TILES "softmax_tiles.h"
+#include "simd/dispatch_isa.h"
+#define VEERLOSS_TILES "focal_tiles.h"
+#include "simd/dispatch_isa.h"
+
+namespace veerloss {
+namespace {
+
+// The buffers of a thread.
+template <class T>
+struct SoftmaxTile {
+  SoftmaxTile(int64_t tile, int64_t classes, bool smoothing)
+      : label(tile), storage(tile * (classes * (smoothing ? 3 : 1) + 14)) {
+    T* next = storage.data();
+    const auto take = [&](int64_t rows) { return std::exchange(next, next + rows * tile); };
+    exps = take(classes);
+    logits = smoothing ? take(classes) : exps;
+    slope = smoothing ? take(classes) : nullptr;
+    for (T** row : {&rows.max_logit, &rows.max_count, &rows.sumexp_excl_max, &rows.inv_sumexp, &rows.label_logit, &rows.log_p,
+                    &rows.q, &alpha, &loss, &log_sumexp, &top, &low, &grad, &grad_log_p})
+      *row = take(1);
+  }
+  std::vector<int32_t> label;
+  // [classes][tile]. The logits are overwritten by their exponentials, and these by the gradient if it cannot be written in
+  // place; with label smoothing, which needs the logits until the end, they have memory of their own. `slope` is for smoothing.
+  T *exps, *logits, *slope;
+  SoftmaxRows<T> rows;
+  T *alpha, *loss, *log_sumexp, *top, *low, *grad, *grad_log_p;  // [tile]
+
+ private:
+  std::vector<T> storage;
+};
+
+template <class T>
+class SoftmaxFocal {
+ public:
+  explicit SoftmaxFocal(const SoftmaxFocalInput& input)
+      : g(input.geometry),
+        tile(tile_length(g.channels * (input.label_smoothing > 0 ? 3 : 1), sizeof(T), g.images * g.pixels)),
+        in_(input),
+        gamma_(static_cast<T>(input.gamma)),
+        smoothing_(static_cast<T>(input.label_smoothing)),
+        scalar_alpha_(static_cast<T>(input.alpha)),
+        alpha_(input.class_alpha ? static_cast<const T*>(input.class_alpha) : &scalar_alpha_),
+        alpha_step_(input.class_alpha ? 1 : 0) {}
+
+  const Geometry g;
+  const int64_t tile;
+
+  SoftmaxTile<T> rows() const { return SoftmaxTile<T>(tile, g.channels, smoothing_ > T(0)); }
+
+  template <bool square>
+  FocalPartial forward(Run run, SoftmaxTile<T>& t, const FocalLoss& out) {
+    const FocalPartial partial = compute<square>(run, t);
+    if (out.reduction == Reduction::none) store_row(t.loss, out.loss, g, 0, run);
+    return partial;
+  }
+
+  template <bool square>
+  void backward(Run run, SoftmaxTile<T>& t, const IncomingGradient<T>& incoming, const View& grad_logits) {
+    compute<square>(run, t);
+    incoming.load(t.grad, g, 0, run);
+    const int64_t n = run.count;
+    const int32_t* label = t.label.data();
+    const SoftmaxRows<T>& r = t.rows;
+    T* const in_place = row_in_place<T>(grad_logits, g, 0, run);
+    T* const result = in_place ? in_place : t.exps;
+    const int64_t stride = in_place ? grad_logits.stride_channel : tile;
+    if (smoothing_ > T(0)) {
+      for (int64_t c = 0; c < g.channels; ++c)
+        VEERLOSS_DISPATCH(FocalTiles::smooth_backward(t.exps + c * tile, t.slope + c * tile, t.top, t.low, r, label, n, t.grad,
+                                                      result + c * stride));
+    } else {
+      VEERLOSS_DISPATCH(
+          FocalTiles::log_probability_backward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.grad, t.grad_log_p));
+      for (int64_t c = 0; c < g.channels; ++c)
+        VEERLOSS_DISPATCH(FocalTiles::other_gradient(t.exps + c * tile, r.inv_sumexp, t.grad_log_p, n, result + c * stride));
+      VEERLOSS_DISPATCH(FocalTiles::label_gradient(label, t.grad_log_p, r.q, n, result, stride));
+    }
+    if (!in_place)
+      for (int64_t c = 0; c < g.channels; ++c) store_row(result + c * tile, grad_logits, g, c, run);
+  }
+
+  void raise_if_bad() const { bad_.raise_if_any(in_.target, g, expected_labels(in_.rule)); }
+
+ private:
+  // Loads a tile, and computes its softmax and losses.
+  template <bool square>
+  FocalPartial compute(Run run, SoftmaxTile<T>& t) {
+    const int64_t n = run.count;
+    const int32_t* label = t.label.data();
+    load_labels(t.label.data(), in_.target, g, in_.rule, run, bad_);
+    const int64_t valid = VEERLOSS_DISPATCH(FocalTiles::count_valid(label, n));
+    for (int64_t c = 0; c < g.channels; ++c) load_row(t.logits + c * tile, in_.logits, g, c, run);
+    if (valid < n) VEERLOSS_DISPATCH(FocalTiles::clear_ignored(t.logits, g.channels, tile, label, n));
+    const SoftmaxRows<T>& r = t.rows;
+    VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.logits, g.channels, tile, n, r.max_logit));
+    if (smoothing_ == T(0)) VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, tile, n, label, r.max_logit, r.label_logit));
+    VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.logits, tile, t.exps, g.channels, tile, n, r.max_logit, r.max_count,
+                                                 r.sumexp_excl_max, r.inv_sumexp));
+    if (smoothing_ > T(0)) return {smoothed_loss<square>(n, t), valid};
+    VEERLOSS_DISPATCH(FocalTiles::log_probability(n, label, r));
+    VEERLOSS_DISPATCH(FocalTiles::gather_alpha(t.alpha, alpha_, alpha_step_, label, n));
+    return {VEERLOSS_DISPATCH(FocalTiles::softmax_forward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.loss)), valid};
+  }
+
+  template <bool square>
+  double smoothed_loss(int64_t n, SoftmaxTile<T>& t) const {
+    const int32_t* label = t.label.data();
+    std::fill_n(t.loss, n, T(0));
+    std::fill_n(t.top, n, T(0));
+    std::fill_n(t.low, n, T(0));
+    VEERLOSS_DISPATCH(FocalTiles::log_sum(t.rows.sumexp_excl_max, n, t.log_sumexp));
+    const T share = smoothing_ / static_cast<T>(g.channels);
+    for (int64_t c = 0; c < g.channels; ++c) {
+      const int64_t row = c * tile;
+      VEERLOSS_DISPATCH(FocalTiles::smooth_terms<T, square>(t.exps + row, t.logits + row, n, label, static_cast<int32_t>(c),
+                                                            share, smoothing_, alpha_[c * alpha_step_], gamma_, t.rows,
+                                                            t.log_sumexp, t.loss, t.slope + row, t.top, t.low));
+    }
+    VEERLOSS_DISPATCH(FocalTiles::keep_valid(t.loss, label, n));
+    return VEERLOSS_DISPATCH(FocalTiles::sum(t.loss, n));
+  }
+
+  const SoftmaxFocalInput& in_;
+  T gamma_, smoothing_, scalar_alpha_;
+  const T* alpha_;
+  int64_t alpha_step_;
+  BadTarget bad_;
+};
+
+}  // namespace
+
+void kernels::softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream) {
+  focal_forward<SoftmaxFocal>(input, out);
+}
+
+void kernels::softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream) {
+  focal_backward<SoftmaxFocal>(input, out);
+}
+
+}  // namespace veerloss

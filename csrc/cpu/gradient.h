@@ -1,0 +1,70 @@
+// The one backward pass of the losses whose gradient is a weight per pixel and class: it takes the signed weights of the errors
+// to the gradient of the logits or probabilities.
+#pragma once
+
+#include "lovasz/segments.h"
+
+#define VEERLOSS_TILES "gradient_tiles.h"
+#include "simd/dispatch_isa.h"
+
+namespace veerloss {
+
+// d loss / d (loss of a segment), [segments].
+template <class T>
+std::vector<T> segment_factors(const LovaszBatch& b, const LovaszGradient& out) {
+  const View grad{static_cast<char*>(const_cast<void*>(out.grad)), out.grad_dtype, 0, 0, 1};
+  std::vector<T> factor(b.segments());
+  for (int64_t i = 0; i < b.segments(); ++i)
+    factor[i] = static_cast<const T*>(out.scale)[i] * load_element<T>(grad, out.reduction == Reduction::none ? i : 0);
+  return factor;
+}
+
+// `Weights` computes the signed weights dL/dp of one class of a tile, times a factor:
+//
+//   void operator()(const TileRows<T>& rows, Run run, int64_t row, int64_t c, T factor, T* grad);
+//   static constexpr bool by_error;  // whether it reads the labels and values of `rows`, or `run` alone
+//
+// Every thread works on a copy of `weights`, which has a buffer of `tile` elements at most.
+template <class T, class Weights>
+void lovasz_gradient(const LovaszBatch& b, const LovaszGradient& out, int64_t tile, const Weights& weights) {
+  const Geometry& g = b.geometry;
+  const bool softmax = b.errors == Errors::softmax, probabilities = b.errors == Errors::probabilities;
+  const std::vector<T> factors = segment_factors<T>(b, out);
+  const SegmentTiles tiles(b, false, tile);
+  BadTarget bad;  // the forward pass has raised it
+  parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
+    TileRows<T> t(g.channels, tile, true);
+    Weights weigh(weights);
+    std::vector<Run> runs;
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t row = tiles.get(k, runs);
+      const Run run = runs[0];
+      const int64_t n = run.count;
+      if (Weights::by_error) load_tile_labels(b, runs, t, bad);
+      if (Weights::by_error || b.errors != Errors::hinge) load_tile(b, runs, tile, t);
+      if (softmax) VEERLOSS_DISPATCH(GradientTiles::begin(n, t.pivot, t.others, t.has_weight.data()));
+      for (int64_t c = 0; c < g.channels; ++c) {
+        T* const grad = t.grad + c * tile;
+        const T factor = factors[row * g.channels + c];
+        weigh(t, run, row, c, probabilities ? T(1) : factor, grad);
+        if (probabilities) {
+          VEERLOSS_DISPATCH(GradientTiles::sign_outside(t.values + c * tile, grad, n));  // needs the sign of the weight alone
+          VEERLOSS_DISPATCH(GradientTiles::scale(grad, n, factor));
+        }
+        if (softmax)
+          VEERLOSS_DISPATCH(GradientTiles::accumulate(t.exps + c * tile, grad, n, t.pivot, t.others, t.has_weight.data()));
+      }
+      if (softmax) VEERLOSS_DISPATCH(GradientTiles::end(n, t.sumexp_excl_max, t.inv_sumexp, t.pivot, t.others));
+      for (int64_t c = 0; c < g.channels; ++c) {
+        T* const grad = t.grad + c * tile;
+        T* const in_place = softmax ? row_in_place<T>(out.grad_logits, g, c, run) : nullptr;
+        if (softmax)
+          VEERLOSS_DISPATCH(GradientTiles::softmax(t.exps + c * tile, grad, n, t.inv_sumexp, t.pivot, t.others,
+                                                   t.has_weight.data(), in_place ? in_place : grad));
+        if (!in_place) store_row(grad, out.grad_logits, g, c, run);
+      }
+    }
+  });
+}
+
+}  // namespace veerloss

@@ -1,0 +1,55 @@
+// The gradient of the logits over one tile of pixels, one class at a time, from the signed weights dL/dp of the errors.
+// Included once per instruction set by dispatch_isa.h: no include guard. Loops over pixels vectorise.
+
+struct GradientTiles {
+  // p_j (g_j - sum_c p_c g_c), g = dL/dp, in two passes over the classes. The g of a most probable class is the pivot: relative
+  // to it the sum has no large term that cancels, of which float32 would keep no digit where pixels are confident. Where all g
+  // are 0 so is the gradient: an ignored pixel may hold NaN.
+  template <class T>
+  static void begin(int64_t n, T* __restrict pivot, T* __restrict others, int32_t* __restrict has_weight) {
+    for (int64_t i = 0; i < n; ++i) {
+      pivot[i] = 0;
+      others[i] = 0;
+      has_weight[i] = 0;
+    }
+  }
+
+  // A pivot that a later class replaces joins the others; the first one is 0.
+  template <class T>
+  static void accumulate(const T* __restrict exps, const T* __restrict g, int64_t n, T* __restrict pivot, T* __restrict others,
+                         int32_t* __restrict has_weight) {
+    for (int64_t i = 0; i < n; ++i) {
+      others[i] += exps[i] == T(1) ? pivot[i] : exps[i] * g[i];
+      pivot[i] = exps[i] == T(1) ? g[i] : pivot[i];
+      has_weight[i] |= g[i] != T(0);
+    }
+  }
+
+  // `others` becomes sum_c p_c (g_c - pivot).
+  template <class T>
+  static void end(int64_t n, const T* __restrict sumexp_excl_max, const T* __restrict inv_sumexp, const T* __restrict pivot,
+                  T* __restrict others) {
+    for (int64_t i = 0; i < n; ++i) others[i] = (others[i] - pivot[i] * sumexp_excl_max[i]) * inv_sumexp[i];
+  }
+
+  // `out` may be g.
+  template <class T>
+  static void softmax(const T* __restrict exps, const T* g, int64_t n, const T* __restrict inv_sumexp,
+                      const T* __restrict pivot, const T* __restrict others, const int32_t* __restrict has_weight, T* out) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      const T slope = exps[i] * inv_sumexp[i] * ((g[i] - pivot[i]) - others[i]);
+      out[i] = has_weight[i] ? slope : T(0);
+    }
+  }
+
+  template <class T>
+  static void sign_outside(const T* __restrict p, T* __restrict weight, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) weight[i] = veerloss::sign_outside(p[i], weight[i]);
+  }
+
+  template <class T>
+  static void scale(T* __restrict values, int64_t n, T factor) {
+    for (int64_t i = 0; i < n; ++i) values[i] *= factor;
+  }
+};

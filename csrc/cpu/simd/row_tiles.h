@@ -1,0 +1,128 @@
+// Rows of pixels in and out of the arithmetic type T. Included once per instruction set by dispatch_isa.h: no include guard.
+
+struct RowTiles {
+  // out[0, run.count) = the pixels of `run` in one channel.
+  template <class T>
+  static void load(T* out, const View& v, const Geometry& g, int64_t channel, Run run) {
+    for_each_piece(v, g, channel, run, [=](int64_t done, int64_t offset, int64_t n) {
+      load_piece(out + done, v.data, v.dtype, offset, v.stride_pixel, n);
+    });
+  }
+
+  template <class T>
+  static void store(const T* in, const View& v, const Geometry& g, int64_t channel, Run run) {
+    for_each_piece(v, g, channel, run, [=](int64_t done, int64_t offset, int64_t n) {
+      store_piece(in + done, v.data, v.dtype, offset, v.stride_pixel, n);
+    });
+  }
+
+  // Class indices, or 0/1 labels in any type. Returns false if a value is neither a class nor ignored (then label_bad).
+  static bool load_labels(int32_t* out, const View& v, const Geometry& g, const TargetRule& rule, Run run) {
+    int32_t worst = 0;
+    for_each_piece(v, g, 0, run, [&](int64_t done, int64_t offset, int64_t n) {
+      const int32_t w = load_labels_piece(out + done, v.data, v.dtype, offset, v.stride_pixel, n, rule);
+      worst = w < worst ? w : worst;
+    });
+    return worst > label_bad;
+  }
+
+ private:
+  // f(done, offset, n) for each part of `run` that lies in one image.
+  template <class F>
+  static void for_each_piece(const View& v, const Geometry& g, int64_t channel, Run run, const F& f) {
+    if (run.count == 0) return;  // of no pixels at all, perhaps
+    int64_t image = run.first / g.pixels, pixel = run.first % g.pixels;
+    for (int64_t done = 0; done < run.count;) {
+      const int64_t n = run.count - done < g.pixels - pixel ? run.count - done : g.pixels - pixel;
+      f(done, image * v.stride_image + channel * v.stride_channel + pixel * v.stride_pixel, n);
+      done += n;
+      image += 1;
+      pixel = 0;
+    }
+  }
+
+  template <class E, class T, class Convert>
+  static void read(T* __restrict out, const char* data, int64_t offset, int64_t stride, int64_t n, Convert convert) {
+    const E* __restrict in = reinterpret_cast<const E*>(data) + offset;
+    if (stride == 1) {
+      for (int64_t i = 0; i < n; ++i) out[i] = convert(in[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i] = convert(in[i * stride]);
+    }
+  }
+
+  template <class E, class T, class Convert>
+  static void write(const T* __restrict in, char* data, int64_t offset, int64_t stride, int64_t n, Convert convert) {
+    E* __restrict out = reinterpret_cast<E*>(data) + offset;
+    if (stride == 1) {
+      for (int64_t i = 0; i < n; ++i) out[i] = convert(in[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i * stride] = convert(in[i]);
+    }
+  }
+
+  template <class T>
+  static void load_piece(T* out, const char* data, DType dtype, int64_t offset, int64_t stride, int64_t n) {
+    const auto widen = [](auto v) { return static_cast<T>(v); };
+    const auto bf16 = [](uint16_t v) { return static_cast<T>(bfloat16_to_float(v)); };
+    const auto f16 = [](uint16_t v) { return static_cast<T>(half_to_float(v)); };
+    switch (dtype) {
+      case DType::f32: return read<float>(out, data, offset, stride, n, widen);
+      case DType::f64: return read<double>(out, data, offset, stride, n, widen);
+      case DType::bf16: return read<uint16_t>(out, data, offset, stride, n, bf16);
+      case DType::f16: return read<uint16_t>(out, data, offset, stride, n, f16);
+      case DType::i64: return read<int64_t>(out, data, offset, stride, n, widen);
+      case DType::i32: return read<int32_t>(out, data, offset, stride, n, widen);
+      case DType::i16: return read<int16_t>(out, data, offset, stride, n, widen);
+      case DType::i8: return read<int8_t>(out, data, offset, stride, n, widen);
+      case DType::u8: return read<uint8_t>(out, data, offset, stride, n, widen);
+    }
+  }
+
+  template <class T>
+  static void store_piece(const T* in, char* data, DType dtype, int64_t offset, int64_t stride, int64_t n) {
+    const auto same = [](T x) { return x; };
+    const auto bf16 = [](T x) { return float_to_bfloat16(static_cast<float>(x)); };
+    const auto f16 = [](T x) { return float_to_half(static_cast<float>(x)); };
+    switch (dtype) {
+      case DType::f64: return write<double>(in, data, offset, stride, n, same);
+      case DType::bf16: return write<uint16_t>(in, data, offset, stride, n, bf16);
+      case DType::f16: return write<uint16_t>(in, data, offset, stride, n, f16);
+      default: return write<float>(in, data, offset, stride, n, same);
+    }
+  }
+
+  static int32_t load_labels_piece(int32_t* out, const char* data, DType dtype, int64_t offset, int64_t stride, int64_t n,
+                                   const TargetRule& rule) {
+    const int64_t classes = rule.classes;
+    const int64_t ignore = rule.has_ignore ? rule.ignore : -1;  // -1 is no class: marked bad below unless it is ignored
+    const int32_t at_ignore = rule.has_ignore ? label_ignored : label_bad;
+    const auto integer = [=](auto v) {
+      const int64_t c = static_cast<int64_t>(v);
+      const int32_t label = c >= 0 && c < classes ? static_cast<int32_t>(c) : label_bad;
+      return c == ignore ? at_ignore : label;
+    };
+    const auto real = [=](auto v) {  // 0 <= v: also false for NaN
+      const double c = static_cast<double>(v);
+      const double whole = c >= 0 && c < static_cast<double>(classes) ? c : -1.0;
+      const int32_t label = static_cast<int32_t>(whole);
+      return c == static_cast<double>(ignore) ? at_ignore : (label == c ? label : label_bad);
+    };
+    switch (dtype) {
+      case DType::f32: read<float>(out, data, offset, stride, n, real); break;
+      case DType::f64: read<double>(out, data, offset, stride, n, real); break;
+      case DType::bf16:
+        read<uint16_t>(out, data, offset, stride, n, [=](uint16_t v) { return real(bfloat16_to_float(v)); });
+        break;
+      case DType::f16: read<uint16_t>(out, data, offset, stride, n, [=](uint16_t v) { return real(half_to_float(v)); }); break;
+      case DType::i64: read<int64_t>(out, data, offset, stride, n, integer); break;
+      case DType::i32: read<int32_t>(out, data, offset, stride, n, integer); break;
+      case DType::i16: read<int16_t>(out, data, offset, stride, n, integer); break;
+      case DType::i8: read<int8_t>(out, data, offset, stride, n, integer); break;
+      case DType::u8: read<uint8_t>(out, data, offset, stride, n, integer); break;
+    }
+    int32_t worst = 0;
+    for (int64_t i = 0; i < n; ++i) worst = out[i] < worst ? out[i] : worst;
+    return worst;
+  }
+};

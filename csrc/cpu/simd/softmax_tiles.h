@@ -1,0 +1,41 @@
+// Softmax over one tile of pixels, for all losses. Included once per instruction set by dispatch_isa.h: no include guard.
+// Logits are [classes][stride], stride >= n; the other rows are [n]. Loops over pixels vectorise; classes are the outer loop.
+
+struct SoftmaxTiles {
+  template <class T>
+  static void maximum(const T* __restrict logits, int64_t classes, int64_t stride, int64_t n, T* __restrict max_logit) {
+    for (int64_t i = 0; i < n; ++i) max_logit[i] = logits[i];
+    for (int64_t c = 1; c < classes; ++c) {
+      const T* __restrict row = logits + c * stride;
+      for (int64_t i = 0; i < n; ++i) max_logit[i] = row[i] > max_logit[i] ? row[i] : max_logit[i];
+    }
+  }
+
+  // exps = exp(logits - max_logit), [classes][stride]; may be the memory of the logits. sumexp_excl_max is their sum without
+  // one of the largest, which is exactly 1: so 1 - p of a most probable class is sumexp_excl_max / (1 + sumexp_excl_max), where
+  // 1 - p would cancel. inv_sumexp = 1 / (1 + sumexp_excl_max). max_count: scratch, how many classes have the maximum.
+  template <class T>
+  static void exponentials(const T* logits, int64_t logits_stride, T* exps, int64_t classes, int64_t stride, int64_t n,
+                           const T* __restrict max_logit, T* __restrict max_count, T* __restrict sumexp_excl_max,
+                           T* __restrict inv_sumexp) {
+    for (int64_t i = 0; i < n; ++i) {
+      sumexp_excl_max[i] = 0;
+      max_count[i] = 0;
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      const T* in = logits + c * logits_stride;
+      T* out = exps + c * stride;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        const T e = VecMath<T>::exp_neg(in[i] - max_logit[i]);
+        sumexp_excl_max[i] += e == T(1) ? T(0) : e;
+        max_count[i] += e == T(1) ? T(1) : T(0);
+        out[i] = e;
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      sumexp_excl_max[i] += max_count[i] - T(1);
+      inv_sumexp[i] = T(1) / (T(1) + sumexp_excl_max[i]);
+    }
+  }
+};

@@ -1,0 +1,146 @@
+// The gradient of the logits for losses that give every error a weight: the Lovász losses by either method.
+//
+// A `Weights<T>` is made from the arguments of a backward pass, and tells a kernel
+//
+//   static constexpr bool reads_label                    whether it uses the label; if not, the target is not read
+//   T operator()(batch, image, pixel, c, label, error)   the signed weight d(loss of the segment)/dp of a pixel in class c
+//
+// The weight is multiplied by the incoming gradient and the scale of the segment, and by the derivative of p.
+#pragma once
+
+#include "softmax.cuh"
+
+namespace veerloss {
+
+// What a segment's weights are multiplied by.
+template <class T>
+class SegmentFactor {
+ public:
+  __device__ explicit SegmentFactor(const LovaszGradient& out)
+      : out_(out), per_segment_(out.reduction == Reduction::none), grad_(per_segment_ ? T(0) : load_grad(0)) {}
+  __device__ T operator()(int64_t segment) const {
+    const T grad = per_segment_ ? load_grad(segment) : grad_;
+    return static_cast<const T*>(out_.scale)[segment] * grad;
+  }
+
+ private:
+  __device__ T load_grad(int64_t i) const { return static_cast<T>(load_element(out_.grad, out_.grad_dtype, i)); }
+
+  const LovaszGradient& out_;
+  const bool per_segment_;
+  const T grad_;
+};
+
+// The gradient of softmax from the gradients g of the probabilities: p_j (g_j - sum_c p_c g_c). The g of a most probable class
+// is the pivot: relative to it, the sum has no large term that cancels. Where all g are 0 so is the gradient: an ignored pixel
+// may hold NaN.
+template <class T>
+struct SoftmaxGradient {
+  T pivot = 0, others = 0, mean = 0;
+  bool any_weight = false;
+
+  __device__ void add(T exp, T g) {
+    others += exp == T(1) ? pivot : exp * g;
+    pivot = exp == T(1) ? g : pivot;
+    any_weight |= g != T(0);
+  }
+  __device__ void end(T sumexp_excl_max, T inv_sumexp) { mean = (others - pivot * sumexp_excl_max) * inv_sumexp; }
+  __device__ T operator()(T exp, T g, T inv_sumexp) const {
+    return any_weight ? exp * inv_sumexp * ((g - pivot) - mean) : T(0);
+  }
+};
+
+// One thread for each pixel. max_classes: registers for so many classes; 0 for any number of classes, whose logits are read
+// four times, all but the first from the caches.
+template <class In, int max_classes, class Weights>
+__global__ void __launch_bounds__(Tuning::Gradient::threads)
+    softmax_gradient_kernel(LovaszBatch batch, Weights weights, LovaszGradient out, PixelGrid grid) {
+  using T = opmath_t<In>;
+  const auto [images, classes, pixels] = batch.geometry;
+  const auto [image, pixel, channel] = thread_pixel<Tuning::Gradient::threads>(grid, images, pixels);
+  if (pixel < 0) return;
+  const SegmentFactor<T> factor(out);
+  int32_t label = label_ignored;
+  if constexpr (Weights::reads_label) label = load_label(batch.target, batch.rule, image, pixel);
+  SoftmaxGradient<T> gradient;
+  const auto weigh = [&](int64_t c, T exp, const Softmax<T>& softmax, T inv_sumexp) {
+    const auto error = softmax_error(exp, softmax.sumexp_excl_max, inv_sumexp, label == c);
+    return weights(batch, image, pixel, c, label, error.error) * factor(batch.segment(image, c));
+  };
+  if constexpr (max_classes > 0) {
+    T logits[max_classes], exps[max_classes], g[max_classes];
+#pragma unroll
+    for (int c = 0; c < max_classes; ++c) logits[c] = c < classes ? load<In>(batch.logits, image, c, pixel) : T(0);
+    const Softmax<T> softmax = softmax_of_registers(logits, classes, exps);
+    const T inv_sumexp = softmax.inv_sumexp();
+#pragma unroll
+    for (int c = 0; c < max_classes; ++c) {
+      if (c >= classes) continue;
+      g[c] = weigh(c, exps[c], softmax, inv_sumexp);
+      gradient.add(exps[c], g[c]);
+    }
+    gradient.end(softmax.sumexp_excl_max, inv_sumexp);
+#pragma unroll
+    for (int c = 0; c < max_classes; ++c)
+      if (c < classes) store<In>(out.grad_logits, image, c, pixel, gradient(exps[c], g[c], inv_sumexp));
+  } else {
+    const Softmax<T> softmax = softmax_of_pixel<In>(batch.logits, classes, image, pixel);
+    const T inv_sumexp = softmax.inv_sumexp();
+    for (int64_t c = 0; c < classes; ++c) {
+      const T exp = softmax.exp_of(load<In>(batch.logits, image, c, pixel));
+      gradient.add(exp, weigh(c, exp, softmax, inv_sumexp));
+    }
+    gradient.end(softmax.sumexp_excl_max, inv_sumexp);
+    for (int64_t c = 0; c < classes; ++c) {
+      const T exp = softmax.exp_of(load<In>(batch.logits, image, c, pixel));
+      store<In>(out.grad_logits, image, c, pixel, gradient(exp, weigh(c, exp, softmax, inv_sumexp), inv_sumexp));
+    }
+  }
+}
+
+// For probabilities or a hinge, whose classes are independent: one thread for each element.
+template <class In, class Weights>
+__global__ void __launch_bounds__(Tuning::Gradient::threads)
+    elementwise_gradient_kernel(LovaszBatch batch, Weights weights, LovaszGradient out, PixelGrid grid) {
+  using T = opmath_t<In>;
+  const auto [images, classes, pixels] = batch.geometry;
+  const auto [image, pixel, c] = thread_pixel<Tuning::Gradient::threads>(grid, images, pixels, classes);
+  if (pixel < 0) return;
+  int32_t label = label_ignored;
+  if constexpr (Weights::reads_label) label = load_label(batch.target, batch.rule, image, pixel);
+  const T x = load<In>(batch.logits, image, c, pixel);
+  const T error = magnitude(signed_error(batch.errors, x, label == batch.foreground(c)));
+  T g = weights(batch, image, pixel, c, label, error);
+  if (batch.errors == Errors::probabilities) g = sign_outside(x, g);
+  const T factor = SegmentFactor<T>(out)(batch.segment(image, c));  // 0 where the segment takes no part, whatever it holds
+  store<In>(out.grad_logits, image, c, pixel, factor == T(0) ? T(0) : g * factor);
+}
+
+// Args: a struct of kernels.h with members `batch`, `out` (a LovaszGradient) and `stream`, besides what Weights<T> is made
+// from.
+template <template <class T> class Weights, class Args>
+void launch_gradient(const Args& args) {
+  using Policy = Tuning::Gradient;
+  const auto [images, classes, pixels] = args.batch.geometry;
+  const PixelGrid grid = pixel_grid<Policy::threads>(images, pixels);
+  with_element_type(args.batch.logits.dtype, [&](auto zero) {
+    using In = decltype(zero);
+    using W = Weights<opmath_t<In>>;
+    constexpr bool is_double = std::is_same_v<In, double>;
+    constexpr int many_classes = is_double ? Policy::many_classes_of_double : Policy::many_classes;
+    const auto run = [&](auto kernel, int64_t blocks) {
+      launch(kernel, {.blocks = blocks, .threads = Policy::threads, .stream = args.stream}, args.batch, W(args), args.out,
+             grid);
+    };
+    if (args.batch.errors != Errors::softmax)
+      run(elementwise_gradient_kernel<In, W>, grid.blocks * classes);
+    else if (classes <= Policy::few_classes)
+      run(softmax_gradient_kernel<In, Policy::few_classes, W>, grid.blocks);
+    else if (classes <= many_classes)
+      run(softmax_gradient_kernel<In, many_classes, W>, grid.blocks);
+    else
+      run(softmax_gradient_kernel<In, 0, W>, grid.blocks);
+  });
+}
+
+}  // namespace veerloss

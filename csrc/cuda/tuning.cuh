@@ -1,0 +1,102 @@
+// Every tuning constant of the CUDA kernels: one policy for each kernel, one set of policies for each architecture.
+//
+// None of them has been measured on a GPU. Beside each constant stands the count or the limit that it follows from; 256 threads
+// are the usual choice where nothing else decides.
+//
+// An architecture that needs other values derives its set from the one before it, struct Sm90 : Sm80, and replaces the policies
+// that differ. `Tuning` is then a template parameter of the kernels, and the host has to choose by
+// cudaFuncAttributes::ptxVersion, the architecture that a kernel was compiled for: a GPU may run the code of an older one.
+#pragma once
+
+#include <cstdint>
+
+namespace veerloss {
+
+// Compute capability 8.0 and newer.
+struct Sm80 {
+  // Kernels with one thread for each pixel (pixels.cuh).
+  struct Pixels {
+    // Below this many blocks for an image, blocks span several images. The last block of an image is half empty on average: an
+    // eighth of the threads at 4 blocks.
+    static constexpr int small_image_blocks = 4;
+  };
+
+  struct Gradient {
+    static constexpr int threads = 256;
+    // The softmax of up to this many classes stays in registers: one read of the logits in place of four. Compiled for two
+    // sizes: 8 classes take 40 to 48 registers in float32, 24 take 70 to 110. In float64 24 take 124 to 152, which is one block
+    // on a multiprocessor: only 8 there.
+    static constexpr int few_classes = 8, many_classes = 24, many_classes_of_double = few_classes;
+  };
+
+  // The loss of a batch from its segments, one block.
+  struct Finish {
+    static constexpr int threads = 256;
+  };
+
+  // ---- method "exact"
+
+  struct ExactKeys {
+    static constexpr int threads = 256;
+    // Foreground is counted in shared memory first where the counts of a block, 4 bytes a class, fit into the 48 KiB that every
+    // launch may use.
+    static constexpr int64_t max_shared_classes = 8192;
+  };
+
+  struct ExactRanks {
+    static constexpr int threads = 256;
+    // Sorted pixels of a thread. A tile of keys takes 8 KiB of shared memory in float32, 16 KiB in float64.
+    static constexpr int items = 8;
+    static constexpr int tile = threads * items;
+  };
+
+  struct ExactSort {
+    // A radix sort of one long segment fills a GPU; short segments are sorted in groups, with one block for each. Where the
+    // segments are fewer than the multiprocessors, they count as long from a smaller size on.
+    static constexpr int64_t long_segment = int64_t{1} << 18, long_segment_of_few = int64_t{1} << 15;
+    // In the segments of a group: 192 MiB of keys and indices in float32, and 128 MiB for the sort.
+    static constexpr int64_t group_pixels = int64_t{1} << 24;
+  };
+
+  // ---- method "histogram"
+
+  // Maximum and sum of exponentials of every pixel.
+  struct HistogramStatistics {
+    static constexpr int threads = 256;
+  };
+
+  struct HistogramCount {
+    static constexpr int threads = 1024;  // 64 registers each; one block on a multiprocessor, whose shared memory it fills
+    // Pixels of a thread at a time: as many loads in flight. Four of float64 would spill; of two, coarse softmax counts spill
+    // 12 bytes on sm_80.
+    static constexpr int unroll = 4, unroll_of_double = 2;
+    static constexpr int64_t tile = threads * unroll;
+    // Classes of a block. For each element a block reads its logit, 4 bytes in float32; for each pixel the softmax's maximum
+    // and sum and the label, 16 bytes from L2, which the classes of a block share: with three, 20 bytes for each element
+    // become 9. Each takes 70 KiB of shared memory: three fit an H100, one a GPU for graphics.
+    static constexpr int max_classes = 3;
+    // Pixels of a block, at least: a block ends with up to 16 000 atomic additions for each class.
+    static constexpr int64_t min_chunk = 8 * tile;
+    // Rounds of blocks over the multiprocessors, at least, so that the last round is short beside the whole.
+    static constexpr int64_t rounds = 2;
+  };
+
+  // The largest error of a segment from those of its blocks.
+  struct HistogramMaxError {
+    static constexpr int threads = 128;
+  };
+
+  // Kernels with one block for each segment, which allocate its bins and weigh them.
+  struct HistogramBins {
+    static constexpr int threads = 256;
+  };
+
+  struct HistogramSum {
+    static constexpr int threads = 256;
+    static constexpr int64_t chunk = 32 * threads;  // pixels of a block, which ends with a reduction of log2(threads) barriers
+  };
+};
+
+using Tuning = Sm80;
+
+}  // namespace veerloss

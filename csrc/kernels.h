@@ -1,0 +1,217 @@
+// The kernels of a device, as the operators (ops/) call them: plain pointers, no torch headers. cpu/ implements all of them,
+// cuda/ those of the Lovász losses. Every launcher takes one struct; a stream is ignored on the CPU.
+#pragma once
+
+#include <optional>
+
+#include "layout.h"
+#include "views.h"
+
+namespace veerloss {
+
+// A CUDA stream.
+using Stream = void*;
+
+// ---- focal losses
+
+struct SigmoidFocalInput {
+  View logits, target;  // [N, C, P]; target may be class indices [N, P] (`class_indices`)
+  View weight;          // [N, C, P], data null for none
+  Geometry geometry;
+  TargetRule rule;
+  bool class_indices;
+  std::optional<double> alpha;
+  const void* class_alpha;  // [C] opmath type, or null
+  double gamma;
+};
+
+struct SoftmaxFocalInput {
+  View logits, target;  // [N, C, P], [N, P]
+  Geometry geometry;
+  TargetRule rule;
+  double alpha;
+  const void* class_alpha;  // [C] opmath type, or null
+  double gamma, label_smoothing;
+};
+
+// loss = scale * sum of the elements' losses, where scale is 1 / valid elements for "mean", else factor / normalizer.
+struct FocalLoss {
+  Reduction reduction;
+  double factor;
+  View normalizer;  // one element, data null for none
+  View loss;        // one element, or without reduction one for each element of the loss
+  View scale;       // one element, opmath type
+};
+
+struct FocalGradient {
+  Reduction reduction;
+  View grad;   // shaped as the loss
+  View scale;  // of the forward pass; unused without reduction
+  View grad_logits;
+};
+
+namespace kernels {
+void sigmoid_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out, Stream stream);
+void sigmoid_focal_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream stream);
+void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream stream);
+void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream);
+}  // namespace kernels
+
+// ---- Lovász losses, both methods
+
+// Logits or probabilities [N, C, P] and class indices [N, P], and what they mean. A segment is one class over the pixels of the
+// batch, or of an image with per_image; tensors of one value per segment are [rows, classes].
+struct LovaszBatch {
+  View logits, target;
+  Geometry geometry;
+  TargetRule rule;
+  Errors errors;
+  bool per_image;
+
+  VEERLOSS_HD int64_t rows() const { return per_image ? geometry.images : 1; }
+  VEERLOSS_HD int64_t classes() const { return geometry.channels; }
+  VEERLOSS_HD int64_t segments() const { return rows() * geometry.channels; }
+  // Pixels of a segment.
+  VEERLOSS_HD int64_t length() const { return per_image ? geometry.pixels : geometry.images * geometry.pixels; }
+  VEERLOSS_HD int64_t segment(int64_t image, int64_t c) const { return (per_image ? image : 0) * geometry.channels + c; }
+  // The label that is foreground to class c.
+  VEERLOSS_HD int64_t foreground(int64_t c) const { return errors == Errors::hinge ? 1 : c; }
+};
+
+// Which segments take part. On a GPU one with a target out of range counts as having both: then its loss is NaN.
+struct LovaszSelection {
+  const bool* selected;  // [C], or null for all classes
+  bool present;          // only classes with foreground
+
+  VEERLOSS_HD bool takes_part(int64_t c, bool has_valid, bool has_foreground) const {
+    return has_valid && (!selected || selected[c]) && (!present || has_foreground);
+  }
+};
+
+// The loss of a batch is the sum over its segments of scale times the loss of the segment. scale is 0 for segments that take no
+// part, else the class's weight, for "mean" divided by the number of segments in the mean.
+struct LovaszLoss {
+  Reduction reduction;
+  const void* class_weight;  // [C] opmath type, or null
+  void* loss;                // one element, or without reduction [segments]
+  DType loss_dtype;
+  void* scale;  // [segments], opmath type
+};
+
+// d loss / d (loss of a segment) = grad * scale.
+struct LovaszGradient {
+  Reduction reduction;
+  const void* grad;  // one element, or without reduction [segments]
+  DType grad_dtype;
+  const void* scale;
+  View grad_logits;
+};
+
+// ---- method "exact"
+
+struct LovaszExactForward {
+  LovaszBatch batch;
+  LovaszSelection selection;
+  LovaszLoss out;
+  void* keys;         // [C, N, P], opmath type: error keys, which become the signed weights of the errors
+  bool keep_weights;  // else `keys` holds nothing of use afterwards
+  void* scratch;      // lovasz_exact_scratch_bytes()
+  Stream stream;
+};
+
+struct LovaszExactBackward {
+  LovaszBatch batch;    // target and rule are unused: the weights already depend on them
+  const void* weights;  // [C, N, P], opmath type
+  LovaszGradient out;
+  Stream stream;
+};
+
+namespace kernels {
+int64_t lovasz_exact_scratch_bytes(const LovaszBatch& batch);
+void lovasz_exact_forward(const LovaszExactForward& args);
+void lovasz_exact_backward(const LovaszExactBackward& args);
+}  // namespace kernels
+
+// ---- method "histogram"
+//
+// Counts are [rows, classes, 2, bins] of background and foreground; a table is [rows, classes, cells] of entries (layout.h).
+
+// Counts that may have been added up over ranks.
+struct BinCounts {
+  const void* data;
+  bool is_int64;  // else int32
+};
+
+// The weights of a segment's errors. A segment without foreground has its whole weight on its largest error: max_weight holds
+// that error, and the weight of each pixel that has it. (0, 0) for other segments.
+struct BinWeightsOutput {
+  void* weights;     // [rows, classes, 2, bins], opmath type, signed: background positive, foreground negative
+  void* max_weight;  // [rows, classes, 2], opmath type
+};
+struct BinWeightsInput {
+  const void *weights, *max_weight;
+};
+
+struct LovaszHistogramCount {
+  LovaszBatch batch;
+  const uint32_t* table;     // null: count in cells, bin 1 + c being cell c
+  const bool* segment_mask;  // [segments] that are counted, or null for all
+  bool sampled;
+  int32_t* counts;    // zeros before
+  double* max_error;  // [rows, classes, 2]: the largest error (-1: no pixel, NaN: not a number) and how many pixels have it. On
+                      // a GPU (NaN, -1): a target out of range
+  void* scratch;      // lovasz_histogram_scratch_bytes()
+  Stream stream;
+};
+
+struct LovaszHistogramAllocateBins {
+  Errors errors;
+  int64_t segments;
+  BinCounts counts;
+  const uint32_t* counted_table;  // the table that counts were made with, or null for counts of cells
+  uint32_t* table;
+  Stream stream;
+};
+
+struct LovaszHistogramWeigh {
+  LovaszBatch batch;  // target and rule are unused
+  LovaszSelection selection;
+  BinCounts counts;
+  const double* max_error;
+  const uint32_t* table;
+  LovaszLoss out;
+  BinWeightsOutput weights;
+  double* bounds;     // [segments]: upper bound on the sum of |weight - exact weight|
+  bool* needs_rebin;  // [segments]: estimated errors exceed the tolerances of layout.h
+  void* scratch;      // lovasz_histogram_weigh_scratch_bytes()
+  Stream stream;
+};
+
+struct LovaszHistogramSum {
+  LovaszBatch batch;  // errors without a bound: probabilities or a hinge
+  const uint32_t* table;
+  BinWeightsInput weights;
+  const double* units;  // [segments]
+  int64_t* sums;        // [segments]: |weight| * error over the pixels, in units of 1 / units
+  Stream stream;
+};
+
+struct LovaszHistogramBackward {
+  LovaszBatch batch;
+  const uint32_t* table;
+  BinWeightsInput weights;
+  LovaszGradient out;
+  Stream stream;
+};
+
+namespace kernels {
+int64_t lovasz_histogram_scratch_bytes(const LovaszBatch& batch, bool coarse, bool sampled);
+void lovasz_histogram_count(const LovaszHistogramCount& args);
+void lovasz_histogram_allocate_bins(const LovaszHistogramAllocateBins& args);
+int64_t lovasz_histogram_weigh_scratch_bytes(const LovaszBatch& batch);
+void lovasz_histogram_weigh(const LovaszHistogramWeigh& args);
+void lovasz_histogram_sum(const LovaszHistogramSum& args);
+void lovasz_histogram_backward(const LovaszHistogramBackward& args);
+}  // namespace kernels
+
+}  // namespace veerloss

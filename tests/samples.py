@@ -1,0 +1,101 @@
+"""What every operator is called with in tests, by keyword: one list for all backends and devices."""
+
+from __future__ import annotations
+
+import torch
+from grid import labels, logits
+
+from veerloss._layout import Errors, Reduction
+
+FOCAL, LOVASZ = ("sigmoid_focal", "softmax_focal"), ("lovasz_exact", "lovasz_histogram")
+HINGE = 3  # the first of the samples of LOVASZ that are hinges
+
+
+def samples() -> dict[str, list[dict]]:
+    """Of the forward operator of every family."""
+    x, y, alpha = logits((2, 3, 10)), labels((2, 3, 10), 3), torch.tensor([0.2, 0.3, 0.5])
+    dense = torch.rand(2, 3, 10, generator=torch.Generator().manual_seed(0))
+    focal = {
+        "logits": x, "target": y, "class_alpha": None, "gamma": 2.0, "ignore_index": None, "reduction": Reduction.MEAN,
+        "factor": 1.0, "normalizer": None, "upcast_loss": False,
+    }  # fmt: skip
+    sigmoid, softmax = focal | {"alpha": 0.25, "weight": None}, focal | {"alpha": 1.0, "label_smoothing": 0.0}
+    each = {"gamma": 0.5, "class_alpha": alpha, "reduction": Reduction.NONE, "upcast_loss": True}
+    scaled = {"reduction": Reduction.SUM, "factor": 0.5}
+    lovasz = {
+        "logits": x, "target": y, "selected": None, "present": True, "per_image": False, "class_weight": None,
+        "ignore_index": None, "errors": Errors.SOFTMAX, "reduction": Reduction.MEAN, "upcast_loss": False,
+    }  # fmt: skip
+    some = {"selected": torch.tensor([True, False, True]), "present": False, "class_weight": alpha, "ignore_index": 1}
+    hinge = {"logits": x[:, :1], "target": y.clamp(max=1), "present": False, "errors": Errors.HINGE}
+    lovasz = [
+        lovasz,
+        lovasz | some | {"per_image": True, "reduction": Reduction.NONE, "upcast_loss": True},
+        lovasz | {"logits": x.softmax(1), "errors": Errors.PROBABILITIES, "per_image": True, "reduction": Reduction.SUM},
+        lovasz | hinge | {"per_image": True, "ignore_index": 1},
+        lovasz | hinge | {"reduction": Reduction.NONE},
+    ]
+    return {
+        "sigmoid_focal": [
+            sigmoid | {"target": dense},
+            sigmoid | each | {"alpha": None, "weight": dense, "ignore_index": 1},
+            sigmoid | scaled | {"target": dense, "alpha": None, "normalizer": torch.tensor(3)},
+        ],
+        "softmax_focal": [
+            softmax | {"ignore_index": -100},
+            softmax | each | {"label_smoothing": 0.1},
+            softmax | scaled | {"alpha": 0.5, "gamma": 0.0, "ignore_index": 1, "normalizer": torch.tensor(3.0)},
+        ],
+        "lovasz_exact": [sample | {"keep_weights": True} for sample in lovasz],
+        "lovasz_histogram": lovasz,
+    }
+
+
+def names(arguments) -> list[str]:
+    """Of arguments or results in a schema."""
+    return [argument.name for argument in arguments]
+
+
+def backward_arguments(operators, stem: str, arguments: dict) -> dict:
+    """Of <stem>_backward: arguments and results of <stem>_forward."""
+    forward, backward = (getattr(operators, f"{stem}_{direction}").default for direction in ("forward", "backward"))
+    with torch.no_grad():
+        results = forward(**arguments)
+    known = arguments | dict(zip(names(forward._schema.returns), results, strict=True)) | {"grad": torch.ones_like(results[0])}
+    return {name: known[name] for name in names(backward._schema.arguments)}
+
+
+def valid(operators, operator: str) -> dict:
+    """Of any operator, which takes them without complaint."""
+    stem = next(stem for stem in samples() if operator.startswith(stem))
+    arguments = samples()[stem][2 if operator == "lovasz_histogram_sum" else 0]  # there, probabilities
+    if operator.endswith("_forward"):
+        return arguments
+    if operator.endswith("_backward"):
+        return backward_arguments(operators, stem, arguments)
+    known = arguments | {"table": None, "counted_table": None, "segment_mask": None, "sampled": False}
+
+    def of(name: str) -> dict:
+        return {argument: known[argument] for argument in names(getattr(operators, name).default._schema.arguments)}
+
+    # The steps of method "histogram", each of which takes what those before it have made.
+    for step in ("count", "allocate_bins", "count", "weigh", "sum"):
+        name = f"lovasz_histogram_{step}"
+        if name == operator and (step != "count" or known["table"] is not None):
+            break
+        results = getattr(operators, name)(**of(name))
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        known |= dict(zip(RESULTS[step], results, strict=True))
+    return of(operator)
+
+
+RESULTS = {
+    "count": ("counts", "max_error"),
+    "allocate_bins": ("table",),
+    "weigh": ("loss", "scale", "weights", "max_weight", "units", "needs_rebin"),  # bounds do as units: float64 [rows, C]
+}
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """Logits whose classes are neighbours in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,0 +1,168 @@
+"""Both focal losses at the edges of their domain, and what holds for every call; for all backends. See test_focal.py."""
+
+import math
+
+import pytest
+import torch
+from budget import check_loss, evaluate
+from grid import DTYPES, labels, logits, over_focal, over_focal_kernels
+
+import veerloss
+from veerloss import sigmoid_focal_loss, softmax_focal_loss
+
+
+def sigmoid_dense(x, **options):
+    return sigmoid_focal_loss(x, labels(x.shape, 2).unsqueeze(1).expand(x.shape).contiguous(), **options)
+
+
+def sigmoid_index(x, **options):
+    return sigmoid_focal_loss(x, labels(x.shape, 3), **options)
+
+
+def softmax(x, **options):
+    return softmax_focal_loss(x, labels(x.shape, 3), **options)
+
+
+over_losses = pytest.mark.parametrize("loss", [sigmoid_dense, sigmoid_index, softmax], ids=lambda f: f.__name__)
+
+
+@over_focal
+@over_losses
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_give_nan(bad, loss, backend):
+    x = logits((2, 3, 40))
+    x[1, 2, 17] = bad
+    value, gradient = evaluate(loss, x, backend=backend)
+    assert value.isnan() and gradient[1, 2, 17].isnan()
+    assert loss(x, reduction="none", backend=backend).isnan().sum() == 1
+
+
+@over_focal
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_all_ignored_is_zero_with_zero_gradient(reduction, backend):
+    x, target = logits((2, 3, 40)), torch.full((2, 40), 255)
+    x[0, 0, 0] = math.nan  # what is ignored may hold anything
+    options = {"ignore_index": 255, "reduction": reduction, "backend": backend}
+    cases = [
+        (softmax_focal_loss, target, {}),
+        (softmax_focal_loss, target, {"label_smoothing": 0.1}),
+        (sigmoid_focal_loss, target, {}),
+        (sigmoid_focal_loss, torch.full((2, 3, 40), 255), {}),
+    ]
+    if backend != "reference":  # which multiplies
+        cases.append((sigmoid_focal_loss, torch.full((2, 3, 40), 255.0), {"weight": torch.full((3,), math.inf)}))
+    for function, t, more in cases:
+        loss, gradient = evaluate(function, x, t, **options, **more)
+        assert (loss == 0).all() and (gradient == 0).all()
+    if reduction == "mean" and backend != "reference":  # (the gradient is 0 times what the caller divides by)
+        assert softmax_focal_loss(x, target, normalizer=torch.zeros(()), **options) == 0
+
+
+@over_focal
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0, 3, 0, 2)], ids=str)
+def test_no_pixels(shape, backend):
+    x, target = torch.zeros(shape), torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
+    for function, t in ((softmax_focal_loss, target), (sigmoid_focal_loss, target), (sigmoid_focal_loss, torch.zeros(shape))):
+        for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"normalizer": 3}):
+            loss, gradient = evaluate(function, x, t, backend=backend, **options)
+            assert loss.sum() == 0 and gradient.shape == x.shape
+
+
+@over_focal_kernels
+@pytest.mark.parametrize("target_type", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_target_types_and_strides(target_type, backend):
+    x, target = logits((2, 3, 6, 8)), labels((2, 3, 6, 8), 3)
+    strided = target.to(target_type).repeat_interleave(2, -1)[..., ::2]
+    assert not strided.is_contiguous()
+    for function in (softmax_focal_loss, sigmoid_focal_loss):
+        check_loss(function, x, strided, ignore_index=2, backend=backend)
+
+
+@over_focal
+@pytest.mark.parametrize("ignore_index", [-1, 255, 511, -(2**40)])
+@pytest.mark.parametrize("target_type", [torch.uint8, torch.int32], ids=str)
+def test_ignore_index_is_not_wrapped_to_the_type_of_the_target(target_type, ignore_index, backend):
+    x, target = logits((2, 3, 40)), labels((2, 3, 40), 3).to(target_type)
+    dense = labels((2, 2, 120), 2).reshape(2, 3, 40).to(target_type)
+    for function, t in ((softmax_focal_loss, target), (sigmoid_focal_loss, target), (sigmoid_focal_loss, dense)):
+        expected = function(x, t, ignore_index=None, backend=backend)
+        assert torch.equal(function(x, t, ignore_index=ignore_index, backend=backend), expected)
+        wrapped = torch.full_like(t, 255)
+        if ignore_index == 255:
+            assert function(x, wrapped, ignore_index=ignore_index, backend=backend) == 0
+        elif backend == "triton":
+            assert function(x, wrapped, ignore_index=ignore_index, backend=backend).isnan()
+        else:
+            with pytest.raises(IndexError, match="target holds 255"):
+                function(x, wrapped, ignore_index=ignore_index, backend=backend)
+
+
+@over_focal
+def test_values_are_ignored_before_they_are_rounded(backend):
+    almost = torch.full((4,), 1 - 1e-11, dtype=torch.float64)
+    assert sigmoid_focal_loss(torch.zeros(4), almost, ignore_index=1, backend=backend) > 0
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)  # kernels on the CPU raise: test_arguments.py
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
+def test_a_target_out_of_range_is_nan_and_nothing_else(wrong, backend):
+    x, target = logits((2, 3, 40)), labels((2, 3, 40), 3, ignore_index=-100)
+    target[1, 7] = wrong
+    dense = torch.rand(2, 3, 40)
+    dense[1, 2, 7] = wrong
+    pixel, element = (1, slice(None), 7), (1, 2, 7)
+    for function, t, options, nan in (
+        (softmax_focal_loss, target, {}, pixel),
+        (softmax_focal_loss, target, {"label_smoothing": 0.1, "alpha": torch.ones(3)}, pixel),
+        (sigmoid_focal_loss, target, {"ignore_index": -100, "gamma": 0.0}, pixel),
+        (sigmoid_focal_loss, dense, {"gamma": 0.5}, element),
+    ):
+        assert function(x, t, backend=backend, **options).isnan()
+        loss, gradient = evaluate(function, x, t, reduction="none", backend=backend, **options)
+        expected = torch.zeros(x.shape, dtype=torch.bool)
+        expected[nan] = True
+        assert torch.equal(gradient.isnan(), expected)
+        assert torch.equal(loss.isnan(), expected[:, 0] if loss.dim() == 2 else expected)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@over_losses
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_native(dtype, loss, backend):
+    """The same values as the other kernels, for normalizers and autocast too, and the same bits from run to run."""
+    x = logits((2, 3, 40), dtype)
+    for options in ({"normalizer": 7}, {"normalizer": torch.tensor([7.0]).bfloat16()}, {"reduction": "none"}):
+        with torch.autocast("cpu", torch.bfloat16, enabled="normalizer" in options):
+            first, native = (evaluate(loss, x, backend=b, **options) for b in (backend, "native"))
+        torch.testing.assert_close(first, native)
+    torch.testing.assert_close(evaluate(loss, x, backend=backend, **options), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@over_losses
+def test_more_tiles_than_programs(loss, backend, monkeypatch):
+    x = logits((2, 3, 40))  # 3 tiles to an image
+    expected = evaluate(loss, x, backend=backend)
+    for name, value in (("SIGMOID_TILE", 64), ("SOFTMAX_TILE", 64), ("MAX_PROGRAMS", 2)):
+        monkeypatch.setattr(f"veerloss.triton._tuning.{name}", value)
+    torch.testing.assert_close(evaluate(loss, x, backend=backend), expected, rtol=1e-6, atol=0)
+
+
+def test_same_bits_for_any_number_of_threads(threads):
+    x, target = logits((2, 5, 200, 200)), labels((2, 5, 200, 200), 5)
+    for function in (softmax_focal_loss, sigmoid_focal_loss):
+        results = [evaluate(function, x, target, gamma=1.5) for _ in threads(1, 2, 3, 7)]
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+
+
+def test_modules_are_the_functions():
+    x, target = logits((2, 3, 8)), labels((2, 3, 8), 3)
+    alpha = torch.tensor([0.2, 0.3, 0.5])
+    module = veerloss.SoftmaxFocalLoss(alpha=alpha, gamma=1.0, reduction="sum")
+    assert torch.equal(module(x, target), softmax_focal_loss(x, target, alpha=alpha, gamma=1.0, reduction="sum"))
+    assert "gamma=1.0" in repr(module) and "alpha=Tensor[3]" in repr(module)
+    assert "alpha" in module.state_dict()
+    sigmoid = veerloss.SigmoidFocalLoss(alpha=0.25)
+    assert torch.equal(sigmoid(x, target), sigmoid_focal_loss(x, target, alpha=0.25))
+    assert repr(sigmoid).startswith("SigmoidFocalLoss(alpha=0.25, gamma=2.0")

@@ -1,0 +1,49 @@
+"""Every tuning constant of the Triton kernels. None is measured on a GPU: registers and spills were counted by compiling for
+GPUs (tests/offline.py).
+
+Constants are read when an operator is called, as `_tuning.X`, so that tests can change them. Kernels whose number of warps is
+not here have Triton's 4.
+"""
+
+# ---- focal losses
+
+#: Programs of a forward pass, each of which leaves one partial sum. Each takes every MAX_PROGRAMS-th tile, in order: the sums,
+#: and so the bits of the loss, do not depend on the GPU. A few waves of the largest GPUs.
+MAX_PROGRAMS = 4096
+#: Partial sums to a step of the program that adds them up.
+PARTIALS_STEP = 1024
+
+#: Elements of a tile, half as many in float64, and warps. Sigmoid: 8 elements to a thread, two vectors of 16 bytes.
+SIGMOID_TILE, SIGMOID_WARPS = 1024, 4
+#: Classes of a tile, unless the classes of a pixel are contiguous.
+SIGMOID_MAX_CLASSES = 8
+#: Softmax holds a tile in registers, 16 elements to a thread.
+SOFTMAX_TILE, SOFTMAX_WARPS = 4096, 8
+#: Up to this many classes, in float32 and in float64, are one block; more are read twice, in blocks of SOFTMAX_BLOCK_CLASSES.
+SOFTMAX_MAX_CLASSES, SOFTMAX_MAX_CLASSES_F64, SOFTMAX_BLOCK_CLASSES = 512, 128, 64
+#: Pixels of a tile at least, unless the classes of a pixel are contiguous: of float32, half a cache line.
+SOFTMAX_MIN_PIXELS = 16
+
+# ---- Lovász losses
+
+#: Values of a tile of pixels and classes, 8 to a thread, and warps. With twice as many the look-ups of method "histogram" take
+#: all registers that a thread can have, with four times as many they spill.
+LOVASZ_TILE, LOVASZ_WARPS = 1024, 4
+#: Classes and pixels of a tile.
+LOVASZ_MAX_CLASSES, LOVASZ_MIN_PIXELS, LOVASZ_MAX_PIXELS = 32, 16, 512
+#: Classes to a step of the program that adds up the losses of a row of segments, one warp.
+REDUCE_STEP, REDUCE_WARPS = 1024, 1
+
+# ---- method "exact"
+
+#: Sorted pixels to a program, at least and at most.
+MIN_RANKS, MAX_RANKS = 16, 1024
+
+# ---- method "histogram"
+
+#: Bins to a step of the program that weighs a segment's bins, and warps.
+WEIGH_STEP, WEIGH_WARPS = 1024, 8
+#: Warps of the program that allocates the bins of a segment, all cells at once: 2048, 8 to a thread.
+ALLOCATE_WARPS = 8
+#: Partial results to a step of the program that finds the largest error of a segment.
+MAX_ERROR_STEP = 2048
