@@ -6,15 +6,14 @@ subtracts where the reference counts, so that the two agreeing makes either a tr
 """
 
 import functools
-from collections.abc import Callable
-from math import isfinite
+from math import isfinite, prod
 
 from torch import Tensor
 
-import veerloss
-
 from . import peers
-from .inputs import Inputs
+from .inputs import Inputs, Job
+
+WITNESS = f"{peers.BERMAN}, float64"
 
 
 def gradient(loss: peers.Loss, logits: Tensor, target: Tensor) -> Tensor:
@@ -29,103 +28,63 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-def lovasz_workloads(quick: bool) -> list[Inputs]:
-    """About 1M pixels in every segment."""
-    side = 64 if quick else 1024
-    softmax = functools.partial(Inputs, "lovasz_softmax")
-    two, many = (1, 2, side, side), (1, 19, side, side)
-    return [
-        softmax(two, fg_share=0.3),
-        softmax(two, fg_share=0.01),
-        softmax(two, fg_share=0.001),
-        softmax(two, "trained", fg_share=0.3),
-        softmax(many),
-        softmax(many, "trained"),
-        Inputs("lovasz_hinge", (1, side, side), fg_share=0.3),
-    ]
+def measure(inputs: Inputs, losses: dict[str, peers.Loss], reference: peers.Loss, note: str = "") -> list[dict]:
+    """Rows {"workload", "contestant", "status", "error" (None for NaN), "lost"}, one per loss.
 
-
-def lovasz(inputs: Inputs) -> list[dict]:
-    """One row per contestant."""
+    `lost` is the share of gradient entries that are exactly 0 where the truth is not.
+    """
     logits, target = inputs.make()
-    ours = {
-        "lovasz_softmax": veerloss.lovasz_softmax_loss,
-        "lovasz_hinge": veerloss.lovasz_hinge_loss,
-    }[inputs.task]
-    reference = functools.partial(ours, method="exact", backend="reference")
-    truth = gradient(reference, logits.double(), target)
-    losses = peers.TASKS[inputs.task]()
-    losses.pop("torch cross_entropy", None)  # another loss: the price to meet, in the tables of time
-    rows = [_row(inputs, name, loss, logits, target, truth) for name, loss in losses.items()]
-    if logits.numel() < 1 << 22:  # the witness costs as much as the truth: small inputs only
-        berman, wide = losses["Berman's formula"], logits.double()
-        rows.append(_row(inputs, "Berman's formula, float64", berman, wide, target, truth))
+    wide = logits.double()
+    truth = gradient(reference, wide, target.double() if target.is_floating_point() else target)
+    rows = []
+    for name, loss in losses.items():
+        row = {"workload": f"{inputs}{note}", "contestant": name}
+        try:
+            found = gradient(loss, wide if name == WITNESS else logits, target)
+            value, lost = error(found, truth), float(((found == 0) & (truth != 0)).double().mean())
+            row |= {"status": "ok", "error": value if isfinite(value) else None, "lost": lost}
+        except Exception as problem:
+            row["status"] = peers.problem(problem)
+        rows.append(row)
     return rows
 
 
-def focal_workloads(quick: bool) -> list[tuple[Inputs, float]]:
-    """Inputs and gamma. Scale 30 saturates most pixels: formulas lose digits or become NaN."""
-    side = 32 if quick else 256
-    return [
-        (Inputs(task, (2, 19, side, side), scale=scale), gamma)
-        for task in ("softmax_focal", "sigmoid_focal")
-        for scale, gamma in ((1.0, 2.0), (8.0, 2.0), (30.0, 2.0), (8.0, 0.5), (30.0, 0.5))
-    ]
+def lovasz(inputs: Inputs) -> list[dict]:
+    losses = peers.TASKS[inputs.task]()
+    losses.pop(peers.CROSS_ENTROPY, None)  # another loss: the price to meet, in the tables of time
+    if prod(inputs.shape) < 1 << 22:  # the witness costs as much as the truth: small inputs only
+        losses[WITNESS] = losses[peers.BERMAN]
+    binary = inputs.task == "lovasz_hinge" or inputs.shape[1] == 2
+    reference = functools.partial(losses[peers.EXACT], backend="reference")
+    return measure(inputs, losses, reference, f" foreground {inputs.fg_share:g}" if binary else "")
 
 
 def focal(inputs: Inputs, gamma: float) -> list[dict]:
     """Ours, the float32 reference (the yardstick: ours may err twice as much), the formula."""
-    logits, target = inputs.make()
-    softmax = inputs.task == "softmax_focal"
-    ours = veerloss.softmax_focal_loss if softmax else veerloss.sigmoid_focal_loss
-    formula = peers.softmax_focal_formula if softmax else peers.sigmoid_focal_formula
-    ours = functools.partial(ours, gamma=gamma, alpha=None if softmax else peers.ALPHA)
+    losses = peers.TASKS[inputs.task]()
+    ours, formula = (functools.partial(losses[name], gamma=gamma) for name in (peers.OURS, "plain formula"))
     reference = functools.partial(ours, backend="reference")
-    wide = target if softmax else target.double()
-    truth = gradient(reference, logits.double(), wide)
-    losses = {
-        "veerloss": ours,
-        "veerloss reference, float32": reference,
-        "plain formula": functools.partial(formula, gamma=gamma),
-    }
+    losses = {peers.OURS: ours, "veerloss reference, float32": reference, "plain formula": formula}
+    return measure(inputs, losses, reference, f" x{inputs.scale:g}, gamma {gamma:g}")
+
+
+def jobs(quick: bool) -> list[Job]:
+    """Lovász: about 1M pixels in every segment. Focal: scale 30 saturates most pixels: formulas lose digits or become NaN."""
+    side, focal_side = (64, 32) if quick else (1024, 256)
+    two, many = (1, 2, side, side), (1, 19, side, side)
+    over_lovasz = [
+        *(Inputs("lovasz_softmax", two, fg_share=share) for share in (0.3, 0.01, 0.001)),
+        Inputs("lovasz_softmax", two, "trained", fg_share=0.3),
+        Inputs("lovasz_softmax", many),
+        Inputs("lovasz_softmax", many, "trained"),
+        Inputs("lovasz_hinge", (1, side, side), fg_share=0.3),
+    ]
+    over_focal = [
+        (Inputs(task, (2, 19, focal_side, focal_side), scale=scale), gamma)
+        for task in ("softmax_focal", "sigmoid_focal")
+        for scale, gamma in ((1.0, 2.0), (8.0, 2.0), (30.0, 2.0), (8.0, 0.5), (30.0, 0.5))
+    ]
     return [
-        _row(inputs, name, loss, logits, target, truth, f" x{inputs.scale:g}, gamma {gamma:g}") for name, loss in losses.items()
+        *((inputs, functools.partial(lovasz, inputs)) for inputs in over_lovasz),
+        *((inputs, functools.partial(focal, inputs, gamma)) for inputs, gamma in over_focal),
     ]
-
-
-def _row(
-    inputs: Inputs,
-    name: str,
-    loss: peers.Loss,
-    logits: Tensor,
-    target: Tensor,
-    truth: Tensor,
-    note: str = "",
-) -> dict:
-    binary = inputs.task == "lovasz_hinge" or inputs.shape[1] == 2
-    note = note or (f" foreground {inputs.fg_share:g}" if binary else "")
-    row = {"workload": f"{inputs}{note}", "contestant": name}
-    try:
-        found = gradient(loss, logits, target)
-    except Exception as problem:
-        return row | {"status": peers.problem(problem)}
-    value = error(found, truth)
-    zeros = float(((found == 0) & (truth != 0)).double().mean())
-    return row | {"status": "ok", "error": value if isfinite(value) else None, "lost": zeros}
-
-
-def run(*, quick: bool, only: str, log) -> list[dict]:
-    """Rows {"workload", "contestant", "status", "error" (None for NaN), "lost"}.
-
-    `lost` is the share of gradient entries that are exactly 0 where the truth is not.
-    """
-    jobs: list[tuple[Inputs, Callable[[], list[dict]]]] = [
-        *((i, functools.partial(lovasz, i)) for i in lovasz_workloads(quick)),
-        *((i, functools.partial(focal, i, gamma)) for i, gamma in focal_workloads(quick)),
-    ]
-    rows = []
-    for inputs, job in jobs:
-        if only in str(inputs):
-            log(f"accuracy: {inputs}")
-            rows += job()
-    return rows

@@ -8,6 +8,7 @@ has risen by, less the gradient's bytes, is the result. Linux only.
 """
 
 import ctypes
+import functools
 import gc
 import json
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from . import peers
-from .inputs import Inputs
+from .inputs import Inputs, Job
 
 THREADS = 2
 # A loss of nothing: its only new memory is the gradient, so its row shows the error of the method.
@@ -77,17 +78,14 @@ def measure(task: str, name: str, side: int) -> dict:
     return row | json.loads(done.stdout.splitlines()[-1])
 
 
-def run(*, quick: bool, only: str, log) -> list[dict]:
+def jobs(quick: bool) -> list[Job]:
     """Rows {"workload", "contestant", "status", "extra"} for every task and contestant."""
     side = 64 if quick else 512
-    rows = []
-    for task in peers.TASKS:
-        if only not in str(workload(task, side)):
-            continue
-        log(f"memory: {task}")
-        names = list(_losses(task))
-        rows += [measure(task, name, side) for name in (names[:1] if quick else names)]
-    return rows
+
+    def job(task: str) -> list[dict]:
+        return [measure(task, name, side) for name in list(_losses(task))[: 1 if quick else None]]
+
+    return [(workload(task, side), functools.partial(job, task)) for task in peers.TASKS]
 
 
 if __name__ == "__main__":

@@ -18,8 +18,12 @@ from torch import Tensor
 import veerloss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-PEERS = ("segmentation-models-pytorch", "kornia", "torchvision")
+SMP = "segmentation-models-pytorch"
+PEERS = (SMP, "kornia", "torchvision")
 ALPHA, GAMMA = 0.25, 2.0
+#: Contestants that bars and tables speak of.
+OURS, HISTOGRAM, EXACT = "veerloss", "veerloss histogram", "veerloss exact"
+CROSS_ENTROPY, BERMAN = "torch cross_entropy", "Berman's formula"
 
 
 # ------------------------------------------------------------------ transcriptions
@@ -128,15 +132,14 @@ def _peer(package: str, module: str, make: Callable[..., Loss]) -> Lazy:
 
 
 def _smp(mode: str, **options) -> Lazy:
-    package, module = "segmentation-models-pytorch", "segmentation_models_pytorch.losses"
-    return _peer(package, module, lambda losses: losses.LovaszLoss(mode, **options))
+    return _peer(SMP, "segmentation_models_pytorch.losses", lambda losses: losses.LovaszLoss(mode, **options))
 
 
 def _kornia(make: Callable[..., Loss]) -> Lazy:
     return _peer("kornia", "kornia.losses", make)
 
 
-def _compiled(loss: Loss | Lazy) -> Lazy:
+def compiled(loss: Loss | Lazy) -> Lazy:
     """Fixed shapes are the compiler's best case; it runs in the warm-up, never while timing."""
     load = loss.load if isinstance(loss, Lazy) else lambda: loss
     return Lazy(lambda: torch.compile(load(), dynamic=False))
@@ -152,27 +155,27 @@ _torchvision_focal = _peer(
 # ------------------------------------------------------------------ tasks
 
 
+def _methods(loss: Callable[..., Tensor]) -> dict[str, Loss]:
+    return {HISTOGRAM: functools.partial(loss, method="histogram"), EXACT: functools.partial(loss, method="exact")}
+
+
 def lovasz_softmax() -> dict[str, Loss]:
     """logits [N, C, *], target [N, *]. kornia averages images too; cross_entropy is another loss, and the price to meet."""
-    ours = veerloss.lovasz_softmax_loss
     return {
-        "veerloss histogram": functools.partial(ours, method="histogram"),
-        "veerloss exact": functools.partial(ours, method="exact"),
-        "torch cross_entropy": F.cross_entropy,
-        "segmentation-models-pytorch": _smp("multiclass"),
-        "Berman's formula": berman_softmax,
+        **_methods(veerloss.lovasz_softmax_loss),
+        CROSS_ENTROPY: F.cross_entropy,
+        SMP: _smp("multiclass"),
+        BERMAN: berman_softmax,
         "kornia": _kornia(lambda losses: losses.lovasz_softmax_loss),
     }
 
 
 def lovasz_hinge() -> dict[str, Loss]:
     """logits [N, *], target [N, *] in {0, 1}; all of them score each image and average."""
-    ours = veerloss.lovasz_hinge_loss
     return {
-        "veerloss histogram": functools.partial(ours, method="histogram"),
-        "veerloss exact": functools.partial(ours, method="exact"),
-        "segmentation-models-pytorch": _smp("binary", per_image=True),
-        "Berman's formula": berman_hinge,
+        **_methods(veerloss.lovasz_hinge_loss),
+        SMP: _smp("binary", per_image=True),
+        BERMAN: berman_hinge,
         "kornia": _kornia(lambda losses: lambda x, t: losses.lovasz_hinge_loss(x[:, None], t)),
     }
 
@@ -181,24 +184,24 @@ def softmax_focal() -> dict[str, Loss]:
     """logits [N, C, *], target [N, *]; kornia's mean is over classes too."""
     options = {"alpha": None, "gamma": GAMMA, "reduction": "mean"}
     return {
-        "veerloss": functools.partial(veerloss.softmax_focal_loss, gamma=GAMMA),
-        "torch cross_entropy": F.cross_entropy,
+        OURS: functools.partial(veerloss.softmax_focal_loss, gamma=GAMMA),
+        CROSS_ENTROPY: F.cross_entropy,
         "kornia": _kornia(lambda losses: functools.partial(losses.focal_loss, **options)),
         "plain formula": softmax_focal_formula,
-        "plain formula, torch.compile": _compiled(softmax_focal_formula),
+        "plain formula, torch.compile": compiled(softmax_focal_formula),
     }
 
 
 def sigmoid_focal() -> dict[str, Loss]:
     """logits [*], target [*] of the same shape and type."""
     losses = {
-        "veerloss": functools.partial(veerloss.sigmoid_focal_loss, alpha=ALPHA, gamma=GAMMA),
+        OURS: functools.partial(veerloss.sigmoid_focal_loss, alpha=ALPHA, gamma=GAMMA),
         "torchvision": _torchvision_focal,
-        "torchvision, torch.compile": _compiled(_torchvision_focal),
+        "torchvision, torch.compile": compiled(_torchvision_focal),
         "plain formula": sigmoid_focal_formula,
     }
     if version("torchvision") == "not installed":
-        losses["plain formula, torch.compile"] = _compiled(sigmoid_focal_formula)
+        losses["plain formula, torch.compile"] = compiled(sigmoid_focal_formula)
     return losses
 
 
@@ -211,9 +214,9 @@ def sigmoid_focal_index() -> dict[str, Loss]:
 
     torchvision = Lazy(lambda: functools.partial(through_one_hot, _torchvision_focal.load()))
     return {
-        "veerloss": functools.partial(veerloss.sigmoid_focal_loss, alpha=ALPHA, gamma=GAMMA),
+        OURS: functools.partial(veerloss.sigmoid_focal_loss, alpha=ALPHA, gamma=GAMMA),
         "one_hot + torchvision": torchvision,
-        "one_hot + torchvision, torch.compile": _compiled(torchvision),
+        "one_hot + torchvision, torch.compile": compiled(torchvision),
         "one_hot + plain formula": functools.partial(through_one_hot, sigmoid_focal_formula),
     }
 

@@ -1,29 +1,39 @@
-"""The machine, the bars and the tables."""
+"""What every benchmark reports alike: the machine, bars, tables, files; and the tables of `python -m benchmarks`."""
 
-import datetime
+import argparse
+import json
 import os
 import platform
+import re
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
+from torch.utils import collect_env
 
 import veerloss
 
 from . import peers
+from .peers import BERMAN, CROSS_ENTROPY, EXACT, HISTOGRAM, OURS, SMP
+
+Style = str | Callable[[dict], str]  # a cell of a row: a format of its values, or a function of it
 
 # (workload, ours, contestant, least ratio to our time); medians of interleaved rounds.
-HISTOGRAM, EXACT, OURS = "veerloss histogram", "veerloss exact", "veerloss"
 SPEED_BARS = [
     (f"{task} [2, {c}, 512, 512] float32 random", ours, contestant, least)
     for c in (19, 5)
     for task, ours, contestant, least in (
-        ("lovasz_softmax", HISTOGRAM, "torch cross_entropy", 1 / 1.2),
-        ("lovasz_softmax", HISTOGRAM, "segmentation-models-pytorch", 40.0),
-        ("lovasz_softmax", HISTOGRAM, "Berman's formula", 40.0),
+        ("lovasz_softmax", HISTOGRAM, CROSS_ENTROPY, 1 / 1.2),
+        ("lovasz_softmax", HISTOGRAM, SMP, 40.0),
+        ("lovasz_softmax", HISTOGRAM, BERMAN, 40.0),
         ("lovasz_softmax", HISTOGRAM, "kornia", 20.0),
-        ("lovasz_softmax", EXACT, "segmentation-models-pytorch", 10.0),
-        ("lovasz_softmax", EXACT, "Berman's formula", 10.0),
-        ("softmax_focal", OURS, "torch cross_entropy", 1.0),
+        ("lovasz_softmax", EXACT, SMP, 10.0),
+        ("lovasz_softmax", EXACT, BERMAN, 10.0),
+        ("softmax_focal", OURS, CROSS_ENTROPY, 1.0),
         ("softmax_focal", OURS, "kornia", 2.5),
         ("sigmoid_focal", OURS, "torchvision", 15.0),
         ("sigmoid_focal", OURS, "plain formula", 15.0),
@@ -36,45 +46,135 @@ FOCAL_ERROR_BAR = 2.0  # of the float32 reference's own error
 MEMORY_BAR = 0.05  # of the logits; focal losses, and histogram from 10^6 pixels up
 
 
-def machine(command: str, seconds: float) -> dict:
-    """What the numbers depend on: processor, threads, versions, date, load of the machine."""
-    cpu = platform.processor() or platform.machine()
+# ------------------------------------------------------------------ shared by all
+
+
+def log(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def parser(module: str, doc: str) -> argparse.ArgumentParser:
+    """Of `python -m module`, with the options that all have."""
+    warnings.filterwarnings("ignore", module=r"(kornia|timm|torchvision|torch)\b")
+    found = argparse.ArgumentParser(prog=f"python -m {module}", description=doc.split("\n")[0])
+    found.add_argument("--filter", default="", help="only inputs whose name contains this text")
+    found.add_argument("--output", type=Path, help="path without suffix; a partial run writes nothing without it")
+    return found
+
+
+def machine(module: str, arguments: list[str] | None, device: torch.device | str = "cpu") -> dict:
+    """What the numbers of `python -m module` depend on: processors, threads, versions, date, load of the machine."""
+    gpu = {}
+    if torch.device(device).type == "cuda":
+        gpu = {
+            "gpu": torch.cuda.get_device_name(device),
+            "driver": collect_env.get_nvidia_driver_version(collect_env.run),
+            "cuda": torch.version.cuda,
+            "triton": peers.version("triton"),
+        }
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [s for s in info.read_text().splitlines() if s.startswith("model name")]
-        cpu = models[0].split(":", 1)[1].strip() if models else cpu
-    return {
-        "cpu": cpu,
+    model = re.search(r"^model name\s*: *(.+)", info.read_text() if info.exists() else "", re.MULTILINE)
+    return gpu | {
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
         "simd": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        "versions": {
-            "veerloss": veerloss.__version__,
-            **{name: peers.version(name) for name in ("torch", *peers.PEERS)},
-        },
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command,
-        "seconds": round(seconds),
+        "versions": {"veerloss": veerloss.__version__, **{name: peers.version(name) for name in ("torch", *peers.PEERS)}},
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "command": shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)]),
+        "seconds": 0,
     }
+
+
+def heading(about: dict) -> str:
+    """What was measured where, in a paragraph."""
+    gpu = "{gpu}, driver {driver}, CUDA {cuda}, Triton {triton}; ".format(**about) if "gpu" in about else ""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{gpu}{about['cpu']} ({about['simd']}), {about['cores']} cores, {about['threads']} threads, "
+        f"load {about['load_average_1min']} at the start. {versions}, Python {about['python']}. "
+        f"{about['date']}, {about['seconds']} s, `{about['command']}`."
+    )
+
+
+def save(results: dict, text: str, output: Path | None) -> None:
+    """Prints the text; writes `output`.json and .md."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_name(f"{output.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        output.with_name(f"{output.name}.md").write_text(text)
+    print(text)
+
+
+def bar(what: str, value: float, limit: float, style: str, *, at_least: bool = False, where: str = "") -> dict:
+    met = value >= limit if at_least else value <= limit
+    return {"bar": what, "measured": style.format(value) + where, "met": met}
+
+
+def worst(what: str, values: Collection[tuple[float, str]], limit: float, style: str, *, at_least: bool = False) -> dict:
+    """The bar of the worst of (value, where it was measured); `met` is None where there is nothing."""
+    if not values:
+        return {"bar": what, "measured": "not measured", "met": None}
+    value, where = (min if at_least else max)(values, key=lambda pair: pair[0])
+    return bar(what, value, limit, style, at_least=at_least, where=f" ({where})")
+
+
+def bar_table(bars: list[dict]) -> list[str]:
+    met = {True: "yes", False: "**no**", None: ""}
+    rows = [(b["bar"], b["measured"], met[b["met"]]) for b in bars]
+    return ["## Bars", "", *table(("bar", "measured", "met"), rows)] if bars else []
+
+
+def table(header: Collection[str], rows: list[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; cells that a row lacks at its end are empty."""
+    padded = ([*row, *[""] * (len(header) - len(row))] for row in rows)
+    return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *padded)] + [""]
+
+
+def cells(row: dict, styles: Collection[Style]) -> list[str]:
+    """What a row has for each column, empty where it has no such value."""
+
+    def cell(style: Style) -> str:
+        try:
+            return style(row) if callable(style) else style.format(**row)
+        except KeyError:
+            return ""
+
+    return [cell(style) for style in styles]
+
+
+def percent_lost(row: dict) -> str:
+    return f"{100 * row['lost']:.2g}%"
+
+
+def loss_table(columns: dict[str, Style], rows: list[dict]) -> list[str]:
+    """A line per workload and contestant, or the status of what did not run."""
+    lines, before = [], None
+    for row in rows:
+        name = row["workload"] if row["workload"] != before else ""
+        before = row["workload"]
+        found = cells(row, columns.values()) if row["status"] == "ok" else [row["status"]]
+        lines.append([name, row["contestant"], *found])
+    return table(("inputs", "loss", *columns), lines)
+
+
+# ------------------------------------------------------------------ of `python -m benchmarks`
 
 
 def bars(results: dict) -> list[dict]:
     """{"bar", "measured", "met"} for every bar whose rows were measured in this run."""
     found = []
-
-    def add(what: str, measured: str, met: bool) -> None:
-        found.append({"bar": what, "measured": measured, "met": met})
-
     speed = {(row["workload"], row["contestant"]): row for row in results.get("throughput", ())}
     for workload, ours, contestant, least in SPEED_BARS:
         row, own_row = speed.get((workload, contestant)), speed.get((workload, ours))
         if row and own_row:
             what = f"{workload}: {contestant} takes >= {least:.3g}x the time of {ours}"
-            ratio = row["median_ms"] / own_row["median_ms"] if "median_ms" in row and "median_ms" in own_row else None
-            measured = f"{ratio:.2f}x" if ratio else f"no ratio ({row['status']})"
-            add(what, measured, ratio is not None and ratio >= least)
+            if "median_ms" in row and "median_ms" in own_row:
+                found.append(bar(what, row["median_ms"] / own_row["median_ms"], least, "{:.2f}x", at_least=True))
+            else:
+                found.append({"bar": what, "measured": f"no ratio ({row['status']})", "met": False})
 
     own: dict[str, dict[str, float]] = {}
     for row in results.get("accuracy", ()):
@@ -82,104 +182,51 @@ def bars(results: dict) -> list[dict]:
             value = float("inf") if row["error"] is None else row["error"]  # NaN meets no bar
             own.setdefault(row["workload"], {})[row["contestant"]] = value
     for workload, errors in own.items():
-        for name, bar in LOVASZ_ERROR_BARS.items():
+        for name, limit in LOVASZ_ERROR_BARS.items():
             if name in errors:
-                add(f"{workload}: gradient error of {name} <= {bar:g}", f"{errors[name]:.1e}", errors[name] <= bar)
-        if {"veerloss", "veerloss reference, float32"} <= errors.keys():
-            value = errors["veerloss"] / errors["veerloss reference, float32"]
+                found.append(bar(f"{workload}: gradient error of {name} <= {limit:g}", errors[name], limit, "{:.1e}"))
+        if {OURS, "veerloss reference, float32"} <= errors.keys():
             what = f"{workload}: gradient error <= {FOCAL_ERROR_BAR:g}x float32 reference's"
-            add(what, f"{value:.2f}x", value <= FOCAL_ERROR_BAR)
+            found.append(bar(what, errors[OURS] / errors["veerloss reference, float32"], FOCAL_ERROR_BAR, "{:.2f}x"))
 
     for row in results.get("memory", ()):
         if row["contestant"] in (OURS, HISTOGRAM) and row["status"] == "ok":
             what = f"{row['workload']}: extra peak memory <= {MEMORY_BAR:g}x the logits"
-            add(what, f"{row['extra']:.3f}x", row["extra"] <= MEMORY_BAR)
+            found.append(bar(what, row["extra"], MEMORY_BAR, "{:.3f}x"))
     return found
+
+
+TIME_TEXT = """## Forward + backward
+
+Milliseconds, median (20th to 80th percentile) of interleaved rounds, and that median over ours. The floor is two reads and \
+one write of the logits and two reads of the targets, at the bandwidth (read + written) of a `copy_` in the same rounds, \
+{least:.0f} to {most:.0f} GB/s. The copy's memory is mapped already; a gradient's pages are not."""
+TIME_COLUMNS = {
+    "ms": "{median_ms:.2f} ({p20_ms:.2f} to {p80_ms:.2f})",
+    "ratio to ours": "{ratio:.2f}",
+    "floor, ms": "{floor_ms:.2f}",
+    "share of floor": "{floor_share:.0%}",
+}
+ERROR_TEXT = """## Gradient error against float64 (relative, L2)
+
+The last column is the share of entries that come out as exactly 0 and should not."""
+ERROR_COLUMNS = {
+    "error": lambda row: "NaN" if row["error"] is None else f"{row['error']:.1e}",
+    "lost to 0": percent_lost,
+}
+MEMORY_COLUMNS = {"extra": lambda row: f"{max(row['extra'], 0.0):.2f}x"}
 
 
 def markdown(results: dict) -> str:
     """Everything as Markdown tables."""
     lines = [heading(results["machine"]), ""]
-    if "throughput" in results:
-        lines += _throughput(results["throughput"])
-    if "scaling" in results:
-        lines += ["## Lovász-Softmax against the number of pixels, nanoseconds for a logit", ""]
-        header = ("inputs", "loss", "ns")
-        lines += _table(header, results["scaling"], lambda row: [f"{row['ns']:.1f}"])
-    if "accuracy" in results:
-        lines += [
-            "## Gradient error against float64 (relative, L2)",
-            "",
-            "The last column is the share of entries that come out as exactly 0 and should not.",
-            "",
-        ]
-        header = ("inputs", "loss", "error", "lost to 0")
-        lines += _table(header, results["accuracy"], _accuracy_cells)
-    if "memory" in results:
-        lines += ["## Extra peak memory beyond the gradient, in multiples of the logits", ""]
-        header = ("inputs", "loss", "extra")
-        lines += _table(header, results["memory"], lambda row: [f"{max(row['extra'], 0.0):.2f}x"])
+    copies = [row["copy_gb_s"] for row in results.get("throughput", ()) if "copy_gb_s" in row] or [0.0]
+    for part, columns, text in (
+        ("throughput", TIME_COLUMNS, TIME_TEXT.format(least=min(copies), most=max(copies))),
+        ("scaling", {"ns": "{ns:.1f}"}, "## Lovász-Softmax against the number of pixels, nanoseconds for a logit"),
+        ("accuracy", ERROR_COLUMNS, ERROR_TEXT),
+        ("memory", MEMORY_COLUMNS, "## Extra peak memory beyond the gradient, in multiples of the logits"),
+    ):
+        if part in results:
+            lines += [text, "", *loss_table(columns, results[part])]
     return "\n".join([*lines, *bar_table(results["bars"])])
-
-
-def heading(about: dict) -> str:
-    """What was measured where, in a paragraph."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return (
-        f"{about['cpu']} ({about['simd']}), {about['cores']} cores, {about['threads']} threads, "
-        f"load {about['load_average_1min']} at the start. {versions}, Python {about['python']}. "
-        f"{about['date']}, {about['seconds']} s, `{about['command']}`."
-    )
-
-
-def bar_table(bars: list[dict]) -> list[str]:
-    if not bars:
-        return []
-    header = ("bar", "measured", "met")
-    rows = [(b["bar"], b["measured"], "yes" if b["met"] else "**no**") for b in bars]
-    return ["## Bars", "", line(header), line(["---"] * 3), *(line(row) for row in rows), ""]
-
-
-def _throughput(rows: list[dict]) -> list[str]:
-    copies = [row["copy_gb_s"] for row in rows if "copy_gb_s" in row] or [0.0]
-    return [
-        "## Forward + backward",
-        "",
-        "Milliseconds, median (20th to 80th percentile) of interleaved rounds, and that median "
-        "over ours. The floor is two reads and one write of the logits and two reads of the "
-        "targets, at the bandwidth (read + written) of a `copy_` in the same rounds, "
-        f"{min(copies):.0f} to {max(copies):.0f} GB/s. The copy's memory is mapped already; a "
-        "gradient's pages are not.",
-        "",
-        *_table(
-            ("inputs", "loss", "ms", "ratio to ours", "floor, ms", "share of floor"),
-            rows,
-            lambda row: [
-                f"{row['median_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})",
-                f"{row['ratio']:.2f}" if "ratio" in row else "",
-                f"{row['floor_ms']:.2f}",
-                f"{100 * row['floor_share']:.0f}%",
-            ],
-        ),
-    ]
-
-
-def _accuracy_cells(row: dict) -> list[str]:
-    error = "NaN" if row["error"] is None else f"{row['error']:.1e}"
-    return [error, f"{100 * row['lost']:.2g}%"]
-
-
-def _table(header: tuple[str, ...], rows: list[dict], cells) -> list[str]:
-    lines = [line(header), line(["---"] * len(header))]
-    before = None
-    for row in rows:
-        name = row["workload"] if row["workload"] != before else ""
-        before = row["workload"]
-        rest = cells(row) if row["status"] == "ok" else [row["status"]]
-        rest += [""] * (len(header) - 2 - len(rest))
-        lines.append(line([name, row["contestant"], *rest]))
-    return [*lines, ""]
-
-
-def line(cells) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -1,12 +1,12 @@
 """Forward + backward of Lovász-Softmax against the number of pixels: what is linear and what is not."""
 
+import functools
 from pathlib import Path
 
-from . import peers, timing
-from .inputs import Inputs
-from .throughput import forward_backward
+from . import peers, throughput
+from .inputs import Inputs, Job
 
-CONTESTANTS = ("veerloss histogram", "veerloss exact", "torch cross_entropy", "Berman's formula")
+CONTESTANTS = (peers.HISTOGRAM, peers.EXACT, peers.CROSS_ENTROPY, peers.BERMAN)
 CLASSES = 5
 
 
@@ -15,36 +15,30 @@ def sides(quick: bool) -> list[int]:
     return [32, 64] if quick else [100, 316, 1000, 3162]
 
 
-def run(*, quick: bool, only: str, log) -> list[dict]:
-    """Rows {"workload", "contestant", "status", "pixels", "median_ms", "ns"}: nanoseconds for each logit."""
-    rows = []
-    for side in sides(quick):
-        inputs = Inputs("lovasz_softmax", (1, CLASSES, side, side))
-        if only not in str(inputs):
-            continue
-        log(f"scaling: {inputs}")
-        logits, target = inputs.make()
-        losses = peers.TASKS[inputs.task]()
-        steps = {name: forward_backward(losses[name], logits, target) for name in CONTESTANTS}
-        for name, seconds in timing.interleave(steps, least=2 if quick else 3, budget=0.0 if quick else 2.0).items():
-            row = {"workload": str(inputs), "contestant": name, "pixels": side * side, "status": "ok"}
-            if isinstance(seconds, str):
-                row["status"] = seconds
-            else:
-                row["median_ms"] = timing.quantiles(seconds)["median"]
-                row["ns"] = 1e6 * row["median_ms"] / logits.numel()
-            rows.append(row)
+def measure(inputs: Inputs, quick: bool) -> list[dict]:
+    """Rows of throughput.measure with "pixels" and "ns", nanoseconds for each logit."""
+    logits, target = inputs.make()
+    losses = peers.TASKS[inputs.task]()
+    steps = {name: throughput.forward_backward(losses[name], logits, target) for name in CONTESTANTS}
+    rows, _ = throughput.measure(inputs, steps, min_rounds=2 if quick else 3, budget=0.0 if quick else 2.0)
+    for row in rows:
+        row["pixels"] = target.numel()
+        if row["status"] == "ok":
+            row["ns"] = 1e6 * row["median_ms"] / logits.numel()
     return rows
+
+
+def jobs(quick: bool) -> list[Job]:
+    workloads = [Inputs("lovasz_softmax", (1, CLASSES, side, side)) for side in sides(quick)]
+    return [(inputs, functools.partial(measure, inputs, quick)) for inputs in workloads]
 
 
 def plot(rows: list[dict], path: Path) -> None:
     """Time for a logit against pixels; a method that is linear in the pixels is a level line."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name in CONTESTANTS:
         points = [(row["pixels"], row["ns"]) for row in rows if row["contestant"] == name and "ns" in row]
         if points:

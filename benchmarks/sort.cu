@@ -1,5 +1,5 @@
 // One bare radix sort of 32-bit keys with 32-bit values: what the method "exact" is measured against.
-// Built and called by benchmarks/gpu.py.
+// Built and called by benchmarks/gpu_timing.py.
 
 #include <cstddef>
 #include <cstdint>

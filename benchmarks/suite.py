@@ -8,9 +8,6 @@ Where errors tie, any order is a subgradient. The truth then is the mean over ea
 leaves them in counts as an error of it.
 """
 
-import argparse
-import functools
-import json
 import math
 import sys
 import time
@@ -20,8 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import veerloss
-from veerloss import _histogram
+from veerloss import _layout
 from veerloss.reference import histogram
 from veerloss.reference.lovasz import lovasz_weights
 
@@ -32,17 +28,21 @@ PIXELS = [10**k for k in range(3, 8)]
 MOST_LOGITS = 2 * 10**7  # float64 and the sorts take a minute and 100 bytes for each of them
 GRADIENT_BAR, LOSS_BAR, CERTIFICATE_BAR = 1e-3, 1e-6, 3.0
 BARS_FROM, PEER_BAR_FROM = 10**4, 10**6
+CONTESTANTS = {"histogram": peers.HISTOGRAM, "exact": peers.EXACT, peers.BERMAN: peers.BERMAN}
 
 Make = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+MakeTarget = Callable[[int, torch.Generator], Tensor]  # of a number of pixels: [1, P]
+MakeLogits = Callable[[Tensor, int, torch.Generator], Tensor]  # of a target and a number of classes: [1, C, P]
 
 
-def peaked(target: Tensor, classes: int, height: float, noise: float, wrong: float, g: torch.Generator) -> Tensor:
-    """Logits of a network that is sure: `height` on the class shown, a share `wrong` of the pixels showing any."""
-    shown = torch.where(
-        torch.rand(target.shape, generator=g) < wrong, torch.randint(classes, target.shape, generator=g), target
-    )
-    x = torch.randn(1, classes, target.size(1), generator=g) * noise
-    return x.scatter_add_(1, shown[:, None], torch.full((1, 1, 1), height).expand(1, 1, target.size(1)))
+def even(classes: int) -> MakeTarget:
+    return lambda pixels, g: torch.randint(classes, (1, pixels), generator=g)
+
+
+def giant(pixels: int, g: torch.Generator) -> Tensor:
+    """99% of class 0."""
+    target = even(5)(pixels, g)
+    return torch.where(torch.rand(1, pixels, generator=g) < 0.99, 0, target)
 
 
 def curves(pixels: int, g: torch.Generator) -> Tensor:
@@ -51,67 +51,57 @@ def curves(pixels: int, g: torch.Generator) -> Tensor:
     return (draw < 0.02).long() + (draw < 0.01).long()
 
 
-def even(classes: int, pixels: int, g: torch.Generator) -> Tensor:
-    return torch.randint(classes, (1, pixels), generator=g)
-
-
-def rare(pixels: int, share: float, g: torch.Generator) -> Tensor:
-    target = (torch.rand(1, pixels, generator=g) < share).long()
-    target[0, 0] = 1
-    return target
-
-
-def noise(classes: int, scale: float, pixels: int, g: torch.Generator) -> Tensor:
-    return torch.randn(1, classes, pixels, generator=g) * scale
-
-
-def with_target(target: Callable[[int, torch.Generator], Tensor], logits: Callable[[Tensor, torch.Generator], Tensor]) -> Make:
-    def make(pixels: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        y = target(pixels, g)
-        return logits(y, g), y
+def rare(share: float) -> MakeTarget:
+    def make(pixels: int, g: torch.Generator) -> Tensor:
+        target = (torch.rand(1, pixels, generator=g) < share).long()
+        target[0, 0] = 1
+        return target
 
     return make
 
 
-def plain(classes: int, scale: float, target: Callable[[int, torch.Generator], Tensor]) -> Make:
-    return with_target(target, lambda y, g: noise(classes, scale, y.size(1), g))
+def noise(scale: float) -> MakeLogits:
+    return lambda target, classes, g: torch.randn(1, classes, target.size(1), generator=g) * scale
 
 
-def giant(pixels: int, g: torch.Generator) -> Tensor:
-    """99% of class 0."""
-    target = even(5, pixels, g)
-    return torch.where(torch.rand(1, pixels, generator=g) < 0.99, 0, target)
+def peaked(height: float, scale: float, wrong: float) -> MakeLogits:
+    """Logits of a network that is sure: `height` on the class shown, a share `wrong` of the pixels showing any, plus noise."""
+
+    def make(target: Tensor, classes: int, g: torch.Generator) -> Tensor:
+        anywhere = torch.rand(target.shape, generator=g) < wrong
+        shown = torch.where(anywhere, torch.randint(classes, target.shape, generator=g), target)[:, None]
+        return noise(scale)(target, classes, g).scatter_add_(1, shown, torch.full(shown.shape, height))
+
+    return make
+
+
+def case(classes: int, target: MakeTarget, logits: MakeLogits) -> tuple[int, Make]:
+    def make(pixels: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        y = target(pixels, g)
+        return logits(y, classes, g), y
+
+    return classes, make
 
 
 #: name: (classes, inputs). One class: the hinge.
 CASES: dict[str, tuple[int, Make]] = {
-    "random, 5 classes": (5, plain(5, 1.0, lambda p, g: even(5, p, g))),
-    "random, 2 classes, foreground 0.3": (2, plain(2, 1.0, lambda p, g: rare(p, 0.3, g))),
-    "thin curves, at initialisation": (3, plain(3, 0.1, curves)),
-    "thin curves, trained": (3, with_target(curves, lambda y, g: peaked(y, 3, 6.0, 1.5, 0.02, g))),
-    "trained, 5 classes": (5, with_target(lambda p, g: even(5, p, g), lambda y, g: peaked(y, 5, 8.0, 1.0, 0.05, g))),
-    "sharp, 5 classes": (5, with_target(lambda p, g: even(5, p, g), lambda y, g: peaked(y, 5, 20.0, 4.0, 0.02, g))),
-    "saturated, 19 classes": (19, plain(19, 10.0, lambda p, g: even(19, p, g))),
-    "clustered, logits x 0.001": (2, plain(2, 1e-3, lambda p, g: rare(p, 0.3, g))),
-    "near uniform, 150 classes": (150, plain(150, 0.01, lambda p, g: even(150, p, g))),
-    "saturated, rare class 0.001": (
-        2,
-        with_target(lambda p, g: rare(p, 0.001, g), lambda y, g: peaked(y, 2, 12.0, 3.0, 0.001, g)),
-    ),
-    "ties, logits in steps of 1/4": (5, with_target(lambda p, g: even(5, p, g), lambda y, g: _steps(y, g))),
-    "one giant class": (5, plain(5, 1.0, giant)),
-    "absent classes": (8, plain(8, 1.0, lambda p, g: even(3, p, g))),
-    "hinge, random": (1, plain(1, 1.0, lambda p, g: rare(p, 0.3, g))),
-    "hinge, clustered, logits x 0.001": (1, plain(1, 1e-3, lambda p, g: rare(p, 0.3, g))),
-    "hinge, trained, rare class 0.01": (
-        1,
-        with_target(lambda p, g: rare(p, 0.01, g), lambda y, g: 8.0 * y[:, None] - 4.0 + noise(1, 2.0, y.size(1), g)),
-    ),
+    "random, 5 classes": case(5, even(5), noise(1.0)),
+    "random, 2 classes, foreground 0.3": case(2, rare(0.3), noise(1.0)),
+    "thin curves, at initialisation": case(3, curves, noise(0.1)),
+    "thin curves, trained": case(3, curves, peaked(6.0, 1.5, 0.02)),
+    "trained, 5 classes": case(5, even(5), peaked(8.0, 1.0, 0.05)),
+    "sharp, 5 classes": case(5, even(5), peaked(20.0, 4.0, 0.02)),
+    "saturated, 19 classes": case(19, even(19), noise(10.0)),
+    "clustered, logits x 0.001": case(2, rare(0.3), noise(1e-3)),
+    "near uniform, 150 classes": case(150, even(150), noise(0.01)),
+    "saturated, rare class 0.001": case(2, rare(0.001), peaked(12.0, 3.0, 0.001)),
+    "ties, logits in steps of 1/4": case(5, even(5), lambda y, c, g: (noise(1.0)(y, c, g) * 4).round() / 4),
+    "one giant class": case(5, giant, noise(1.0)),
+    "absent classes": case(8, even(3), noise(1.0)),
+    "hinge, random": case(1, rare(0.3), noise(1.0)),
+    "hinge, clustered, logits x 0.001": case(1, rare(0.3), noise(1e-3)),
+    "hinge, trained, rare class 0.01": case(1, rare(0.01), lambda y, c, g: 8.0 * y[:, None] - 4.0 + noise(2.0)(y, c, g)),
 }
-
-
-def _steps(target: Tensor, g: torch.Generator) -> Tensor:
-    return (noise(5, 1.0, target.size(1), g) * 4).round() / 4
 
 
 # ------------------------------------------------------------------ truth
@@ -156,7 +146,8 @@ def binned_weights(errors: Tensor, foreground: Tensor, table: Tensor, weights: T
     """[P] that "histogram" gives to errors, from what its forward pass kept of a segment; errors count as float32."""
     cell, position = histogram.cells_of(errors, softmax)
     entry = table.long()[cell]
-    index = (entry & 0xFFFF) + ((position * (entry >> 16)) >> histogram.POSITION_BITS)
+    within = (position * _layout.entry_bins(entry)) >> _layout.POSITION_BITS
+    index = _layout.entry_first_bin(entry) + within
     bg, fg = weights.double()
     return torch.where(foreground, -fg[index], bg[index])
 
@@ -178,19 +169,12 @@ def run_case(name: str, pixels: int) -> list[dict]:
     truth = (weights * errors).sum().item() / segments
     exact = gradient_of(weights, x.double(), foreground, segments)
 
-    if binary:
-        logits, kind, ours, berman = x[:, 0], _histogram.HINGE, veerloss.lovasz_hinge_loss, peers.berman_hinge
-    else:
-        logits, kind, ours, berman = x, _histogram.SOFTMAX, veerloss.lovasz_softmax_loss, peers.berman_softmax
-    contestants = {
-        "histogram": functools.partial(ours, method="histogram"),
-        "exact": functools.partial(ours, method="exact"),
-        "Berman's formula": berman,
-    }
+    logits, task = (x[:, 0], "lovasz_hinge") if binary else (x, "lovasz_softmax")
+    losses = peers.TASKS[task]()
     rows = []
-    for contestant, loss in contestants.items():
+    for contestant, name_of_loss in CONTESTANTS.items():
         leaf = logits.clone().requires_grad_()
-        value = loss(leaf, target)
+        value = losses[name_of_loss](leaf, target)
         value.backward()
         found = leaf.grad.double().view_as(exact)
         difference = found - exact
@@ -205,9 +189,12 @@ def run_case(name: str, pixels: int) -> list[dict]:
                 "lost": ((found == 0) & (exact != 0)).double().mean().item(),
             }
         )
-    options = (None, not binary, binary, None, None, kind, 1, False)
     # In float64: there the kernel's errors and these are the same float32 numbers when they are binned.
-    _, _, table, kept, _, bounds = torch.ops.veerloss.lovasz_histogram_forward(x.double(), target, *options)
+    _, _, table, kept, _, bounds = torch.ops.veerloss.lovasz_histogram_forward(
+        logits=x.double(), target=target, selected=None, present=not binary, per_image=binary, class_weight=None,
+        ignore_index=None, errors=_layout.Errors.HINGE if binary else _layout.Errors.SOFTMAX,
+        reduction=_layout.Reduction.MEAN, upcast_loss=False,
+    )  # fmt: skip
     distance = bound = 0.0
     for c in present:
         inside = errors[c] > 0
@@ -222,53 +209,49 @@ def run_case(name: str, pixels: int) -> list[dict]:
 def bars(rows: list[dict]) -> list[dict]:
     """{"bar", "measured", "met"}: the worst case of each."""
     ours = [row for row in rows if row["contestant"] == "histogram" and row["pixels"] >= BARS_FROM]
-    found = []
-
-    def worst(what: str, key: Callable[[dict], float], bar: float, of: list[dict]) -> None:
-        if of:
-            row = max(of, key=key)
-            measured = f"{key(row):.1e} ({row['case']}, {row['pixels']:.0e} pixels)"
-            found.append({"bar": what, "measured": measured, "met": key(row) <= bar})
-
-    worst(f"gradient error, L2, <= {GRADIENT_BAR:g}", lambda r: r["l2"], GRADIENT_BAR, ours)
-    worst(f"loss error <= {LOSS_BAR:g}", lambda r: r["loss"], LOSS_BAR, ours)
-    certified = [r for r in ours if r["distance"] > 1e-9]  # below, rounding is all there is
-    worst(
-        f"certificate <= {CERTIFICATE_BAR:g} x distance", lambda r: r["certificate"] / r["distance"], CERTIFICATE_BAR, certified
-    )
-    worst("distance <= certificate", lambda r: r["distance"] / (r["certificate"] + 1e-9), 1.0, ours)
-    berman = {(r["case"], r["pixels"]): r["l2"] for r in rows if r["contestant"] == "Berman's formula"}
-    large = [r for r in ours if r["pixels"] >= PEER_BAR_FROM]
-    ratio = lambda r: r["l2"] / berman[r["case"], r["pixels"]]  # noqa: E731
-    worst(f"gradient error <= that of Berman's formula from {PEER_BAR_FROM:.0e} pixels up", ratio, 1.0, large)
-    return found
+    certified = [row for row in ours if row["distance"] > 1e-9]  # below, rounding is all there is
+    large = [row for row in ours if row["pixels"] >= PEER_BAR_FROM]
+    berman = {(row["case"], row["pixels"]): row["l2"] for row in rows if row["contestant"] == peers.BERMAN}
+    over_berman = lambda r: r["l2"] / berman[r["case"], r["pixels"]]  # noqa: E731
+    found = [
+        ("gradient error, L2, <= {:g}", GRADIENT_BAR, ours, lambda r: r["l2"]),
+        ("loss error <= {:g}", LOSS_BAR, ours, lambda r: r["loss"]),
+        ("certificate <= {:g} x distance", CERTIFICATE_BAR, certified, lambda r: r["certificate"] / r["distance"]),
+        ("distance <= certificate", 1.0, ours, lambda r: r["distance"] / (r["certificate"] + 1e-9)),
+        (f"gradient error <= that of Berman's formula from {PEER_BAR_FROM:.0e} pixels up", 1.0, large, over_berman),
+    ]
+    return [
+        report.worst(what.format(limit), [(key(r), f"{r['case']}, {r['pixels']:.0e} pixels") for r in of], limit, "{:.1e}")
+        for what, limit, of, key in found
+        if of
+    ]
 
 
 def markdown(results: dict) -> str:
-    lines = [report.heading(results["machine"]), "", __doc__.split("\n", 2)[2].strip(), ""]
-    columns = ("case", "pixels", "loss", "loss error", "gradient, L2", "gradient, L1", "lost to 0", "certificate", "distance")
-    lines += [report.line(columns), report.line(["---"] * len(columns))]
-    for row in results["rows"]:
-        cells = [row["case"], f"{row['pixels']:.0e}", row["contestant"]]
-        cells += [f"{row[key]:.1e}" for key in ("loss", "l2", "l1")]
-        cells += [f"{100 * row['lost']:.2g}%"]
-        cells += [f"{row[key]:.1e}" if key in row else "" for key in ("certificate", "distance")]
-        lines.append(report.line(cells))
-    return "\n".join([*lines, "", *report.bar_table(results["bars"])])
+    columns = {
+        "case": "{case}",
+        "pixels": "{pixels:.0e}",
+        "loss": "{contestant}",
+        "loss error": "{loss:.1e}",
+        "gradient, L2": "{l2:.1e}",
+        "gradient, L1": "{l1:.1e}",
+        "lost to 0": report.percent_lost,
+        "certificate": "{certificate:.1e}",
+        "distance": "{distance:.1e}",
+    }
+    rows = [report.cells(row, columns.values()) for row in results["rows"]]
+    lines = [report.heading(results["machine"]), "", __doc__.split("\n", 2)[2].strip(), "", *report.table(columns, rows)]
+    return "\n".join([*lines, *report.bar_table(results["bars"])])
 
 
 def plot(rows: list[dict], path: Path) -> None:
     """Gradient error against pixels, a panel for each case."""
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    across = 4
-    figure, axes = pyplot.subplots(
-        math.ceil(len(CASES) / across), across, figsize=(13, 11), sharex=True, sharey=True, layout="constrained"
-    )
-    styles = {"Berman's formula": ("s-", "tab:red"), "histogram": ("o-", "tab:blue"), "exact": ("^-", "tab:green")}
+    figure, across = Figure(figsize=(13, 11), layout="constrained"), 4
+    axes = figure.subplots(math.ceil(len(CASES) / across), across, sharex=True, sharey=True)
+    styles = {peers.BERMAN: ("s-", "tab:red"), "histogram": ("o-", "tab:blue"), "exact": ("^-", "tab:green")}
     for panel, name in zip(axes.flat, CASES, strict=False):
         for contestant, (marker, color) in styles.items():
             points = [(r["pixels"], max(r["l2"], 1e-9)) for r in rows if (r["case"], r["contestant"]) == (name, contestant)]
@@ -277,7 +260,7 @@ def plot(rows: list[dict], path: Path) -> None:
         panel.axhline(GRADIENT_BAR, color="grey", linewidth=0.8, linestyle=":")
         panel.set_title(name, fontsize=9)
         panel.grid(alpha=0.3)
-    handles = [pyplot.Line2D([], [], marker=m[0], color=c, markersize=4, label=f"{n}, float32") for n, (m, c) in styles.items()]
+    handles = [Line2D([], [], marker=m[0], color=c, markersize=4, label=f"{n}, float32") for n, (m, c) in styles.items()]
     axes.flat[0].legend(handles=handles, fontsize=8)
     figure.supxlabel("pixels per segment")
     figure.supylabel("relative error of the gradient against float64, L2")
@@ -285,28 +268,22 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=__doc__.split("\n")[0])
+    parser = report.parser("benchmarks.suite", __doc__)
     parser.add_argument("--most", type=float, default=PIXELS[-1], help="pixels per segment at the most")
-    parser.add_argument("--filter", default="", help="only cases whose name contains this text")
-    parser.add_argument("--output", type=Path, help="path without suffix for .json, .md and .png")
     options = parser.parse_args(arguments)
     output = options.output or (None if options.filter or options.most < PIXELS[-1] else RESULTS)
     start, rows = time.perf_counter(), []
-    results = {"machine": report.machine("python -m benchmarks.suite", 0.0), "rows": rows}
+    results = {"machine": report.machine("benchmarks.suite", arguments), "rows": rows}
     for name, (classes, _) in CASES.items():
         for pixels in PIXELS:
             if options.filter in name and pixels <= options.most and pixels * classes <= MOST_LOGITS:
-                print(f"{time.strftime('%H:%M:%S')} {name}: {pixels:.0e} pixels", file=sys.stderr, flush=True)
+                report.log(f"{name}: {pixels:.0e} pixels")
                 rows += run_case(name, pixels)
     results["machine"]["seconds"] = round(time.perf_counter() - start)
     results["bars"] = bars(rows)
-    text = markdown(results)
+    report.save(results, markdown(results), output)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        output.with_suffix(".md").write_text(text)
-        plot(rows, output.with_suffix(".png"))
-    print(text)
+        plot(rows, output.with_name(f"{output.name}.png"))
     return 0
 
 

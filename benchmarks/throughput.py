@@ -1,11 +1,11 @@
 """Forward + backward times, as ratios to peers that ran in the same rounds."""
 
-import gc
+import functools
 
 import torch
 
 from . import peers, timing
-from .inputs import Inputs
+from .inputs import Inputs, Job
 
 BF16 = torch.bfloat16
 COPY = "copy"
@@ -51,10 +51,37 @@ def forward_backward(loss: peers.Loss, logits: torch.Tensor, target: torch.Tenso
     return step
 
 
-def steps(inputs: Inputs, *, compiled: bool) -> dict[str, timing.Step]:
-    """What is timed, by contestant; ours comes first. Logits and target are shared by all."""
-    logits, target = inputs.make()
+def measure(
+    inputs: Inputs, steps: dict[str, timing.Step], *, moved: int = 0, copied: int = 0, device="cpu", **rounds
+) -> tuple[list[dict], dict]:
+    """(a row per contestant, a row of the copy), timed by timing.interleave with the options `rounds`.
 
+    The floor is the time that `moved` bytes take at the bandwidth of a copy of `copied` bytes, if any, that runs in the same
+    rounds, so that it and the losses see the same machine.
+    """
+    if copied:
+        steps[COPY] = timing.copy_step(copied, device)
+    results = timing.interleave(steps, **rounds)
+    copy = {"contestant": COPY} | timing.summary(results.pop(COPY, "not timed"))
+    found = [{"workload": str(inputs), "contestant": name} | timing.summary(seconds) for name, seconds in results.items()]
+    if copy["status"] == "ok":
+        copy["gb_s"] = 2e-6 * copied / copy["median_ms"]
+        for row in found:
+            row["floor_ms"] = 1e-6 * moved / copy["gb_s"]
+            if row["status"] == "ok":
+                row |= {"copy_gb_s": copy["gb_s"], "floor_share": row["floor_ms"] / row["median_ms"]}
+    return found, copy
+
+
+def add_ratios(found: list[dict], ours: dict, key: str) -> None:
+    """Every median over that of ours."""
+    for row in found:
+        if "median_ms" in row and "median_ms" in ours:
+            row[key] = row["median_ms"] / ours["median_ms"]
+
+
+def steps(inputs: Inputs, logits: torch.Tensor, target: torch.Tensor, *, compiled: bool) -> dict[str, timing.Step]:
+    """What is timed, by contestant; ours comes first."""
     losses = peers.TASKS[inputs.task]()
     if not inputs.plain:  # to keep the run short: what the peers ship is timed on every input
         losses = {n: loss for n, loss in losses.items() if "formula" not in n}
@@ -68,46 +95,17 @@ def steps(inputs: Inputs, *, compiled: bool) -> dict[str, timing.Step]:
     return found
 
 
-def measure(inputs: Inputs, *, quick: bool) -> list[dict]:
-    """One row per contestant; `ratio` is its median over that of the first one, which is ours.
-
-    The floor is `floor_bytes` at the bandwidth of a copy that ran in the same rounds, so that it
-    and the losses saw the same machine.
-    """
+def measure_workload(inputs: Inputs, quick: bool) -> list[dict]:
+    """Rows of `measure`; "ratio" is a median over that of the first contestant, which is ours."""
+    logits, target = inputs.make()
     # Compiling for every layout would take longer than timing it.
-    timed = steps(inputs, compiled=not quick and not inputs.channels_last)
-    copied = 1 << 22 if quick else 1 << 28
-    timed[COPY] = timing.copy_step(copied)
-    least, budget = (2, 0.0) if quick else (5, 4.0) if inputs.plain else (3, 2.0)
-    results = timing.interleave(timed, least=least, budget=budget)
-
-    copy_ms = timing.quantiles(results.pop(COPY))["median"]
-    floor = copy_ms * floor_bytes(*inputs.make()) / (2 * copied)
-    rows = []
-    for name, seconds in results.items():
-        row = {"workload": str(inputs), "contestant": name, "floor_ms": floor}
-        if isinstance(seconds, str):
-            row["status"] = seconds
-        else:
-            times = timing.quantiles(seconds)
-            row |= {"status": "ok", "rounds": len(seconds), "copy_gb_s": 2e-6 * copied / copy_ms}
-            row |= {f"{key}_ms": value for key, value in times.items()}
-            row["floor_share"] = floor / times["median"]
-        rows.append(row)
-    ours = rows[0].get("median_ms")
-    for row in rows:
-        if ours and "median_ms" in row:
-            row["ratio"] = row["median_ms"] / ours
+    timed = steps(inputs, logits, target, compiled=not quick and not inputs.channels_last)
+    min_rounds, budget = (2, 0.0) if quick else (5, 4.0) if inputs.plain else (3, 2.0)
+    moved, copied = floor_bytes(logits, target), 1 << 22 if quick else 1 << 28
+    rows, _ = measure(inputs, timed, moved=moved, copied=copied, min_rounds=min_rounds, budget=budget)
+    add_ratios(rows, rows[0], "ratio")
     return rows
 
 
-def run(*, quick: bool, only: str, log) -> list[dict]:
-    """Rows of `measure` for the workloads whose name contains `only`."""
-    rows = []
-    for inputs in workloads(quick):
-        if only in str(inputs):
-            log(f"throughput: {inputs}")
-            rows += measure(inputs, quick=quick)
-            torch.compiler.reset()  # one shape's compiled code is of no use to the next one
-            gc.collect()
-    return rows
+def jobs(quick: bool) -> list[Job]:
+    return [(inputs, functools.partial(measure_workload, inputs, quick)) for inputs in workloads(quick)]

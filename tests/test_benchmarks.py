@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu, memory, peers, scaling, suite, timing
+from benchmarks import accuracy, gpu, gpu_report, gpu_timing, memory, peers, scaling, suite, timing
 from benchmarks.__main__ import main
 from benchmarks.inputs import Inputs
 
@@ -43,7 +43,7 @@ def test_a_peer_that_cannot_run_is_a_result():
 
     missing = peers._peer("no-such-distribution", "no_such_module", lambda module: module)
     steps = {"missing": lambda: missing(None, None), "broken": broken, "works": lambda: None}
-    results = timing.interleave(steps, least=3, budget=0.0)
+    results = timing.interleave(steps, min_rounds=3, budget=0.0)
     assert results["missing"] == "not installed"
     assert results["broken"] == "fails: RuntimeError"
     assert len(results["works"]) == 3
@@ -53,7 +53,7 @@ def test_rounds_are_interleaved():
     """A B A B, after one warm-up of each."""
     calls = []
     steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    timing.interleave(steps, least=2, budget=0.0)
+    timing.interleave(steps, min_rounds=2, budget=0.0)
     assert "".join(calls) == "ababab"
 
 
@@ -132,43 +132,56 @@ def test_gpu_benchmark_runs_on_the_cpu(tmp_path):
     assert gpu.main(["--quick", "--device", "cpu", "--output", str(tmp_path / "gpu.test")]) == 0
     results = json.loads((tmp_path / "gpu.test.json").read_text())
     assert results["left_out"] == []
-    assert {row["case"] for row in results["rows"]} == {str(case) for case in gpu.cases(True)}
+    assert {row["workload"] for row in results["rows"]} == {str(case) for case in gpu.cases(True)}
     status = {(row["task"], row["contestant"]): row["status"] for row in results["rows"]}
-    assert status["softmax_focal", "veerloss"] == "ok"
+    assert status["softmax_focal", "veerloss, native"] == "ok"
     assert status["lovasz_softmax", "veerloss histogram, native"] == "ok"
-    assert status["lovasz_softmax", "veerloss exact, triton"] == "cannot run on cpu"
-    assert status["lovasz_hinge", gpu.SORT] == "cannot run on cpu"
-    assert all(row["ratios"]["veerloss"] == 1 for row in results["rows"] if row["contestant"] == "veerloss")
+    assert status["lovasz_hinge", gpu_report.SORT] == "no GPU or no nvcc"
+    assert all(row["over veerloss"] == 1 for row in results["rows"] if row["contestant"] == "veerloss, native")
     text = (tmp_path / "gpu.test.md").read_text()
-    assert all(verdict["bar"] in text for verdict in results["verdicts"])
+    assert all(bar["bar"] in text for bar in results["bars"])
+
+
+def test_gpu_contestants():
+    """Ours runs on each backend of the device, and says why where it cannot; peers run compiled too, but for another loss."""
+    names = list(gpu.contestants("lovasz_softmax", torch.device("cuda")))
+    assert names[:2] == ["veerloss histogram, native", "veerloss histogram, triton"]
+    assert {"kornia", "kornia, torch.compile", "torch cross_entropy"} <= set(names)
+    assert "torch cross_entropy, torch.compile" not in names
+    found = gpu.contestants("lovasz_softmax", torch.device("xpu"))
+    with pytest.raises(peers.Missing, match="'xpu'"):
+        found["veerloss exact, native"](torch.zeros(1, 2, 3), torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_gpu_benchmark_has_a_time_to_end():
     """What does not fit is named; a contestant that takes longer is stopped."""
     device = torch.device("cpu")
-    run = gpu.Run(device, True, time.perf_counter() - 1, gpu.CpuClock(device), gpu.Sort(device))
-    rows, left_out = gpu.run_all(run, "")
+    run = gpu.Run(device, True, time.perf_counter() - 1)
+    rows, left_out = gpu.run_all(run)
     assert rows == [] and len(left_out) == len(gpu.cases(True))
-    with pytest.raises(peers.Missing, match="no time left"), gpu.at_most(0.05):
-        time.sleep(5)
+    with pytest.raises(peers.Missing, match="no time left"), gpu_timing.at_most(0.05):
+        try:
+            time.sleep(5)
+        except peers.Missing as alarm:
+            raise RuntimeError("of the compiler") from alarm
 
 
-def test_gpu_verdicts():
+def test_gpu_bars():
     """The worst case of a bar decides, and a contestant that is missing meets no bar."""
 
-    def row(case, contestant, ms, **more):
-        common = {"case": case, "task": "softmax_focal", "shape": [1], "small": False, "dtype": "float32"}
-        return common | {"contestant": contestant, "median_ms": ms} | more
+    def row(case, contestant, **more):
+        common = {"workload": case, "task": "softmax_focal", "shape": [1], "small": False, "dtype": "float32"}
+        return common | {"contestant": contestant} | more
 
     rows = [
-        row("a", "veerloss", 2.0, floor_share=0.9, extra_ratio=0.01),
-        row("a", "plain formula, torch.compile", 4.0),
-        row("b", "veerloss", 2.0, floor_share=0.8, extra_ratio=0.02),
-        row("b", "plain formula, torch.compile", 1.0),
+        row("a", "veerloss", auto="veerloss", floor_share=0.9, extra_ratio=0.01),
+        row("a", "plain formula, torch.compile", **{"over veerloss": 2.0}),
+        row("b", "veerloss", auto="veerloss", floor_share=0.8, extra_ratio=0.02),
+        row("b", "plain formula, torch.compile", **{"over veerloss": 0.5}),
     ]
-    found = {verdict["bar"]: (verdict["met"], verdict["measured"]) for verdict in gpu.verdicts(rows)}
-    assert found["softmax_focal, float32: at least 85% of the floor"] == (False, "80% (b)")
-    slower = found["softmax_focal, float32: at most 1x the time of a compiled peer"]
+    found = {bar["bar"]: (bar["met"], bar["measured"]) for bar in gpu_report.bars(rows)}
+    assert found["float32, softmax_focal: at least 85% of the floor"] == (False, "80% (veerloss, b)")
+    slower = found["float32, softmax_focal: at most 1x the time of a compiled peer"]
     assert slower == (False, "2.00x (plain formula, torch.compile, b)")
-    assert found["focal, float32: extra memory at most 0.05x the logits"] == (True, "0.020x (b)")
-    assert found["Lovász exact, float32: at most 1.5x the time of one radix sort"] == (None, "not measured")
+    assert found["float32, focal: extra memory at most 0.05x the logits"] == (True, "0.020x (veerloss, b)")
+    assert found["float32, Lovász exact: at most 1.5x the time of one radix sort"] == (None, "not measured")
