@@ -26,6 +26,7 @@ def _over_backends(*names: str) -> pytest.MarkDecorator:
 
 over_focal_kernels = _over_backends(*FOCAL_KERNELS)
 over_focal = _over_backends(*FOCAL_KERNELS, "reference")
+over_triton = _over_backends("triton")
 over_lovasz_kernels = _over_backends(*LOVASZ_KERNELS)
 over_lovasz = _over_backends(*LOVASZ_KERNELS, "reference")
 

@@ -69,10 +69,12 @@ def test_softmax_options(classes, per_image, from_logits, weighted, reduction, m
     target = labels(shape, 4, ignore_index=-1)
     target[1] = -1
     x = logits(shape) if from_logits else logits(shape).softmax(1)
+    # Triton's exponentials differ from the reference's in the last place, and here take a pixel to another bin.
+    slack = SLACK[method] if backend == "triton" else 0.0
     check_loss(
         lovasz_softmax_loss, x, target, classes=classes, per_image=per_image, from_logits=from_logits, reduction=reduction,
         class_weight=torch.tensor([0.5, 1.0, 2.0, 0.0, 3.0]) if weighted else None, ignore_index=-1, method=method,
-        slack=SLACK[method], backend=backend,
+        slack=slack, backend=backend,
     )  # fmt: skip
 
 
