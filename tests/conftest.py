@@ -30,7 +30,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Takes out what slow backends do not run."""
+    """Takes out what slow backends do not run, and puts first what runs compilers for up to a minute: else one worker would end
+    with them, and the others have nothing left."""
     kept, left_out = [], []
     for item in items:
         point = dict(item.callspec.params) if hasattr(item, "callspec") else {}
@@ -40,7 +41,7 @@ def pytest_collection_modifyitems(config, items):
         )
         (kept if run else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: item.path.stem not in ("test_cuda", "test_triton"))
 
 
 @pytest.fixture(scope="session")
