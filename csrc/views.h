@@ -31,14 +31,17 @@ struct Run {
   int64_t first, count;
 };
 
-// Which values of a target are valid: class indices in [0, classes), and the value to ignore. Kernels turn values into int32
-// labels: the class, or one of the two constants below.
+// Which values of a target are valid: class indices in [0, classes), the value to ignore, and one that is background to every
+// class. Kernels turn values into int32 labels: the class, or one of the constants below. A pixel counts where its label is >= 0.
 struct TargetRule {
   int64_t classes;
-  bool has_ignore;
-  int64_t ignore;
+  bool has_ignore = false;
+  int64_t ignore = 0;
+  bool has_background = false;
+  int64_t background = 0;
 };
 constexpr int32_t label_ignored = -1;
 constexpr int32_t label_bad = -2;
+constexpr int32_t label_background = 0x7fffffff;
 
 }  // namespace veerloss

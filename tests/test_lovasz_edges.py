@@ -6,6 +6,7 @@ import pytest
 import torch
 from budget import evaluate
 from grid import (
+    DTYPES,
     labels,
     logits,
     lovasz_case,
@@ -204,3 +205,17 @@ def test_modules_are_the_functions():
     hinge = veerloss.LovaszHingeLoss(per_image=False)
     assert torch.equal(hinge(x[:, 0], target.clamp(max=1)), lovasz_hinge_loss(x[:, 0], target.clamp(max=1), per_image=False))
     assert repr(hinge).startswith("LovaszHingeLoss(per_image=False")
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@over_methods
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_float_target_of_minus_1_is_not_ignored(dtype, method, backend):
+    """Targets in {-1, 1} are another convention: without an error their background would be lost."""
+    x, target = logits((2, 1, 40))[:, 0], labels((2, 1, 40), 2).mul(2).sub(1).to(dtype)
+    for ignore_index in (None, 255, -100, 0):
+        with pytest.raises(IndexError, match="target holds -1"):
+            lovasz_hinge_loss(x, target, ignore_index=ignore_index, method=method, backend=backend)
+    loss = lovasz_hinge_loss(x, target, ignore_index=-1, method=method, backend=backend)
+    foreground_alone = lovasz_hinge_loss(x, target.clamp(min=0), ignore_index=0, method=method, backend=backend)
+    assert loss == foreground_alone

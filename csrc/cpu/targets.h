@@ -53,6 +53,7 @@ inline void load_labels(int32_t* out, const View& target, const Geometry& g, con
 
 inline std::string expected_labels(const TargetRule& rule, bool binary = false) {
   std::string text = binary ? "0 or 1" : "class indices in [0, " + std::to_string(rule.classes) + ")";
+  if (rule.has_background) text += (rule.has_ignore ? ", " : " or ") + ("background_index=" + std::to_string(rule.background));
   return rule.has_ignore ? text + " or ignore_index=" + std::to_string(rule.ignore) : text;
 }
 

@@ -71,6 +71,7 @@ __device__ inline void store(const View& view, int64_t image, int64_t channel, i
 
 __device__ inline int32_t label_of(int64_t value, const TargetRule& rule) {
   if (rule.has_ignore && value == rule.ignore) return label_ignored;
+  if (rule.has_background && value == rule.background) return label_background;
   return value >= 0 && value < rule.classes ? static_cast<int32_t>(value) : label_bad;
 }
 

@@ -95,18 +95,20 @@ struct RowTiles {
   static int32_t load_labels_piece(int32_t* out, const char* data, DType dtype, int64_t offset, int64_t stride, int64_t n,
                                    const TargetRule& rule) {
     const int64_t classes = rule.classes;
-    const int64_t ignore = rule.has_ignore ? rule.ignore : -1;  // -1 is no class: marked bad below unless it is ignored
+    // Without a value to ignore, or one for background, -1, which is no class, stands for it and is bad.
+    const int64_t ignore = rule.has_ignore ? rule.ignore : -1, background = rule.has_background ? rule.background : -1;
     const int32_t at_ignore = rule.has_ignore ? label_ignored : label_bad;
+    const int32_t at_background = rule.has_background ? label_background : label_bad;
     const auto integer = [=](auto v) {
       const int64_t c = static_cast<int64_t>(v);
-      const int32_t label = c >= 0 && c < classes ? static_cast<int32_t>(c) : label_bad;
-      return c == ignore ? at_ignore : label;
+      const int32_t label = c >= 0 && c < classes ? static_cast<int32_t>(c) : c == background ? at_background : label_bad;
+      return c == ignore && rule.has_ignore ? at_ignore : label;
     };
-    const auto real = [=](auto v) {  // 0 <= v: also false for NaN
+    const auto real = [=](auto v) {  // of binary labels, which have no background value
       const double c = static_cast<double>(v);
-      const double whole = c >= 0 && c < static_cast<double>(classes) ? c : -1.0;
-      const int32_t label = static_cast<int32_t>(whole);
-      return c == static_cast<double>(ignore) ? at_ignore : (label == c ? label : label_bad);
+      const bool inside = c >= 0.0 && c < static_cast<double>(classes);  // false for NaN
+      const int32_t label = static_cast<int32_t>(inside ? c : 0.0);
+      return c == static_cast<double>(ignore) ? at_ignore : (inside & (label == c) ? label : label_bad);
     };
     switch (dtype) {
       case DType::f32: read<float>(out, data, offset, stride, n, real); break;
