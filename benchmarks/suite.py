@@ -192,8 +192,8 @@ def run_case(name: str, pixels: int) -> list[dict]:
     # In float64: there the kernel's errors and these are the same float32 numbers when they are binned.
     _, _, table, kept, _, bounds = torch.ops.veerloss.lovasz_histogram_forward(
         logits=x.double(), target=target, selected=None, present=not binary, per_image=binary, class_weight=None,
-        ignore_index=None, errors=_layout.Errors.HINGE if binary else _layout.Errors.SOFTMAX,
-        reduction=_layout.Reduction.MEAN, upcast_loss=False,
+        ignore_index=None, background_index=None, errors=_layout.Errors.HINGE if binary else _layout.Errors.SOFTMAX,
+        reduction=_layout.Reduction.MEAN, valid_pixels=None, upcast_loss=False,
     )  # fmt: skip
     distance = bound = 0.0
     for c in present:

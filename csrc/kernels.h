@@ -113,15 +113,17 @@ struct LovaszExactForward {
   LovaszBatch batch;
   LovaszSelection selection;
   LovaszLoss out;
-  void* keys;         // [C, N, P], opmath type: error keys, which become the signed weights of the errors
-  bool keep_weights;  // else `keys` holds nothing of use afterwards
-  void* scratch;      // lovasz_exact_scratch_bytes()
+  void* keys;                           // [C, N, P], opmath type: error keys, which become the signed weights of the errors
+  std::optional<int64_t> valid_pixels;  // on the CPU: [C, valid_pixels] instead, of the pixels that are not ignored
+  bool keep_weights;                    // else `keys` holds nothing of use afterwards
+  void* scratch;                        // lovasz_exact_scratch_bytes()
   Stream stream;
 };
 
 struct LovaszExactBackward {
-  LovaszBatch batch;    // target and rule are unused: the weights already depend on them
-  const void* weights;  // [C, N, P], opmath type
+  LovaszBatch batch;    // on a GPU target and rule are unused: the weights already depend on them
+  const void* weights;  // of the forward pass
+  std::optional<int64_t> valid_pixels;
   LovaszGradient out;
   Stream stream;
 };

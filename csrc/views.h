@@ -31,8 +31,8 @@ struct Run {
   int64_t first, count;
 };
 
-// Which values of a target are valid: class indices in [0, classes), the value to ignore, and one that is background to every
-// class. Kernels turn values into int32 labels: the class, or one of the constants below. A pixel counts where its label is >= 0.
+// Which values of a target are valid: class indices in [0, classes), the value to ignore, and one that is background to all
+// classes. Kernels turn values into int32 labels: the class, or a constant below. A pixel counts where its label is >= 0.
 struct TargetRule {
   int64_t classes;
   bool has_ignore = false;

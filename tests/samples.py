@@ -24,14 +24,16 @@ def samples() -> dict[str, list[dict]]:
     scaled = {"reduction": Reduction.SUM, "factor": 0.5}
     lovasz = {
         "logits": x, "target": y, "selected": None, "present": True, "per_image": False, "class_weight": None,
-        "ignore_index": None, "errors": Errors.SOFTMAX, "reduction": Reduction.MEAN, "upcast_loss": False,
+        "ignore_index": None, "background_index": None, "errors": Errors.SOFTMAX, "reduction": Reduction.MEAN,
+        "upcast_loss": False,
     }  # fmt: skip
     some = {"selected": torch.tensor([True, False, True]), "present": False, "class_weight": alpha, "ignore_index": 1}
+    probabilities = {"logits": x.softmax(1), "target": y.masked_fill(y == 2, 3), "errors": Errors.PROBABILITIES}
     hinge = {"logits": x[:, :1], "target": y.clamp(max=1), "present": False, "errors": Errors.HINGE}
     lovasz = [
         lovasz,
         lovasz | some | {"per_image": True, "reduction": Reduction.NONE, "upcast_loss": True},
-        lovasz | {"logits": x.softmax(1), "errors": Errors.PROBABILITIES, "per_image": True, "reduction": Reduction.SUM},
+        lovasz | probabilities | {"per_image": True, "reduction": Reduction.SUM, "background_index": 3},
         lovasz | hinge | {"per_image": True, "ignore_index": 1},
         lovasz | hinge | {"reduction": Reduction.NONE},
     ]
@@ -46,8 +48,8 @@ def samples() -> dict[str, list[dict]]:
             softmax | each | {"label_smoothing": 0.1},
             softmax | scaled | {"alpha": 0.5, "gamma": 0.0, "ignore_index": 1, "normalizer": torch.tensor(3.0)},
         ],
-        "lovasz_exact": [sample | {"keep_weights": True} for sample in lovasz],
-        "lovasz_histogram": lovasz,
+        "lovasz_exact": [sample | {"valid_pixels": None, "keep_weights": True} for sample in lovasz],
+        "lovasz_histogram": [sample | {"valid_pixels": None} for sample in lovasz],
     }
 
 

@@ -87,6 +87,14 @@ def errors(rank: int, group) -> dict[str, str]:
         "bad backend": error_of(lambda: softmax(x, y, backend="gpu" if first else "native")),
         "other classes": error_of(lambda: softmax(x[:, : 3 + rank], y.clamp(max=2))),
         "other options": error_of(lambda: softmax(x, y, reduction="sum" if first else "mean")),
+        "other weights": error_of(lambda: softmax(x, y, class_weight=torch.full((4,), 1.0 + rank))),
+        "other ignore_index": error_of(lambda: softmax(x, y, ignore_index=255 if first else None)),
+        "other background": error_of(lambda: softmax(x, y, background_index=4 if first else 5)),
+        "other hinge": error_of(
+            lambda: lovasz_hinge_loss(x[:, 0], y.clamp(max=1), per_image=False, ignore_index=rank + 2, process_group=group)
+        ),
+        "other types": error_of(lambda: softmax(x.double() if first else x, y)),
+        "per class": error_of(lambda: lovasz_hinge_loss(x, x > 0, per_class=True, per_image=False, process_group=group)),
         "other backends": error_of(lambda: softmax(x, y, backend="reference" if first else "native")),
         "exact": error_of(lambda: softmax(x, y, method="exact")),
         "per image": error_of(lambda: softmax(x, y, per_image=True)),
@@ -173,8 +181,9 @@ def test_errors_reach_every_rank(results):
             assert other[name] == "RuntimeError: process_group: the loss failed on rank 0; its error is there"
     for found in (first, *others):
         assert found["other classes"].startswith("ValueError: process_group: all ranks must have the same number of classes")
-        assert found["other options"].endswith("and options that differ")
-        assert found["other backends"].endswith("and options that differ")
+        for name in ("options", "weights", "ignore_index", "background", "hinge", "types", "backends"):
+            assert found[f"other {name}"].endswith("and options that differ")
+        assert "got per_class=True" in found["per class"]
         assert "got method='exact'" in found["exact"]
         assert "got per_image=True" in found["per image"] and "got per_image=True" in found["hinge per image"]
         assert "cannot be used inside torch.compile" in found["compiled"]

@@ -93,7 +93,10 @@ def kinds():
 
 def steps(operators, x, target, errors, *, per_image=False, ignore_index=None):
     """The steps that look at the pixels, and that of their weights, with what all tests here have in common."""
-    batch = {"logits": x, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index}
+    batch = {
+        "logits": x, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index,
+        "background_index": None,
+    }  # fmt: skip
 
     def count(table=None, *, sampled=False, segment_mask=None):
         return operators.lovasz_histogram_count(table=table, segment_mask=segment_mask, sampled=sampled, **batch)

@@ -11,6 +11,7 @@ from grid import (
     FEW_IMAGES,
     SHAPES,
     labels,
+    layouts,
     logits,
     lovasz_case,
     over_kinds,
@@ -22,7 +23,7 @@ from grid import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veerloss import lovasz_hinge_loss, lovasz_softmax_loss
+from veerloss import lovasz, lovasz_hinge_loss, lovasz_softmax_loss
 from veerloss.reference.lovasz import lovasz_weights
 
 
@@ -111,12 +112,14 @@ def test_probabilities_outside_0_1_slope_as_the_error_does(factor, method, backe
 @over_methods
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e-3, 2.0, 1e3])
-@pytest.mark.parametrize("shape", [(1, 1), (5,), (3, 17), (2, 31, 33), (70, 2, 2), (2, 3, 5, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5,), (5, 1), (3, 17), (2, 31, 33), (70, 2, 2), (2, 3, 5, 7)], ids=str)
 def test_hinge_grid(shape, scale, dtype, method, backend):
     target = binary_target(shape, ignore_index=255)
     x = some_layouts(logits(shape, dtype, scale=scale), backend, method, hinge=True)
     common = {"ignore_index": 255, "method": method, "slack": SLACK[method], "backend": backend}
     for options in ({"reduction": "none"}, {"per_image": False}):
+        if len(shape) == 1 and options.get("per_image", True):
+            continue  # points have no image: see test_points
         check_loss(lovasz_hinge_loss, x, target, **options, **common)
 
 
@@ -361,3 +364,149 @@ def test_ignore_index_is_compared_in_64_bits(ignore_index, method, backend):
     x, target = logits((1, 3, 40)), labels((1, 3, 40), 3)
     loss = lovasz_softmax_loss(x, target.byte(), ignore_index=ignore_index, method=method, backend=backend)
     torch.testing.assert_close(loss, lovasz_softmax_loss(x, target, method=method, backend=backend), rtol=0, atol=0)
+
+
+# ---- which pixels, classes and channels
+
+
+@over_lovasz_kernels
+@over_methods
+@over_kinds
+@pytest.mark.parametrize("per_image", [False, True], ids=["batch", "per image"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_ignored_pixels_are_left_out(share, per_image, kind, method, backend):
+    """In long runs and one by one, as in a voxel grid."""
+    shape = (2, 3, 5, 700)
+    x, target = logits(shape), labels(shape, 3)
+    target[torch.rand(target.shape, generator=torch.Generator().manual_seed(2)) > share] = 255
+    target[0, 1:3], target[1, 4] = 255, labels(shape, 3, seed=3)[1, 4]
+    loss, x, options = lovasz_case(kind, x)
+    if kind == "hinge":
+        target = target.where(target == 255, target % 2)
+    options |= {"per_image": per_image, "ignore_index": 255, "method": method, "slack": SLACK[method]}
+    check_loss(loss, some_layouts(x, backend, method, hinge=kind == "hinge"), target, backend=backend, **options)
+
+
+@pytest.mark.parametrize("method", ["exact", "histogram", "auto"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every other pixel"])
+def test_loss_of_ignored_pixels_is_that_of_the_others(layout, method):
+    """Large enough for a sample, which is of the pixels that are not ignored: the same bins, the same loss."""
+    x, target = logits((1, 4, 600_000)), labels((1, 4, 600_000), 4)
+    target[torch.rand(target.shape, generator=torch.Generator().manual_seed(2)) > 0.5] = -1
+    valid = target[0] != -1
+    found, gradient = evaluate(lovasz_softmax_loss, layouts(x)[layout], target, ignore_index=-1, method=method)
+    expected, of_valid = evaluate(lovasz_softmax_loss, x[..., valid].contiguous(), target[:, valid], method=method)
+    assert found == expected
+    torch.testing.assert_close(gradient[..., valid], of_valid, rtol=1e-6, atol=1e-12)
+    assert (gradient[..., ~valid] == 0).all()
+
+
+def test_auto_counts_the_pixels_that_are_not_ignored(monkeypatch):
+    monkeypatch.setattr(lovasz, "AUTO_HISTOGRAM_FROM", 100)
+    called = []
+    for name in ("lovasz_exact", "lovasz_histogram"):
+        function = getattr(lovasz.ops, name)
+        monkeypatch.setattr(
+            lovasz.ops, name, lambda *args, name=name, function=function, **o: called.append(name) or function(*args, **o)
+        )
+    x, target = logits((2, 3, 120)), labels((2, 3, 120), 3)
+    lovasz_softmax_loss(x, target, ignore_index=255)
+    target[:, 45:] = 255
+    lovasz_softmax_loss(x, target, ignore_index=255)
+    lovasz_softmax_loss(x, target.clamp(max=2), per_image=True)
+    lovasz_softmax_loss(x, target, per_image=True, ignore_index=255)
+    lovasz_hinge_loss(x[:, 0], target.clamp(max=1), per_image=False)
+    lovasz_hinge_loss(x[:, 0], target.where(target == 255, target % 2), per_image=False, ignore_index=255)
+    assert [name.removeprefix("lovasz_") for name in called] == ["histogram", "exact"] * 3
+
+
+@over_lovasz
+@over_methods
+@pytest.mark.parametrize("ignore_index", [None, 254])
+@pytest.mark.parametrize("from_logits", [False, True], ids=["probabilities", "softmax"])
+def test_background_index(from_logits, ignore_index, method, backend):
+    """As if the value were a class more, which has no part in the mean."""
+    x, target = logits((2, 4, 9, 7)), labels((2, 4, 9, 7), 4, ignore_index=ignore_index)
+    p = x.softmax(1)
+    options = {"ignore_index": ignore_index, "method": method, "backend": backend, "from_logits": from_logits}
+    for classes in ("all", [0, 2]):
+        found = lovasz_softmax_loss(
+            x[:, :3].softmax(1).log() if from_logits else p[:, :3], target.where(target != 3, 255), classes=classes,
+            background_index=255, reduction="none", **options,
+        )  # fmt: skip
+        whole = torch.cat([x[:, :3].softmax(1) if from_logits else p[:, :3], p[:, 3:]], 1)
+        expected = lovasz_softmax_loss(
+            whole.double(), target, classes=[0, 1, 2] if classes == "all" else classes, reduction="none", method="exact",
+            ignore_index=ignore_index, from_logits=False, backend="reference",
+        )  # fmt: skip
+        torch.testing.assert_close(found.double(), expected[:3], rtol=1e-5, atol=1e-6)
+
+
+@over_lovasz
+@over_methods
+def test_one_channel_of_probabilities(method, backend):
+    """A sigmoid map: foreground is class 0, the rest background_index."""
+    p, target = logits((2, 1, 300)).sigmoid(), labels((2, 2, 300), 2)
+    options = {"from_logits": False, "background_index": 1, "method": method, "slack": SLACK[method], "backend": backend}
+    check_loss(lovasz_softmax_loss, p, 1 - target, **options)
+    found = lovasz_softmax_loss(p, 1 - target, from_logits=False, background_index=1, backend=backend, method=method)
+    expected = sort_and_subtract((target - p[:, 0].double()).abs().flatten(), target.flatten() == 1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+@over_lovasz
+@over_methods
+def test_present_only(method, backend):
+    x, target = logits((2, 5, 60)), labels((2, 5, 60), 3)  # 3 and 4 are absent
+    options = {"method": method, "backend": backend}
+    found = evaluate(lovasz_softmax_loss, x, target, classes=[1, 2, 4], present_only=True, **options)
+    expected = evaluate(lovasz_softmax_loss, x, target, classes=[1, 2], **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert lovasz_softmax_loss(x, target, classes=[3, 4], present_only=True, **options) == 0
+    for classes in ("present", "all"):
+        found = lovasz_softmax_loss(x, target, classes=classes, present_only=True, **options)
+        assert found == lovasz_softmax_loss(x, target, classes=classes, **options)
+
+
+@over_lovasz
+@over_methods
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("per_image", [False, True], ids=["batch", "per image"])
+def test_hinge_per_class(per_image, reduction, method, backend):
+    x, target = logits((2, 3, 5, 7)), labels((2, 2, 3, 5, 7), 2)
+    target[0, 1] = 255
+    options = {"per_image": per_image, "ignore_index": 255, "method": method, "backend": backend}
+    found, gradient = evaluate(lovasz_hinge_loss, x, target, per_class=True, reduction=reduction, **options)
+    each = [lovasz_hinge_loss(x[:, c], target[:, c], reduction="none", **options) for c in range(3)]
+    expected = torch.stack(each, -1)
+    assert expected.shape == ((2, 3) if per_image else (3,))
+    if reduction != "none":
+        expected = expected.mean() if reduction == "mean" else expected.sum()
+    torch.testing.assert_close(found, expected)
+    assert gradient.shape == x.shape and (gradient[0, 1] == 0).all()
+    loss, certificate = lovasz_hinge_loss(x, target, per_class=True, return_certificate=True, reduction="none", **options)
+    assert certificate.shape == loss.shape
+
+
+@over_lovasz
+@over_methods
+def test_points(method, backend):
+    """[P, C] and [P] are one image of P points."""
+    x, target = logits((300, 4)), labels((300, 4), 4)
+    options = {"method": method, "backend": backend}
+    as_image = lovasz_softmax_loss(x.t()[None], target[None], **options)
+    assert lovasz_softmax_loss(x, target, **options) == as_image
+    y = target % 2
+    as_image = lovasz_hinge_loss(x[None, :, 0], y[None], **options)
+    assert lovasz_hinge_loss(x[:, 0], y, per_image=False, **options) == as_image
+    for points in (x[:, 0], x[:, :1]):
+        with pytest.raises(ValueError, match="per_image must be False for points"):
+            lovasz_hinge_loss(points, y, **options)
+
+
+def test_points_are_sampled():
+    """As an image is: the certificate tells the bins of one sample from those of another, or of all pixels."""
+    x, target = logits((1 << 18, 3)), labels((1 << 18, 3), 3)
+    options = {"method": "histogram", "return_certificate": True}
+    found = lovasz_softmax_loss(x, target, **options)
+    torch.testing.assert_close(found, lovasz_softmax_loss(x.t()[None], target[None], **options), rtol=0, atol=0)

@@ -188,7 +188,8 @@ def test_without_gradient_nothing_is_kept(pixels, backend):
         assert torch.equal(lovasz_softmax_loss(x.requires_grad_(), target, method="exact", backend=backend), with_gradient)
     arguments = {
         "logits": x.detach(), "target": target, "selected": None, "present": True, "per_image": False, "class_weight": None,
-        "ignore_index": None, "errors": 0, "reduction": 1, "upcast_loss": False,
+        "ignore_index": None, "background_index": None, "errors": 0, "reduction": 1, "valid_pixels": None,
+        "upcast_loss": False,
     }  # fmt: skip
     loss, scale, kept = ops.operators(backend).lovasz_exact_forward(keep_weights=False, **arguments)
     assert kept.shape == (0,)

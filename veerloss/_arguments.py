@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._extension import native_missing, triton_missing
 
@@ -108,14 +109,26 @@ def check_number(name: str, value: object, low: float, high: float = math.inf, *
         raise ValueError(f"{name} must be in {interval}, got {value!r}")
 
 
-def as_ignore_index(ignore_index: object) -> int | None:
+def as_ignore_index(ignore_index: object, name: str = "ignore_index") -> int | None:
     if ignore_index is None:
         return None
     value = as_int(ignore_index)
     if value is None:
-        raise TypeError(f"ignore_index must be an int or None, got {type(ignore_index).__name__}")
+        raise TypeError(f"{name} must be an int or None, got {type(ignore_index).__name__}")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"ignore_index must fit in 64 bits, got {value}")
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    return value
+
+
+def as_background_index(background_index: object, classes: int, ignore_index: int | None) -> int | None:
+    """A target value that is no class and not ignored."""
+    value = as_ignore_index(background_index, "background_index")
+    if value is None:
+        return None
+    if 0 <= value < classes:
+        raise ValueError(f"background_index must be no class, that is not in [0, {classes}), got {value}")
+    if value == ignore_index:
+        raise ValueError(f"background_index must differ from ignore_index, got {value} for both")
     return value
 
 
@@ -163,9 +176,13 @@ def check_normalizer(normalizer: object, reduction: str, logits: Tensor) -> None
 # The values of targets: see checks_values.
 
 
-def check_label_range(target: Tensor, classes: int, ignore_index: int | None) -> None:
+def check_label_range(target: Tensor, classes: int, ignore_index: int | None, background_index: int | None = None) -> None:
     target = widened(target)
-    _raise_for((target < 0) | (target >= classes), target, f"class indices in [0, {classes})", ignore_index)
+    bad, expected = (target < 0) | (target >= classes), f"class indices in [0, {classes})"
+    if background_index is not None:
+        bad = bad & (target != background_index)
+        expected += f"{' or' if ignore_index is None else ','} background_index={background_index}"
+    _raise_for(bad, target, expected, ignore_index)
 
 
 def check_binary(target: Tensor, ignore_index: int | None) -> None:
@@ -211,4 +228,17 @@ def loss_dtype(logits: Tensor) -> torch.dtype:
 
     A float16 loss has a float16 gradient, in which the usual scale of a gradient scaler, 65536, is infinite.
     """
+    if logits.is_meta:  # autocast knows no such device
+        return logits.dtype
     return opmath_dtype(logits) if torch.is_autocast_enabled(logits.device.type) else logits.dtype
+
+
+def check_transforms(logits: Tensor) -> None:
+    """Kernels have reverse mode alone. Without this, torch.func would fail in its own words, and forward mode give a tangent of 0."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad.unpack_dual(logits).tangent is not None:
+        raise RuntimeError(
+            "veerloss: the kernels know neither torch.func transforms (grad, vjp, vmap, jvp) nor forward-mode differentiation; "
+            "use loss.backward() or torch.autograd.grad, or backend='reference', which has them"
+        )

@@ -20,16 +20,20 @@ class Ranks:
     """The ranks of a process group, each with a batch of [N, C, P] logits on `device`.
 
     All ranks create one, even those whose arguments are bad: `check` is called, and what it raises is reported. It returns the
-    shape and the options, anything with a repr, that must be the same on all ranks.
+    shape, the number of pixels that are not ignored, if it is known, and what must be the same on all ranks, anything with a
+    repr.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, check: Callable[[], tuple[torch.Size, object]]) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, check: Callable[[], tuple[torch.Size, int | None, object]]
+    ) -> None:
         self.group, self.device = group, device
         self.size = dist.get_world_size(group)
         problem, header = None, [0] * 5
         try:
-            (n, c, p), options = check()
-            header = [0, c, n * p, p if n else 2**62, zlib.crc32(repr(options).encode())]
+            (n, c, p), valid_pixels, options = check()
+            pixels = n * p if valid_pixels is None else valid_pixels
+            header = [0, c, pixels, p if n else 2**62, zlib.crc32(repr(options).encode())]
         except Exception as e:
             problem, header[0] = e, 1
         mine = torch.tensor(header, dtype=torch.int64, device=device)
@@ -39,7 +43,7 @@ class Ranks:
         self._raise(problem, failed)
         if len(set(classes)) > 1 or len(set(options)) > 1:
             raise ValueError(
-                "process_group: all ranks must have the same number of classes and the same options, got "
+                "process_group: all ranks must have the same number of classes, options and type of logits, got "
                 f"{classes} classes and options that {'differ' if len(set(options)) > 1 else 'agree'}"
             )
         #: pixels of a segment, on all ranks together, and of the smallest image

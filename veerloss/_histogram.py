@@ -27,7 +27,21 @@ SAMPLED_IMAGE = 1 << 12
 
 
 def forward(
-    ops, *, logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, upcast_loss, ranks=None
+    ops,
+    *,
+    logits,
+    target,
+    selected,
+    present,
+    per_image,
+    class_weight,
+    ignore_index,
+    background_index,
+    errors,
+    reduction,
+    valid_pixels,
+    upcast_loss,
+    ranks=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, scale, table, weights, max_weight, bounds): see lovasz_histogram_weigh.
 
@@ -35,10 +49,16 @@ def forward(
     """
     n, c, p = logits.shape
     rows, length = (n, p) if per_image else (1, n * p)
+    if valid_pixels is not None:
+        length = valid_pixels // max(rows, 1)
     if ranks is not None:
         p, length = ranks.image, ranks.pixels
-    sampled = errors != Errors.HINGE and length >= SAMPLED_FROM and p >= SAMPLED_IMAGE
-    batch = {"logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index}
+    image = n if p == 1 and not per_image and ranks is None else p  # a cloud of points is one image
+    sampled = errors != Errors.HINGE and length >= SAMPLED_FROM and image >= SAMPLED_IMAGE
+    batch = {
+        "logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index,
+        "background_index": background_index,
+    }  # fmt: skip
 
     def count(table, segment_mask, sampled=False):
         def local():

@@ -27,9 +27,11 @@ def lovasz_softmax_loss(
     target: Tensor,
     *,
     classes: str | Sequence[int] = "present",
+    present_only: bool = False,
     per_image: bool = False,
     class_weight: Tensor | None = None,
     ignore_index: int | None = None,
+    background_index: int | None = None,
     from_logits: bool = True,
     reduction: str = "mean",
     method: str = "auto",
@@ -49,9 +51,12 @@ def lovasz_softmax_loss(
         target: class indices [N, \*], uint8, int8, int16, int32 or int64.
         classes: "present" averages over the classes that have a target pixel, "all" over every class, a sequence of class ids
             over those. A class without target pixels has the largest of its errors as its loss.
+        present_only: of a sequence of ``classes`` only those that have a target pixel; what "present" is to "all".
         per_image: the loss of each image, then the mean over all images, instead of one loss of all pixels of the batch.
         class_weight: [C], factor of each class's loss. The mean divides by the number of classes, not by the sum of weights.
         ignore_index: target value that takes no part.
+        background_index: target value that is background to every class: a value outside [0, C). With it, one channel of
+            probabilities is the binary loss: 0 for foreground, ``background_index`` for background.
         from_logits: apply the softmax. If False the gradient is that of the probabilities.
         reduction: "mean", "sum" over classes (and images), or "none": one value per class [C], or [N, C] with ``per_image``; 0
             for classes that take no part.
@@ -59,7 +64,8 @@ def lovasz_softmax_loss(
             matter: time linear in the pixels, a table for each segment but no memory of their size, and in the cases of the
             accuracy suite a gradient within 1e-3 (relative, L2) of the exact one; the certificate tells for the case at hand.
             It is for large segments: for many small ones the tables cost more than the pixels. "auto" takes
-            "histogram" for segments (the pixels of the batch, or of an image) of 524 288 pixels and more, "exact" for smaller.
+            "histogram" for segments (the pixels of the batch, or of an image) of 524 288 pixels and more, "exact" for smaller;
+            on the CPU, outside torch.compile, it does not count those that are ignored.
         return_certificate: return (loss, certificate). The certificate, float64 [C], or [N, C] with ``per_image``, bounds the
             sum of \|weight used - exact weight\| over a segment's pixels of error > 0, where the weights add up to 1; it comes
             from the counts alone. 0 for "exact" and for classes that take no part.
@@ -75,8 +81,8 @@ def lovasz_softmax_loss(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
-        IndexError: target holds a value that is neither a class nor ``ignore_index`` (on a GPU only if VEERLOSS_CHECK=1 is in
-            the environment: else the loss is NaN), or ``classes`` an id that is none.
+        IndexError: target holds a value that is neither a class, ``background_index`` nor ``ignore_index`` (on a GPU only if
+            VEERLOSS_CHECK=1 is in the environment: else the loss is NaN), or ``classes`` an id that is none.
         RuntimeError: arguments or target of another rank of ``process_group`` are bad; it raises what is wrong with them.
 
     Example:
@@ -85,47 +91,56 @@ def lovasz_softmax_loss(
         >>> loss = lovasz_softmax_loss(logits, torch.ones(2, 4, dtype=torch.long))
         >>> loss.backward()
     """
-    options = {"classes": classes, "per_image": per_image, "reduction": reduction}
+    options = {"per_image": per_image, "reduction": reduction}
 
-    def check() -> tuple[torch.Size, object]:
+    def check() -> tuple[torch.Size, int | None, object]:
         arguments.check_logits(logits, 2, "[N, C, *]")
         arguments.check_index_target(target, logits)
         ids = _check_classes(classes, logits)
+        arguments.check_flag("present_only", present_only)
         arguments.check_flag("from_logits", from_logits)
         if class_weight is not None:
             if not isinstance(class_weight, Tensor):
                 raise TypeError(f"class_weight must be a Tensor or None, got {type(class_weight).__name__}")
             arguments.check_per_class("class_weight", class_weight, logits, logits.size(1))
-        arguments.as_ignore_index(ignore_index)
+        ignored = arguments.as_ignore_index(ignore_index)
+        background = arguments.as_background_index(background_index, logits.size(1), ignored)
         _check_common(reduction, method, per_image, return_certificate, process_group)
-        return arguments.as_pixels(logits).shape, (ids, from_logits, reduction)
+        weights = None if class_weight is None or process_group is None else class_weight.tolist()
+        same = (ids, present_only, from_logits, reduction, weights, ignored, background, logits.dtype, logits.size(1))
+        return arguments.as_pixels(logits).shape, ignored, same
 
     def check_values() -> None:
-        arguments.check_label_range(target, logits.size(1), arguments.as_ignore_index(ignore_index))
+        ignored = arguments.as_ignore_index(ignore_index)
+        background = arguments.as_background_index(background_index, logits.size(1), ignored)
+        arguments.check_label_range(target, logits.size(1), ignored, background)
 
-    backend, ranks = _prepare(check, check_values, logits, process_group, backend)
+    backend, valid_pixels, ranks = _prepare(check, check_values, logits, target, process_group, backend)
     ignore_index = arguments.as_ignore_index(ignore_index)
-    n, c, p = arguments.as_pixels(logits).shape
-    method = _choose_method(method, p if per_image else n * p, ranks, backend)
+    background_index = arguments.as_background_index(background_index, logits.size(1), ignore_index)
+    x = arguments.as_pixels(logits)
+    n, c, p = x.shape
+    y = target.reshape(n, p)
+    method = _choose_method(method, n, p, valid_pixels, per_image, ranks, backend)
     if backend == "reference":
         loss, certificate = reference.lovasz_softmax_loss(
-            logits, target, class_weight=class_weight, ignore_index=ignore_index, from_logits=from_logits, method=method,
-            **options, **_of_ranks(ranks),
+            logits, target, classes=classes, present_only=present_only, class_weight=class_weight, ignore_index=ignore_index,
+            background_index=background_index, from_logits=from_logits, method=method, **options, **_of_ranks(ranks),
         )  # fmt: skip
         return (loss, certificate) if return_certificate else loss
-    x, y = arguments.as_pixels(logits), target.reshape(n, p)
     if class_weight is not None:
         class_weight = class_weight.to(arguments.opmath_dtype(logits)).contiguous()
     options = {
-        "selected": _selected_classes(_check_classes(classes, logits), logits), "present": classes == "present",
-        "per_image": per_image, "class_weight": class_weight, "ignore_index": ignore_index,
+        "selected": _selected_classes(_check_classes(classes, logits), logits),
+        "present": classes == "present" or (present_only and classes != "all"), "per_image": per_image,
+        "class_weight": class_weight, "ignore_index": ignore_index, "background_index": background_index,
         "errors": Errors.SOFTMAX if from_logits else Errors.PROBABILITIES, "reduction": reduction, "backend": backend,
     }  # fmt: skip
     if method == "exact":
-        loss = ops.lovasz_exact(x, y, **options)
+        loss = ops.lovasz_exact(x, y, valid_pixels=valid_pixels, **options)
         certificate = loss.new_zeros((n, c) if per_image else (c,), dtype=torch.float64)
     else:
-        loss, certificate = ops.lovasz_histogram(x, y, ranks=ranks, **options)
+        loss, certificate = ops.lovasz_histogram(x, y, valid_pixels=valid_pixels, ranks=ranks, **options)
         certificate = certificate if per_image else certificate[0]
     return (loss, certificate) if return_certificate else loss
 
@@ -135,6 +150,7 @@ def lovasz_hinge_loss(
     target: Tensor,
     *,
     per_image: bool = True,
+    per_class: bool = False,
     ignore_index: int | None = None,
     reduction: str = "mean",
     method: str = "auto",
@@ -148,21 +164,25 @@ def lovasz_hinge_loss(
     pixel makes in the Jaccard loss. (Berman, Triki, Blaschko, CVPR 2018, arXiv 1705.08790; Yu and Blaschko, arXiv 1512.07797.)
 
     Args:
-        logits: [N, \*] or [N, 1, \*], one logit per pixel; float32, float64, bfloat16 or float16.
-        target: [N, \*] or [N, 1, \*], 0 or 1 in any bool, integer or float type.
+        logits: [N, \*] or [N, 1, \*], one logit per pixel; [N, C, \*] with ``per_class``; [P] points without ``per_image``.
+            float32, float64, bfloat16 or float16.
+        target: [N, \*] or [N, 1, \*], 0 or 1 in any bool, integer or float type; the shape of ``logits`` with ``per_class``.
         per_image: the loss of each image, then the mean over all images, instead of one loss of all pixels of the batch.
+        per_class: multilabel: the loss of each channel of [N, C, \*], then their mean. (Without it, and a target of the same
+            shape, all channels of an image are one segment.) Channels of a batch, without ``per_image``, are copied once.
         ignore_index: target value that takes no part.
-        reduction: "mean", "sum" over images, or "none": one value per image [N], 0-d without ``per_image``.
+        reduction: "mean", "sum" over images and classes, or "none": one value per image [N], 0-d without ``per_image``; with
+            ``per_class`` [N, C] or [C].
         method: "exact" sorts the errors. "histogram" counts them, as float32, in some 8000 bins that it places where they
             matter: time linear in the pixels, a table for each segment but no memory of their size, and in the cases of the
             accuracy suite a gradient within 1e-3 (relative, L2) of the exact one; the certificate tells for the case at hand.
             It is for large segments: for many small ones the tables cost more than the pixels. "auto" takes
             "histogram" for segments (the pixels of an image, or of the batch) of 524 288 pixels and more, "exact" for smaller.
-        return_certificate: return (loss, certificate). The certificate, float64 [N], or [] without ``per_image``, bounds the
+        return_certificate: return (loss, certificate). The certificate, float64, of the shape of "none", bounds the
             sum of \|weight used - exact weight\| over a segment's pixels of error > 0, where the weights add up to 1; it comes
             from the counts alone. 0 for "exact".
         process_group: the loss of the batches of all its ranks, as if concatenated, by two sums of counts; as for
-            :func:`lovasz_softmax_loss`. Needs ``per_image=False``.
+            :func:`lovasz_softmax_loss`. Needs ``per_image=False`` and ``per_class=False``.
         backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
     Returns:
@@ -181,11 +201,22 @@ def lovasz_hinge_loss(
         >>> loss = lovasz_hinge_loss(logits, torch.ones(2, 4, 4, dtype=torch.long))
         >>> loss.backward()
     """
+    arguments.check_flag("per_class", per_class)
+    if per_class:
+        return _hinge_of_channels(
+            logits, target, per_image=per_image, ignore_index=ignore_index, reduction=reduction, method=method,
+            return_certificate=return_certificate, process_group=process_group, backend=backend,
+        )  # fmt: skip
     options = {"per_image": per_image, "reduction": reduction}
 
-    def check() -> tuple[torch.Size, object]:
+    def check() -> tuple[torch.Size, int | None, object]:
         arguments.check_logits(logits, 1, "[N, *] or [N, 1, *]")
         arguments.check_target(target, logits)
+        if per_image is True and (logits.dim() == 1 or target.dim() == 1):
+            raise ValueError(
+                f"per_image must be False for points, got True and logits {list(logits.shape)}: every point would be a segment; "
+                "points of one image are logits [1, P]"
+            )
         if _without_channel(logits, target) != _without_channel(target, logits):
             expected = f"the shape of logits, {list(logits.shape)}, with or without a channel of 1"
             message = f"target must have {expected}, got {list(target.shape)}"
@@ -195,34 +226,59 @@ def lovasz_hinge_loss(
                     "logits[:, 1] - logits[:, 0]"
                 )
             raise ValueError(message)
-        arguments.as_ignore_index(ignore_index)
+        ignored = arguments.as_ignore_index(ignore_index)
         _check_common(reduction, method, per_image, return_certificate, process_group)
-        return _binary_shape(logits), ("hinge", reduction)
+        return _binary_shape(logits), ignored, ("hinge", reduction, ignored, logits.dtype)
 
     def check_values() -> None:
         arguments.check_binary(target, arguments.as_ignore_index(ignore_index))
 
-    backend, ranks = _prepare(check, check_values, logits, process_group, backend)
+    backend, valid_pixels, ranks = _prepare(check, check_values, logits, target, process_group, backend)
     ignore_index = arguments.as_ignore_index(ignore_index)
     n, _, p = _binary_shape(logits)
-    method = _choose_method(method, p if per_image else n * p, ranks, backend)
+    y = target.reshape(n, p)
+    method = _choose_method(method, n, p, valid_pixels, per_image, ranks, backend)
     if backend == "reference":
         loss, certificate = reference.lovasz_hinge_loss(
             logits, target, ignore_index=ignore_index, method=method, **options, **_of_ranks(ranks)
         )
         return (loss, certificate) if return_certificate else loss
-    x, y = logits.reshape(n, 1, p), target.reshape(n, p)
+    x = logits.reshape(n, 1, p)
     options |= {
-        "selected": None, "present": False, "class_weight": None, "ignore_index": ignore_index, "errors": Errors.HINGE,
-        "backend": backend,
+        "selected": None, "present": False, "class_weight": None, "ignore_index": ignore_index, "background_index": None,
+        "errors": Errors.HINGE, "backend": backend,
     }  # fmt: skip
     if method == "exact":
-        loss = ops.lovasz_exact(x, y, **options)
+        loss = ops.lovasz_exact(x, y, valid_pixels=valid_pixels, **options)
         certificate = loss.new_zeros((n,) if per_image else (), dtype=torch.float64)
     else:
-        loss, certificate = ops.lovasz_histogram(x, y, ranks=ranks, **options)
+        loss, certificate = ops.lovasz_histogram(x, y, valid_pixels=valid_pixels, ranks=ranks, **options)
         certificate = certificate[:, 0] if per_image else certificate[0, 0]
     return (loss, certificate) if return_certificate else loss
+
+
+def _hinge_of_channels(logits, target, *, per_image, reduction, return_certificate, process_group, **options):
+    """:func:`lovasz_hinge_loss` with ``per_class``: each channel of the batch, or of an image, is an image of its own."""
+    arguments.check_logits(logits, 2, "[N, C, *] with per_class=True")
+    arguments.check_target(target, logits)
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"target must have the shape of logits, {list(logits.shape)}, with per_class=True, got {list(target.shape)}"
+        )
+    arguments.check_flag("per_image", per_image)
+    if process_group is not None:
+        raise ValueError("process_group needs per_class=False, got per_class=True")
+    n, c, p = arguments.as_pixels(logits).shape
+    x, y = (arguments.as_pixels(t) if per_image else arguments.as_pixels(t).transpose(0, 1) for t in (logits, target))
+    shape = (n, c) if per_image else (c,)
+    images = n * c if per_image else c
+    result = lovasz_hinge_loss(
+        x.reshape(images, n * c * p // images if images else 0), y.reshape(images, n * c * p // images if images else 0),
+        per_image=True, reduction=reduction, return_certificate=return_certificate, **options,
+    )  # fmt: skip
+    loss, certificate = result if return_certificate else (result, None)
+    loss = loss.reshape(shape) if reduction == "none" else loss
+    return (loss, certificate.reshape(shape)) if return_certificate else loss
 
 
 def _check_common(reduction, method, per_image, return_certificate, process_group) -> None:
@@ -241,22 +297,24 @@ def _check_common(reduction, method, per_image, return_certificate, process_grou
             )
 
 
-def _prepare(check, check_values, logits, process_group, backend):
-    """(backend, ranks or None) after `check`, and `check_values` where kernels do not check values themselves.
+def _prepare(check, check_values, logits, target, process_group, backend):
+    """(backend, pixels that are not ignored or None, ranks or None) after `check`, and `check_values` where kernels do not check
+    values themselves.
 
     What they raise, all ranks of a process group learn.
     """
 
-    def check_all() -> tuple[torch.Size, object]:
-        shape, options = check()
+    def check_all() -> tuple[torch.Size, int | None, object]:
+        shape, ignored, options = check()
         chosen = arguments.choose_backend(backend, logits.device, "lovasz")
         if arguments.checks_values(chosen, logits.device):
             check_values()
-        return shape, (options, chosen, __version__)  # ranks with different ones count in different bins
+        valid_pixels = _count_valid(target.reshape(shape[0], shape[2]), ignored, chosen)
+        return shape, valid_pixels, (options, chosen, __version__)  # ranks with different ones count in different bins
 
     if process_group is None:
-        check_all()
-        return arguments.choose_backend(backend, logits.device, "lovasz"), None
+        _, valid_pixels, _ = check_all()
+        return arguments.choose_backend(backend, logits.device, "lovasz"), valid_pixels, None
     if torch.compiler.is_compiling():
         raise RuntimeError("process_group cannot be used inside torch.compile: the loss waits for other processes")
     if not isinstance(process_group, dist.ProcessGroup):
@@ -265,14 +323,24 @@ def _prepare(check, check_values, logits, process_group, backend):
 
     device = logits.device if isinstance(logits, Tensor) else torch.device("cpu")
     ranks = Ranks(process_group, device, check_all)
-    return arguments.choose_backend(backend, logits.device, "lovasz"), ranks
+    return arguments.choose_backend(backend, logits.device, "lovasz"), None, ranks
 
 
-def _choose_method(method: str, pixels: int, ranks, backend: str) -> str:
+def _count_valid(target: Tensor, ignore_index: int | None, backend: str) -> int | None:
+    """How many pixels of a target [N, P] are not ignored: where it takes no waiting for a GPU, and no branch of a graph."""
+    if ignore_index is None or backend != "native" or not target.is_cpu or torch.compiler.is_compiling():
+        return None
+    if type(target) is not Tensor or ops.NAMESPACES["native"] != "veerloss":
+        return None  # a fake tensor
+    return torch.ops.veerloss.count_not_ignored.default(target, ignore_index)
+
+
+def _choose_method(method: str, n: int, p: int, valid_pixels: int | None, per_image: bool, ranks, backend: str) -> str:
     """The reference's "histogram" is there to be read: alone, "auto" does not take it."""
     if method != "auto":
         return method
-    linear = pixels >= AUTO_HISTOGRAM_FROM and backend != "reference"
+    pixels = n * p if valid_pixels is None else valid_pixels
+    linear = pixels >= AUTO_HISTOGRAM_FROM * (max(n, 1) if per_image else 1) and backend != "reference"
     return "histogram" if linear or ranks is not None else "exact"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _autograd, _histogram
-from ._arguments import loss_dtype, opmath_dtype
+from ._arguments import check_transforms, loss_dtype, opmath_dtype
 from ._layout import Errors, Reduction, bin_count, cell_count
 
 _SIGMOID = "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int? ignore_index, int reduction"
@@ -27,30 +27,33 @@ _FOCAL_RESULT = "float factor, Tensor? normalizer, bool upcast_loss) -> (Tensor 
 # one of _layout.Errors; scale has one value per segment.
 _LOVASZ = (
     "Tensor logits, Tensor target, Tensor? selected, bool present, bool per_image, Tensor? class_weight, int? ignore_index, "
-    "int errors, int reduction"
+    "int? background_index, int errors, int reduction"
 )
 _SCHEMAS = {
     "sigmoid_focal_forward": f"(Tensor logits, Tensor target, {_SIGMOID}, {_FOCAL_RESULT}",
     "sigmoid_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SIGMOID}, Tensor scale) -> Tensor",
     "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, {_FOCAL_RESULT}",
     "softmax_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SOFTMAX}, Tensor scale) -> Tensor",
-    # weights: the signed weights of the errors, [C, N, P], or [0] without `keep_weights`.
-    "lovasz_exact_forward": f"({_LOVASZ}, bool keep_weights, bool upcast_loss) -> (Tensor loss, Tensor scale, Tensor weights)",
-    "lovasz_exact_backward": "(Tensor grad, Tensor logits, Tensor weights, Tensor scale, int errors, bool per_image, "
-    "int reduction) -> Tensor",
+    # valid_pixels: how many pixels are not ignored, where that is known.
+    # weights: the signed weights of the errors, [C, N, P], or [0] without `keep_weights`; with valid_pixels, which only kernels
+    # of the CPU take, [C, valid_pixels].
+    "lovasz_exact_forward": f"({_LOVASZ}, int? valid_pixels, bool keep_weights, bool upcast_loss) "
+    "-> (Tensor loss, Tensor scale, Tensor weights)",
+    "lovasz_exact_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor weights, Tensor scale, int errors, "
+    "bool per_image, int? ignore_index, int? valid_pixels, int reduction) -> Tensor",
     # The whole method, and its steps: see _histogram.py. What the tensors hold is told in csrc/kernels.h.
-    "lovasz_histogram_forward": f"({_LOVASZ}, bool upcast_loss) "
+    "lovasz_histogram_forward": f"({_LOVASZ}, int? valid_pixels, bool upcast_loss) "
     "-> (Tensor loss, Tensor scale, Tensor table, Tensor weights, Tensor max_weight, Tensor bounds)",
     "lovasz_histogram_count": "(Tensor logits, Tensor target, Tensor? table, Tensor? segment_mask, int errors, bool per_image, "
-    "int? ignore_index, bool sampled) -> (Tensor counts, Tensor max_error)",
+    "int? ignore_index, int? background_index, bool sampled) -> (Tensor counts, Tensor max_error)",
     "lovasz_histogram_allocate_bins": "(Tensor counts, Tensor? counted_table, int errors) -> Tensor",
     "lovasz_histogram_weigh": "(Tensor logits, Tensor counts, Tensor max_error, Tensor table, Tensor? selected, bool present, "
     "Tensor? class_weight, int errors, bool per_image, int reduction, bool upcast_loss) "
     "-> (Tensor loss, Tensor scale, Tensor weights, Tensor max_weight, Tensor bounds, Tensor needs_rebin)",
     "lovasz_histogram_sum": "(Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor max_weight, Tensor units, "
-    "int errors, bool per_image, int? ignore_index) -> Tensor",
+    "int errors, bool per_image, int? ignore_index, int? background_index) -> Tensor",
     "lovasz_histogram_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor max_weight, "
-    "Tensor scale, int errors, bool per_image, int? ignore_index, int reduction) -> Tensor",
+    "Tensor scale, int errors, bool per_image, int? ignore_index, int? background_index, int reduction) -> Tensor",
 }
 #: Operator families, each with a <stem>_forward and a <stem>_backward; and the module of triton/ that has its kernels.
 FAMILIES = {
@@ -70,6 +73,12 @@ _FAKES: dict[str, Callable] = {}
 
 def operators(backend: str):
     return getattr(torch.ops, NAMESPACES[backend])
+
+
+def _checked(backend: str, logits: Tensor):
+    """The operators, for a call of which autograd is to know."""
+    check_transforms(logits)
+    return operators(backend)
 
 
 def _fake(name: str):
@@ -94,7 +103,7 @@ def loss_dtype_of(logits: Tensor, upcast_loss: bool) -> torch.dtype:
 
 
 def sigmoid_focal(logits, target, *, alpha, class_alpha, gamma, weight, ignore_index, reduction, normalizer, backend) -> Tensor:
-    return operators(backend).sigmoid_focal_forward.default(
+    return _checked(backend, logits).sigmoid_focal_forward.default(
         logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=float(gamma), weight=weight,
         ignore_index=ignore_index, **_divisor(reduction, normalizer), upcast_loss=_upcasts(logits),
     )[0]  # fmt: skip
@@ -103,7 +112,7 @@ def sigmoid_focal(logits, target, *, alpha, class_alpha, gamma, weight, ignore_i
 def softmax_focal(
     logits, target, *, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer, backend
 ) -> Tensor:
-    return operators(backend).softmax_focal_forward.default(
+    return _checked(backend, logits).softmax_focal_forward.default(
         logits=logits, target=target, alpha=float(alpha), class_alpha=class_alpha, gamma=float(gamma),
         label_smoothing=float(label_smoothing), ignore_index=ignore_index, **_divisor(reduction, normalizer),
         upcast_loss=_upcasts(logits),
@@ -140,27 +149,36 @@ def _(logits, reduction, upcast_loss, **_):
 
 
 def lovasz_exact(
-    logits, target, *, selected, present, per_image, class_weight, ignore_index, errors, reduction, backend
-) -> Tensor:
-    return operators(backend).lovasz_exact_forward.default(
+    logits, target, *, selected, present, per_image, class_weight, ignore_index, background_index, errors, reduction,
+    valid_pixels, backend
+) -> Tensor:  # fmt: skip
+    return _checked(backend, logits).lovasz_exact_forward.default(
         logits=logits, target=target, selected=selected, present=present, per_image=per_image, class_weight=class_weight,
-        ignore_index=ignore_index, errors=int(errors), reduction=_REDUCTION[reduction],
-        keep_weights=torch.is_grad_enabled() and logits.requires_grad, upcast_loss=_upcasts(logits),
+        ignore_index=ignore_index, background_index=background_index, errors=int(errors), reduction=_REDUCTION[reduction],
+        valid_pixels=valid_pixels, keep_weights=_is_differentiated(logits), upcast_loss=_upcasts(logits),
     )[0]  # fmt: skip
 
 
+def _is_differentiated(logits: Tensor) -> bool:
+    """Whether a backward pass may follow. A graph that is exported, or traced, says nothing of those who will run it."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or (torch.is_grad_enabled() and logits.requires_grad)
+
+
 def lovasz_histogram(
-    logits, target, *, selected, present, per_image, class_weight, ignore_index, errors, reduction, ranks, backend
-) -> tuple[Tensor, Tensor]:
+    logits, target, *, selected, present, per_image, class_weight, ignore_index, background_index, errors, reduction,
+    valid_pixels, ranks, backend,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss, bounds): the bounds on what binning changed, one per segment [N or 1, C]."""
     arguments = {
         "logits": logits, "target": target, "selected": selected, "present": present, "per_image": per_image,
-        "class_weight": class_weight, "ignore_index": ignore_index, "errors": int(errors), "reduction": _REDUCTION[reduction],
+        "class_weight": class_weight, "ignore_index": ignore_index, "background_index": background_index,
+        "errors": int(errors), "reduction": _REDUCTION[reduction], "valid_pixels": valid_pixels,
         "upcast_loss": _upcasts(logits),
     }  # fmt: skip
+    namespace = _checked(backend, logits)
     if ranks is not None:
         return _HistogramOfRanks.apply(NAMESPACES[backend], ranks, *arguments.values())
-    loss, _, _, _, _, bounds = operators(backend).lovasz_histogram_forward.default(**arguments)
+    loss, _, _, _, _, bounds = namespace.lovasz_histogram_forward.default(**arguments)
     return loss, bounds
 
 
@@ -195,9 +213,10 @@ def _fake_loss_and_scale(logits, errors, per_image, reduction, upcast_loss) -> t
 
 
 @_fake("lovasz_exact_forward")
-def _(logits, per_image, errors, reduction, keep_weights, upcast_loss, **_):
+def _(logits, per_image, errors, reduction, valid_pixels, keep_weights, upcast_loss, **_):
     n, c, p = logits.shape
-    weights = logits.new_empty((c, n, p) if keep_weights else (0,), dtype=opmath_dtype(logits))
+    shape = (c, n, p) if valid_pixels is None else (c, valid_pixels)
+    weights = logits.new_empty(shape if keep_weights else (0,), dtype=opmath_dtype(logits))
     return *_fake_loss_and_scale(logits, errors, per_image, reduction, upcast_loss), weights
 
 
@@ -246,6 +265,7 @@ def _triton_kernel(stem: str, name: str) -> Callable:
 for _namespace in NAMESPACES.values():
     define(_namespace)
 torch.library.define(f"{NAMESPACES['native']}::layout_constants", "(Tensor like) -> Tensor")
+torch.library.define(f"{NAMESPACES['native']}::count_not_ignored", "(Tensor target, int ignore_index) -> int")
 
 for _name in _SCHEMAS:
     if _name != "lovasz_histogram_forward":

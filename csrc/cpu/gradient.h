@@ -21,47 +21,54 @@ std::vector<T> segment_factors(const LovaszBatch& b, const LovaszGradient& out) 
 
 // `Weights` computes the signed weights dL/dp of one class of a tile, times a factor:
 //
-//   void operator()(const TileRows<T>& rows, Run run, int64_t row, int64_t c, T factor, T* grad);
-//   static constexpr bool by_error;  // whether it reads the labels and values of `rows`, or `run` alone
+//   void operator()(const TileRows<T>& rows, const Tile& tile, int64_t c, T factor, T* grad);
+//   static constexpr bool by_error;  // whether it reads the labels and values of `rows`, or `tile` alone
 //
-// Every thread works on a copy of `weights`, which has a buffer of `tile` elements at most.
+// Every thread works on a copy of `weights`, which has a buffer of `capacity` elements at most, those of the largest tile.
+// Pixels of no tile do not count, and get 0.
 template <class T, class Weights>
-void lovasz_gradient(const LovaszBatch& b, const LovaszGradient& out, int64_t tile, const Weights& weights) {
+void lovasz_gradient(const LovaszBatch& b, const LovaszGradient& out, const SegmentTiles& tiles, int64_t capacity,
+                     const Weights& weights) {
   const Geometry& g = b.geometry;
   const bool softmax = b.errors == Errors::softmax, probabilities = b.errors == Errors::probabilities;
   const std::vector<T> factors = segment_factors<T>(b, out);
-  const SegmentTiles tiles(b, false, tile);
   BadTarget bad;  // the forward pass has raised it
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> t(g.channels, tile, true);
+    TileRows<T> t(g.channels, capacity, true);
     Weights weigh(weights);
-    std::vector<Run> runs;
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t row = tiles.get(k, runs);
-      const Run run = runs[0];
-      const int64_t n = run.count;
-      if (Weights::by_error) load_tile_labels(b, runs, t, bad);
-      if (Weights::by_error || b.errors != Errors::hinge) load_tile(b, runs, tile, t);
+      const Tile& tile = tiles[k];
+      const int64_t n = tile.size;
+      if (!tile.whole()) clear_run(out.grad_logits, g, tile.span);
+      if (n == 0) continue;
+      if (Weights::by_error || !tile.whole()) tiles.load_labels_of(b, tile, t, bad);
+      if (Weights::by_error || b.errors != Errors::hinge) load_tile(b, tile, capacity, t);
+      if (!tile.whole()) pixel_offsets(t.offset.data(), out.grad_logits, g, tile.span.first, t.index.data(), n);
       if (softmax) VEERLOSS_DISPATCH(GradientTiles::begin(n, t.pivot, t.others, t.has_weight.data()));
       for (int64_t c = 0; c < g.channels; ++c) {
-        T* const grad = t.grad + c * tile;
-        const T factor = factors[row * g.channels + c];
-        weigh(t, run, row, c, probabilities ? T(1) : factor, grad);
+        T* const grad = t.grad + c * capacity;
+        const T factor = factors[tile.row * g.channels + c];
+        weigh(t, tile, c, probabilities ? T(1) : factor, grad);
         if (probabilities) {
-          VEERLOSS_DISPATCH(GradientTiles::sign_outside(t.values + c * tile, grad, n));  // needs the sign of the weight alone
+          VEERLOSS_DISPATCH(
+              GradientTiles::sign_outside(t.values + c * capacity, grad, n));  // needs the sign of the weight alone
           VEERLOSS_DISPATCH(GradientTiles::scale(grad, n, factor));
         }
         if (softmax)
-          VEERLOSS_DISPATCH(GradientTiles::accumulate(t.exps + c * tile, grad, n, t.pivot, t.others, t.has_weight.data()));
+          VEERLOSS_DISPATCH(GradientTiles::accumulate(t.exps + c * capacity, grad, n, t.pivot, t.others, t.has_weight.data()));
       }
       if (softmax) VEERLOSS_DISPATCH(GradientTiles::end(n, t.sumexp_excl_max, t.inv_sumexp, t.pivot, t.others));
       for (int64_t c = 0; c < g.channels; ++c) {
-        T* const grad = t.grad + c * tile;
-        T* const in_place = softmax ? row_in_place<T>(out.grad_logits, g, c, run) : nullptr;
+        T* const grad = t.grad + c * capacity;
+        T* const in_place = softmax && tile.whole() ? row_in_place<T>(out.grad_logits, g, c, tile.span) : nullptr;
         if (softmax)
-          VEERLOSS_DISPATCH(GradientTiles::softmax(t.exps + c * tile, grad, n, t.inv_sumexp, t.pivot, t.others,
+          VEERLOSS_DISPATCH(GradientTiles::softmax(t.exps + c * capacity, grad, n, t.inv_sumexp, t.pivot, t.others,
                                                    t.has_weight.data(), in_place ? in_place : grad));
-        if (!in_place) store_row(grad, out.grad_logits, g, c, run);
+        if (in_place) continue;
+        if (tile.whole())
+          store_row(grad, out.grad_logits, g, c, tile.span);
+        else
+          scatter_row(grad, out.grad_logits, c, t.offset.data(), n);
       }
     }
   });

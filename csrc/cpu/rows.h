@@ -22,8 +22,25 @@ T* row_in_place(const View& v, const Geometry& g, int64_t channel, Run run) {
   return reinterpret_cast<T*>(v.data) + image * v.stride_image + channel * v.stride_channel + pixel;
 }
 
+// Single pixels of a channel of logits, each `offset` elements from those of pixel 0.
+void gather_row(float* out, const View& v, int64_t channel, const int64_t* offset, int64_t n);
+void gather_row(double* out, const View& v, int64_t channel, const int64_t* offset, int64_t n);
+void scatter_row(const float* in, const View& v, int64_t channel, const int64_t* offset, int64_t n);
+void scatter_row(const double* in, const View& v, int64_t channel, const int64_t* offset, int64_t n);
+
+// The offsets of the pixels `first` + index[i].
+void pixel_offsets(int64_t* out, const View& v, const Geometry& g, int64_t first, const int32_t* index, int64_t n);
+
+// Zeros in all channels of a run.
+void clear_run(const View& v, const Geometry& g, Run run);
+
 // Labels (views.h) from class indices of any type. False if any is label_bad.
 bool load_labels(int32_t* out, const View& v, const Geometry& g, const TargetRule& rule, Run run);
+
+// The pixels that are not ignored, appended to index and kept; `first` is the index of label[0]. Returns how many they are;
+// both have room for one more.
+int64_t select_pixels(const int32_t* label, int64_t n, int32_t first, int32_t* index, int32_t* kept);
+int64_t count_pixels(const int32_t* label, int64_t n);
 
 // Element i of a contiguous tensor.
 template <class T>

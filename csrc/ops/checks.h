@@ -146,8 +146,38 @@ inline View element_view(const Tensor& t) {
   return {static_cast<char*>(t.data_ptr()), *dtype_of(t), 0, 0, 1};
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, std::vector<int64_t>(shape), type);
+// An error of PyTorch's allocator does not come through the stable ABI with its message. This one begins as PyTorch's does: by
+// that, code that looks for the largest batch knows it.
+template <class F>
+Tensor allocate(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type, const F& make) {
+  try {
+    return make();
+  } catch (const std::runtime_error&) {
+    int64_t bytes = type == ScalarType::Double || type == ScalarType::Long                             ? 8
+                    : type == ScalarType::Half || type == ScalarType::BFloat16                         ? 2
+                    : type == ScalarType::Byte || type == ScalarType::Bool || type == ScalarType::Char ? 1
+                                                                                                       : 4;
+    for (const int64_t size : shape) bytes *= size;
+    throw std::runtime_error(
+        std::string(like.is_cuda() ? "CUDA out of memory." : "DefaultCPUAllocator: can't allocate memory:") +
+        " veerloss tried to allocate " + std::to_string(bytes) + " bytes, for logits " + describe(like));
+  }
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return allocate(like, shape, type, [&] { return torch::stable::new_empty(like, shape, type); });
+}
+
+inline Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  return allocate(like, shape, type, [&] { return torch::stable::new_zeros(like, shape, type); });
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  return {t.sizes().begin(), t.sizes().end()};
+}
+
+inline Tensor empty_as(const Tensor& t) {
+  return allocate(t, shape_of(t), t.scalar_type(), [&] { return torch::stable::empty_like(t); });
 }
 
 // The type of a loss: that of the logits, or with `upcast_loss` the opmath type.

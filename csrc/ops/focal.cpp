@@ -82,7 +82,7 @@ Tensor backward(const Op& op, void (*kernel)(const Input&, const FocalGradient&,
   op.check(on_device(scale) && scale.numel() == 1 && dtype_of(scale).has_value(), "scale", scale,
            "the scale of the forward pass");
   const Device device(logits);
-  const Tensor grad_logits = write_once(torch::stable::empty_like(logits));
+  const Tensor grad_logits = write_once(empty_as(logits));
   kernel(input,
          {.reduction = static_cast<Reduction>(reduction),
           .grad = none ? view_of(grad) : element_view(grad),
@@ -101,8 +101,8 @@ std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Ten
   const ScalarType type = loss_type(logits, upcast_loss);
   const Reduction r = op.reduction(reduction);
   const Tensor loss = r != Reduction::none ? empty(logits, {}, type)
-                      : upcast_loss        ? write_once(torch::stable::new_empty(logits, logits.sizes(), type))
-                                           : write_once(torch::stable::empty_like(logits));
+                      : upcast_loss        ? write_once(empty(logits, shape_of(logits), type))
+                                           : write_once(empty_as(logits));
   return forward(op, kernels::sigmoid_focal_forward, input, logits, loss, r, factor, normalizer);
 }
 

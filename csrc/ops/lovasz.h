@@ -22,11 +22,12 @@ inline LovaszBatch lovasz_batch(const Op& op, const Tensor& logits, int64_t erro
 }
 
 inline LovaszBatch lovasz_batch(const Op& op, const Tensor& logits, const Tensor& target, int64_t errors, bool per_image,
-                                std::optional<int64_t> ignore_index) {
+                                std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
   LovaszBatch b = lovasz_batch(op, logits, errors, per_image);
   op.check_like("target", target, logits, false);
   b.target = view_of(target);
-  b.rule = {b.errors == Errors::hinge ? 2 : b.classes(), ignore_index.has_value(), ignore_index.value_or(0)};
+  b.rule = {b.errors == Errors::hinge ? 2 : b.classes(), ignore_index.has_value(), ignore_index.value_or(0),
+            background_index.has_value(), background_index.value_or(0)};
   return b;
 }
 
@@ -52,9 +53,9 @@ struct LovaszLossTensors {
   Tensor loss, scale;
 
   LovaszLossTensors(const Tensor& logits, const LovaszBatch& b, Reduction reduction, bool upcast_loss)
-      : loss(torch::stable::new_empty(logits, reduction == Reduction::none ? per_segment_shape(b) : std::vector<int64_t>{},
-                                      loss_type(logits, upcast_loss))),
-        scale(torch::stable::new_empty(logits, per_segment_shape(b), opmath_type_of(logits))),
+      : loss(empty(logits, reduction == Reduction::none ? per_segment_shape(b) : std::vector<int64_t>{},
+                   loss_type(logits, upcast_loss))),
+        scale(empty(logits, per_segment_shape(b), opmath_type_of(logits))),
         reduction_(reduction) {}
 
   LovaszLoss output(const Op& op, const LovaszBatch& b, const std::optional<Tensor>& class_weight) const {
@@ -72,7 +73,7 @@ struct LovaszGradientTensors {
   Tensor grad, grad_logits;
 
   LovaszGradientTensors(const Tensor& grad_, const Tensor& logits)
-      : grad(torch::stable::contiguous(grad_)), grad_logits(write_once(torch::stable::empty_like(logits))) {}
+      : grad(torch::stable::contiguous(grad_)), grad_logits(write_once(empty_as(logits))) {}
 
   LovaszGradient output(const Op& op, const LovaszBatch& b, const Tensor& scale, int64_t reduction) const {
     const Reduction r = op.reduction(reduction);

@@ -7,39 +7,57 @@
 namespace veerloss {
 namespace {
 
+void check_valid_pixels(const Op& op, const Tensor& logits, std::optional<int64_t> valid_pixels) {
+  if (!valid_pixels) return;
+  const int64_t all = logits.size(0) * logits.size(2);
+  op.check(logits.is_cpu() && *valid_pixels >= 0 && *valid_pixels <= all, "valid_pixels", *valid_pixels,
+           "the number of pixels that are not ignored, or on a GPU None");
+}
+
 std::tuple<Tensor, Tensor, Tensor> lovasz_exact_forward(const Tensor& logits, const Tensor& target,
                                                         std::optional<Tensor> selected, bool present, bool per_image,
                                                         std::optional<Tensor> class_weight, std::optional<int64_t> ignore_index,
-                                                        int64_t errors, int64_t reduction, bool keep_weights,
-                                                        bool upcast_loss) {
+                                                        std::optional<int64_t> background_index, int64_t errors,
+                                                        int64_t reduction, std::optional<int64_t> valid_pixels,
+                                                        bool keep_weights, bool upcast_loss) {
   const Op op("lovasz_exact_forward");
-  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index);
+  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
   const ScalarType type = opmath_type_of(logits);
   const LovaszLossTensors out(logits, batch, op.reduction(reduction), upcast_loss);
-  const Tensor keys = write_once(empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, type));
+  check_valid_pixels(op, logits, valid_pixels);
+  const Tensor keys = write_once(valid_pixels ? empty(logits, {logits.size(1), *valid_pixels}, type)
+                                              : empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, type));
   const Tensor scratch = scratch_memory(logits, kernels::lovasz_exact_scratch_bytes(batch));
   kernels::lovasz_exact_forward({.batch = batch,
                                  .selection = lovasz_selection(op, batch, selected, present),
                                  .out = out.output(op, batch, class_weight),
                                  .keys = keys.data_ptr(),
+                                 .valid_pixels = valid_pixels,
                                  .keep_weights = keep_weights,
                                  .scratch = scratch.data_ptr(),
                                  .stream = device.stream()});
   return {out.loss, out.scale, keep_weights ? keys : empty(logits, {0}, type)};
 }
 
-Tensor lovasz_exact_backward(const Tensor& grad, const Tensor& logits, const Tensor& weights, const Tensor& scale,
-                             int64_t errors, bool per_image, int64_t reduction) {
+Tensor lovasz_exact_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& weights,
+                             const Tensor& scale, int64_t errors, bool per_image, std::optional<int64_t> ignore_index,
+                             std::optional<int64_t> valid_pixels, int64_t reduction) {
   const Op op("lovasz_exact_backward");
-  const LovaszBatch batch = lovasz_batch(op, logits, errors, per_image);
+  // That a label is background has no part in which pixels count.
+  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
   const Device device(logits);
+  check_valid_pixels(op, logits, valid_pixels);
+  const int64_t count = valid_pixels ? logits.size(1) * *valid_pixels : logits.numel();
   const LovaszGradientTensors out(grad, logits);
-  kernels::lovasz_exact_backward({.batch = batch,
-                                  .weights = op.data<const void>("weights", weights, logits.numel(), opmath_of(batch),
-                                                                 "the weights of a forward pass with keep_weights=True"),
-                                  .out = out.output(op, batch, scale, reduction),
-                                  .stream = device.stream()});
+  kernels::lovasz_exact_backward(
+      {.batch = batch,
+       .weights = op.data<const void>(
+           "weights", weights, count, opmath_of(batch),
+           "the weights of a forward pass that kept them: of logits that required a gradient, also where it was traced"),
+       .valid_pixels = valid_pixels,
+       .out = out.output(op, batch, scale, reduction),
+       .stream = device.stream()});
   return out.grad_logits;
 }
 

@@ -40,13 +40,14 @@ BinWeightsInput bin_weights(const Op& op, const LovaszBatch& b, const Tensor& we
 
 std::tuple<Tensor, Tensor> lovasz_histogram_count(const Tensor& logits, const Tensor& target, std::optional<Tensor> table,
                                                   std::optional<Tensor> segment_mask, int64_t errors, bool per_image,
-                                                  std::optional<int64_t> ignore_index, bool sampled) {
+                                                  std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+                                                  bool sampled) {
   const Op op("lovasz_histogram_count");
-  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index);
+  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
   const BinLayout layout(batch.errors);
   const int64_t bins = table ? layout.bins : layout.coarse_bins;
-  const Tensor counts = torch::stable::new_zeros(logits, {batch.rows(), batch.classes(), 2, bins}, ScalarType::Int);
+  const Tensor counts = zeros(logits, {batch.rows(), batch.classes(), 2, bins}, ScalarType::Int);
   const Tensor max_error = empty(logits, {batch.rows(), batch.classes(), 2}, ScalarType::Double);
   const Tensor scratch = scratch_memory(logits, kernels::lovasz_histogram_scratch_bytes(batch, !table, sampled));
   kernels::lovasz_histogram_count({.batch = batch,
@@ -111,9 +112,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
 
 Tensor lovasz_histogram_sum(const Tensor& logits, const Tensor& target, const Tensor& table, const Tensor& weights,
                             const Tensor& max_weight, const Tensor& units, int64_t errors, bool per_image,
-                            std::optional<int64_t> ignore_index) {
+                            std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
   const Op op("lovasz_histogram_sum");
-  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index);
+  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
   op.check(batch.errors != Errors::softmax, "errors", errors, "1 (probabilities) or 2 (hinge): those of a softmax are bounded");
   const Tensor sums = empty(logits, {batch.rows(), batch.classes()}, ScalarType::Long);
@@ -129,9 +130,10 @@ Tensor lovasz_histogram_sum(const Tensor& logits, const Tensor& target, const Te
 
 Tensor lovasz_histogram_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& table,
                                  const Tensor& weights, const Tensor& max_weight, const Tensor& scale, int64_t errors,
-                                 bool per_image, std::optional<int64_t> ignore_index, int64_t reduction) {
+                                 bool per_image, std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+                                 int64_t reduction) {
   const Op op("lovasz_histogram_backward");
-  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index);
+  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
   const LovaszGradientTensors out(grad, logits);
   kernels::lovasz_histogram_backward({.batch = batch,

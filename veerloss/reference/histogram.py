@@ -121,11 +121,13 @@ def segment(
     errors = errors.float()
     inside = errors > 0
     max_error = all_reduce(errors.max() if errors.numel() else errors.new_tensor(-1.0), "max").double()
+    undefined = max_error - max_error  # NaN where an error is
     total = all_reduce(foreground.sum(), "sum")
     if total == 0:  # the largest error has the whole weight
         at_max_error = (errors == max_error).double()
         pixels = all_reduce(at_max_error.sum(), "sum")
-        return torch.where(inside, at_max_error / pixels.clamp(min=1), 0.0), max_error.clamp(min=0), 2 * (1 - 1 / pixels)
+        pixels = pixels.clamp(min=1)
+        return torch.where(inside, at_max_error / pixels, 0.0), max_error.clamp(min=0), 2 * (1 - 1 / pixels) + undefined
     cell, position = cells_of(errors, bounded)
 
     def count(index: Tensor, size: int) -> list[Tensor]:
@@ -159,4 +161,4 @@ def segment(
     weights = torch.where(inside, weights, 0.0)
     if not bounded:  # bins are too wide for the loss to come from them
         loss = all_reduce((weights * errors).sum(), "sum")
-    return weights, loss, result.bound.sum()
+    return weights, loss, result.bound.sum() + undefined

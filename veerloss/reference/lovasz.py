@@ -52,9 +52,11 @@ def lovasz_softmax_loss(
     target: Tensor,
     *,
     classes: str | Sequence[int] = "present",
+    present_only: bool = False,
     per_image: bool = False,
     class_weight: Tensor | None = None,
     ignore_index: int | None = None,
+    background_index: int | None = None,
     from_logits: bool = True,
     reduction: str = "mean",
     method: str = "exact",
@@ -82,6 +84,8 @@ def lovasz_softmax_loss(
         if classes == "present":
             selected = selected & has_foreground
     else:
+        if present_only:
+            selected = selected & has_foreground
         ids = torch.as_tensor(list(classes), device=x.device)
         selected = selected & (torch.arange(c, device=x.device)[:, None] == ids).any(-1)
     if class_weight is not None:

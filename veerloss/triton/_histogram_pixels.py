@@ -61,9 +61,10 @@ def load_weights(
     return tl.where(max_error_weight > 0.0, on_max, in_bins)
 
 
-@triton.jit(do_not_specialize=["image_tiles", "ignore_index"])
+@triton.jit(do_not_specialize=["image_tiles", "ignore_index", "background_index"])
 def lovasz_histogram_count_kernel(
-    logits, logits_strides, target, target_strides, ignore_index, table, segment_mask, counts, max_error_bits, max_error_counts,
+    logits, logits_strides, target, target_strides, ignore_index, background_index, table, segment_mask, counts,
+    max_error_bits, max_error_counts,
     pixels, image_tiles, T: tl.constexpr, ERRORS: tl.constexpr, PER_IMAGE: tl.constexpr, SAMPLED: tl.constexpr,
     CELLS: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_MASK: tl.constexpr,
@@ -82,7 +83,7 @@ def lovasz_histogram_count_kernel(
         every = tl.arange(0, BLOCK_MASK)
         any_segment = tl.max(tl.load(segment_mask + row * CLASSES + every, mask=every < CLASSES, other=0).to(tl.int32))
     if any_segment != 0:
-        label = load_labels(target, target_strides, n, p, inside, ignore_index, ERRORS, CLASSES)
+        label = load_labels(target, target_strides, n, p, inside, ignore_index, background_index, ERRORS, CLASSES)
         softmax = load_softmax(logits, logits_strides, n, p, inside, T, ERRORS, CLASSES, BLOCK_C, BLOCK_P)
         for first in range(0, CLASSES, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
@@ -144,16 +145,17 @@ def lovasz_histogram_max_error_kernel(
     tl.store(max_errors + 2 * segment + 1, total.to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["image_tiles", "ignore_index"])
+@triton.jit(do_not_specialize=["image_tiles", "ignore_index", "background_index"])
 def lovasz_histogram_sum_kernel(
-    logits, logits_strides, target, target_strides, ignore_index, table, weights, max_weights, units, sums, pixels, image_tiles,
+    logits, logits_strides, target, target_strides, ignore_index, background_index, table, weights, max_weights, units, sums,
+    pixels, image_tiles,
     T: tl.constexpr, ERRORS: tl.constexpr, PER_IMAGE: tl.constexpr, CELLS: tl.constexpr, BINS: tl.constexpr,
     CLASSES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Adds up |weight| * error of each segment, in whole numbers of 1 / units: in any order they have the same sum."""
     n, p, inside = pixels_of_tile(tl.program_id(0), pixels, image_tiles, False, BLOCK_P)
     row = n if PER_IMAGE else n * 0
-    label = load_labels(target, target_strides, n, p, inside, ignore_index, ERRORS, CLASSES)
+    label = load_labels(target, target_strides, n, p, inside, ignore_index, background_index, ERRORS, CLASSES)
     softmax = load_softmax(logits, logits_strides, n, p, inside, T, ERRORS, CLASSES, BLOCK_C, BLOCK_P)
     for first in range(0, CLASSES, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
@@ -168,16 +170,17 @@ def lovasz_histogram_sum_kernel(
         tl.atomic_add(sums + segment, total, mask=used & (total != 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["image_tiles", "ignore_index"])
+@triton.jit(do_not_specialize=["image_tiles", "ignore_index", "background_index"])
 def lovasz_histogram_backward_kernel(
-    grad, logits, logits_strides, target, target_strides, ignore_index, table, weights, max_weights, scale, out, out_strides,
+    grad, logits, logits_strides, target, target_strides, ignore_index, background_index, table, weights, max_weights, scale,
+    out, out_strides,
     pixels, image_tiles, T: tl.constexpr, ERRORS: tl.constexpr, PER_IMAGE: tl.constexpr, REDUCTION: tl.constexpr,
     CELLS: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits or probabilities, by look-up of the weights."""
     n, p, inside = pixels_of_tile(tl.program_id(0), pixels, image_tiles, False, BLOCK_P)
     row = n if PER_IMAGE else n * 0
-    label = load_labels(target, target_strides, n, p, inside, ignore_index, ERRORS, CLASSES)
+    label = load_labels(target, target_strides, n, p, inside, ignore_index, background_index, ERRORS, CLASSES)
     softmax = load_softmax(logits, logits_strides, n, p, inside, T, ERRORS, CLASSES, BLOCK_C, BLOCK_P)
     pivot = tl.zeros((BLOCK_P,), T)
     others = tl.zeros((BLOCK_P,), T)

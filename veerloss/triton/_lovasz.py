@@ -53,11 +53,12 @@ class Tiles:
     def folded(self, t: Tensor) -> Tensor:
         return t.transpose(0, -1) if self.fold else t
 
-    def target(self, target: Tensor, ignore_index: int | None) -> dict:
+    def target(self, target: Tensor, ignore_index: int | None, background_index: int | None) -> dict:
         """Arguments of a kernel that reads the target."""
         check_like("target", target, self.logits, channels=False)
         y = self.folded(as_bytes(target))
-        return {"target": y, "target_strides": strides(y), "ignore_index": ignore_index}
+        ignored = {"ignore_index": ignore_index, "background_index": background_index}
+        return {"target": y, "target_strides": strides(y), **ignored}
 
     def gradient(self, grad: Tensor, scale: Tensor, reduction: int) -> tuple[Tensor, dict]:
         """The gradient of the logits, to be written, and arguments of the kernel that writes it."""

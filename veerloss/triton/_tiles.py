@@ -31,8 +31,9 @@ def load_logits(logits, strides, n, c, p, inside, classes, T: tl.constexpr):
 
 # ---- Lovász losses: pixels and their labels
 
-# Labels that are no class: of a pixel that does not count, and of one whose target is neither a class nor ignored.
-IGNORED, BAD = tl.constexpr(-1), tl.constexpr(-2)
+# Labels that are no class: of a pixel that does not count, of one whose target is nothing valid, and of one that is background
+# to all classes.
+IGNORED, BAD, BACKGROUND = tl.constexpr(-1), tl.constexpr(-2), tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
@@ -46,14 +47,16 @@ def pixels_of_tile(tile, pixels, image_tiles, SAMPLED: tl.constexpr, BLOCK_P: tl
 
 
 @triton.jit
-def load_labels(target, strides, n, p, inside, ignore_index, ERRORS: tl.constexpr, CLASSES: tl.constexpr):
-    """Class indices, IGNORED or BAD, from targets of any type."""
+def load_labels(target, strides, n, p, inside, ignore_index, background_index, ERRORS: tl.constexpr, CLASSES: tl.constexpr):
+    """Class indices, BACKGROUND, IGNORED or BAD, from targets of any type."""
     value = tl.load(target + ptr_offset(strides, n, 0, p), mask=inside, other=0)
     WIDE: tl.constexpr = tl.float64 if value.dtype.is_floating() else tl.int64
     value = value.to(WIDE)  # compared before it is narrowed
     classes: tl.constexpr = 2 if ERRORS == HINGE else CLASSES
     label = tl.where((value >= 0) & (value < classes), value, 0).to(tl.int32)
     label = tl.where(label == value, label, BAD)  # also for NaN and what is out of range
+    if background_index is not None:
+        label = tl.where(value == background_index, BACKGROUND, label)
     if ignore_index is not None:
         label = tl.where(value == ignore_index, IGNORED, label)
     return tl.where(inside, label, IGNORED)

@@ -88,15 +88,16 @@ def key_of_marked(word):
 # ---- kernels
 
 
-@triton.jit(do_not_specialize=["image_tiles", "batch_pixels", "ignore_index"])
+@triton.jit(do_not_specialize=["image_tiles", "batch_pixels", "ignore_index", "background_index"])
 def lovasz_exact_keys_kernel(
-    logits, logits_strides, target, target_strides, ignore_index, keys, labels, pixels, image_tiles, batch_pixels,
+    logits, logits_strides, target, target_strides, ignore_index, background_index, keys, labels, pixels, image_tiles,
+    batch_pixels,
     T: tl.constexpr, ERRORS: tl.constexpr, CLASSES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Logits to stored keys [C, N, P], the larger the error the larger: 0 of ignored pixels, else the error's key + 1, of
     infinity where the error is NaN or infinite. And labels [N, P], from which all classes find their foreground again."""
     n, p, inside = pixels_of_tile(tl.program_id(0), pixels, image_tiles, False, BLOCK_P)
-    label = load_labels(target, target_strides, n, p, inside, ignore_index, ERRORS, CLASSES)
+    label = load_labels(target, target_strides, n, p, inside, ignore_index, background_index, ERRORS, CLASSES)
     tl.store(labels + n * pixels + p, label, mask=inside)
     softmax = load_softmax(logits, logits_strides, n, p, inside, T, ERRORS, CLASSES, BLOCK_C, BLOCK_P)
     infinity = key_bits(tl.full((), float("inf"), T))
@@ -220,10 +221,13 @@ def lovasz_exact_backward_kernel(
 
 
 def lovasz_exact_forward(
-    *, logits, target, selected, present, per_image, class_weight, ignore_index, errors, reduction, keep_weights, upcast_loss
-) -> tuple[Tensor, Tensor, Tensor]:
+    *, logits, target, selected, present, per_image, class_weight, ignore_index, background_index, errors, reduction,
+    valid_pixels, keep_weights, upcast_loss,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if valid_pixels is not None:
+        raise ValueError(f"veerloss: valid_pixels must be None for Triton kernels, got {valid_pixels}")
     t = Tiles(logits, errors, per_image)
-    target_arguments = t.target(target, ignore_index)
+    target_arguments = t.target(target, ignore_index, background_index)
     n, c, p = logits.shape
     check_data("selected", selected, logits, (c,), torch.bool, torch.uint8)
     dtype = opmath_dtype(logits)
@@ -261,7 +265,9 @@ def lovasz_exact_forward(
     return loss, scale, weights
 
 
-def lovasz_exact_backward(*, grad, logits, weights, scale, errors, per_image, reduction) -> Tensor:
+def lovasz_exact_backward(
+    *, grad, logits, target, weights, scale, errors, per_image, ignore_index, valid_pixels, reduction
+) -> Tensor:  # the weights depend on the target already
     t = Tiles(logits, errors, per_image)
     n, c, p = logits.shape
     check_data("weights", weights, logits, (c, n, p), opmath_dtype(logits))

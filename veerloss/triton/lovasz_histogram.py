@@ -26,12 +26,12 @@ from ._lovasz import Tiles, reduce_segments
 
 
 def lovasz_histogram_count(
-    *, logits, target, table, segment_mask, errors, per_image, ignore_index, sampled
+    *, logits, target, table, segment_mask, errors, per_image, ignore_index, background_index, sampled
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(counts [rows, C, 2, bins] of background and foreground, max_error [rows, C, 2]: the largest error (-1: no pixel; NaN: an
     error that is none, or a bad target), and how many pixels have it)"""
     t = Tiles(logits, errors, per_image, sampled=sampled)
-    target_arguments = t.target(target, ignore_index)
+    target_arguments = t.target(target, ignore_index, background_index)
     shape = (t.rows, logits.shape[1])
     check_data("table", table, logits, (*shape, cell_count(errors)), torch.int32)
     check_data("segment_mask", segment_mask, logits, shape, torch.bool, torch.uint8)
@@ -134,13 +134,15 @@ def look_up_arguments(t: Tiles, table: Tensor, weights: Tensor, max_weight: Tens
 
 
 def lovasz_histogram_sum(
-    *, logits, target, table, weights, max_weight, units, errors, per_image, ignore_index
+    *, logits, target, table, weights, max_weight, units, errors, per_image, ignore_index, background_index
 ) -> Tensor:  # fmt: skip
     """Sums of weight times error, [rows, C] int64 in whole numbers of 1 / units."""
     if errors == Errors.SOFTMAX:
         raise ValueError(f"veerloss: errors must be 1 (probabilities) or 2 (hinge): not softmax, got {errors}")
     t = Tiles(logits, errors, per_image)
-    arguments = t.arguments | t.target(target, ignore_index) | look_up_arguments(t, table, weights, max_weight)
+    arguments = (
+        t.arguments | t.target(target, ignore_index, background_index) | look_up_arguments(t, table, weights, max_weight)
+    )
     shape = (t.rows, logits.shape[1])
     check_data("units", units, logits, shape, torch.float64)
     sums = logits.new_zeros(shape, dtype=torch.int64)
@@ -151,10 +153,12 @@ def lovasz_histogram_sum(
 
 
 def lovasz_histogram_backward(
-    *, grad, logits, target, table, weights, max_weight, scale, errors, per_image, ignore_index, reduction
+    *, grad, logits, target, table, weights, max_weight, scale, errors, per_image, ignore_index, background_index, reduction
 ) -> Tensor:
     t = Tiles(logits, errors, per_image)
-    arguments = t.arguments | t.target(target, ignore_index) | look_up_arguments(t, table, weights, max_weight)
+    arguments = (
+        t.arguments | t.target(target, ignore_index, background_index) | look_up_arguments(t, table, weights, max_weight)
+    )
     grad_logits, gradient_arguments = t.gradient(grad, scale, reduction)
     if t.programs > 0:
         with on_device(logits):

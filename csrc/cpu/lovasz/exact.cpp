@@ -1,7 +1,7 @@
 // Method "exact" of the Lovász losses on the CPU.
 //
-// Forward: a pass over tiles writes error keys [C, N, P]; each segment is sorted and scanned (segment_sort.h), which overwrites
-// its keys with the signed weights dL/dp of the errors. Backward reads weights and logits.
+// Forward: a pass over tiles writes the error keys of the pixels that count; each segment is sorted and scanned
+// (segment_sort.h), which overwrites its keys with the signed weights dL/dp of the errors. Backward reads weights and logits.
 
 #include <atomic>
 #include <mutex>
@@ -16,34 +16,59 @@
 namespace veerloss {
 namespace {
 
-// Writes the keys [C, N, P]; returns what each segment holds, [rows, classes].
+// Where the keys of a segment lie, and then its weights: [classes][stride]. Only pixels that are not ignored have one. With
+// their number given, one row of them follows the other; else each begins where it would if none were ignored.
+class SegmentKeys {
+ public:
+  SegmentKeys(const LovaszBatch& b, const SegmentTiles& tiles, std::optional<int64_t> valid_pixels)
+      : begin_(b.rows()), size_(b.rows()), stride_(valid_pixels.value_or(b.rows() * b.length())) {
+    int64_t before = 0;
+    for (int64_t row = 0; row < b.rows(); ++row) {
+      size_[row] = tiles.valid(row);
+      begin_[row] = valid_pixels ? before : row * b.length();
+      before += size_[row];
+    }
+    if (valid_pixels && before != *valid_pixels)
+      throw std::invalid_argument("veerloss::lovasz_exact: valid_pixels must be the number of pixels that are not ignored, " +
+                                  std::to_string(before) + ", got " + std::to_string(*valid_pixels));
+  }
+  int64_t at(int64_t row, int64_t c) const { return c * stride_ + begin_[row]; }
+  int64_t size(int64_t row) const { return size_[row]; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  std::vector<int64_t> begin_, size_;
+  int64_t stride_;
+};
+
+// Writes the keys; returns what each segment holds, [rows, classes].
 template <class T>
-std::vector<SegmentCounts<T>> write_keys(const LovaszBatch& b, typename ErrorKey<T>::Word* keys) {
+std::vector<SegmentCounts<T>> write_keys(const LovaszBatch& b, const SegmentTiles& tiles, int64_t capacity,
+                                         const SegmentKeys& place, typename ErrorKey<T>::Word* keys, BadTarget& bad) {
   const Geometry& g = b.geometry;
-  const int64_t tile = tile_length(g.channels, sizeof(T), b.length()), flat = g.images * g.pixels;
-  const SegmentTiles tiles(b, false, tile);
   std::vector<SegmentCounts<T>> counts(b.segments());
   std::mutex mutex;
-  BadTarget bad;
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> t(g.channels, tile, false);
+    TileRows<T> t(g.channels, capacity, false);
     std::vector<SegmentCounts<T>> thread_counts(b.segments());
-    std::vector<Run> runs;
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t row = tiles.get(k, runs), n = load_tile(b, runs, tile, t);
-      load_tile_labels(b, runs, t, bad);
+      const Tile& tile = tiles[k];
+      const int64_t n = tile.size;
+      if (n == 0) continue;
+      tiles.load_labels_of(b, tile, t, bad);
+      load_tile(b, tile, capacity, t);
       const int32_t* label = t.label.data();
       for (int64_t c = 0; c < g.channels; ++c) {
-        auto* out = keys + c * flat + runs[0].first;
-        SegmentCounts<T>* count = &thread_counts[row * g.channels + c];
+        auto* out = keys + place.at(tile.row, c) + tile.before;
+        SegmentCounts<T>* count = &thread_counts[tile.row * g.channels + c];
         const auto cls = static_cast<int32_t>(c);
         if (b.errors == Errors::softmax)
           VEERLOSS_DISPATCH(
-              ExactTiles::softmax_keys(t.exps + c * tile, n, label, cls, t.sumexp_excl_max, t.inv_sumexp, out, count));
+              ExactTiles::softmax_keys(t.exps + c * capacity, n, label, cls, t.sumexp_excl_max, t.inv_sumexp, out, count));
         else if (b.errors == Errors::probabilities)
-          VEERLOSS_DISPATCH(ExactTiles::probability_keys(t.values + c * tile, n, label, cls, out, count));
+          VEERLOSS_DISPATCH(ExactTiles::probability_keys(t.values + c * capacity, n, label, cls, out, count));
         else
-          VEERLOSS_DISPATCH(ExactTiles::hinge_keys(t.values + c * tile, n, label, out, count));
+          VEERLOSS_DISPATCH(ExactTiles::hinge_keys(t.values + c * capacity, n, label, out, count));
       }
     }
     const std::lock_guard<std::mutex> lock(mutex);
@@ -55,23 +80,27 @@ std::vector<SegmentCounts<T>> write_keys(const LovaszBatch& b, typename ErrorKey
 
 // The losses of the segments that take part, [rows, classes]. The keys of a segment become weights: 0 if it takes no part.
 template <class T>
-std::vector<double> segment_losses(const LovaszBatch& b, typename ErrorKey<T>::Word* keys,
+std::vector<double> segment_losses(const LovaszBatch& b, const SegmentKeys& place, typename ErrorKey<T>::Word* keys,
                                    const std::vector<SegmentCounts<T>>& counts, const std::vector<char>& takes_part,
                                    bool keep_weights) {
   std::vector<double> losses(b.segments(), 0.0);
   const auto work = [&](SegmentSorter<T>& sorter, int64_t i) {
     const int64_t row = i / b.classes(), c = i % b.classes();
-    auto* segment = keys + (c * b.rows() + row) * b.length();
+    auto* segment = keys + place.at(row, c);
     if (takes_part[i])
-      losses[i] = sorter.loss(segment, b.length(), counts[i], keep_weights);
+      losses[i] = sorter.loss(segment, place.size(row), counts[i], keep_weights);
     else if (keep_weights)
-      std::fill_n(segment, b.length(), typename ErrorKey<T>::Word(0));
+      std::fill_n(segment, place.size(row), typename ErrorKey<T>::Word(0));
+    const int64_t behind = place.stride() == b.rows() * b.length() ? b.length() - place.size(row) : 0;
+    if (keep_weights) std::fill_n(segment + place.size(row), behind, typename ErrorKey<T>::Word(0));
   };
   const int64_t threads = num_threads();
   // Segments run side by side, each thread taking the next one, because their lengths differ after pruning. The long segments
   // that are left over run one by one on all threads; a parallel region costs about 10 us, too much for short ones.
   constexpr int64_t long_segment = int64_t{1} << 17;
-  const int64_t side_by_side = b.length() < long_segment ? b.segments() : b.segments() / threads * threads;
+  int64_t longest = 0;
+  for (int64_t row = 0; row < b.rows(); ++row) longest = std::max(longest, place.size(row));
+  const int64_t side_by_side = longest < long_segment ? b.segments() : b.segments() / threads * threads;
   std::atomic<int64_t> next{0};
   parallel_for(std::min(threads, side_by_side), [&](int64_t, int64_t) {
     SegmentSorter<T> sorter(1, b.errors == Errors::softmax);
@@ -82,16 +111,16 @@ std::vector<double> segment_losses(const LovaszBatch& b, typename ErrorKey<T>::W
   return losses;
 }
 
-// Weights [C, N, P] of a forward pass.
+// Weights of a forward pass.
 template <class T>
 struct StoredWeights {
   static constexpr bool by_error = false;
   const T* weights;
-  int64_t flat;  // N * P
+  const SegmentKeys& place;
 
-  void operator()(const TileRows<T>&, Run run, int64_t, int64_t c, T factor, T* grad) const {
-    const T* in = weights + c * flat + run.first;
-    for (int64_t i = 0; i < run.count; ++i) grad[i] = in[i] * factor;
+  void operator()(const TileRows<T>&, const Tile& tile, int64_t c, T factor, T* grad) const {
+    const T* in = weights + place.at(tile.row, c) + tile.before;
+    for (int64_t i = 0; i < tile.size; ++i) grad[i] = in[i] * factor;
   }
 };
 
@@ -106,11 +135,15 @@ void kernels::lovasz_exact_forward(const LovaszExactForward& args) {
   with_opmath_type(b.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     auto* keys = static_cast<typename ErrorKey<T>::Word*>(args.keys);
-    const auto counts = write_keys<T>(b, keys);
+    const int64_t capacity = tile_length(b.classes(), sizeof(T), b.length());
+    BadTarget bad;
+    const SegmentTiles tiles(b, Pixels::not_ignored, capacity, bad);
+    const SegmentKeys place(b, tiles, args.valid_pixels);
+    const auto counts = write_keys<T>(b, tiles, capacity, place, keys, bad);
     std::vector<char> takes_part(b.segments());
     for (int64_t i = 0; i < b.segments(); ++i)
       takes_part[i] = args.selection.takes_part(i % b.classes(), counts[i].valid > 0, counts[i].foreground > 0);
-    const std::vector<double> losses = segment_losses<T>(b, keys, counts, takes_part, args.keep_weights);
+    const std::vector<double> losses = segment_losses<T>(b, place, keys, counts, takes_part, args.keep_weights);
     store_lovasz_loss<T>(b, args.out, losses, takes_part);
   });
 }
@@ -119,8 +152,11 @@ void kernels::lovasz_exact_backward(const LovaszExactBackward& args) {
   const LovaszBatch& b = args.batch;
   with_opmath_type(b.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const StoredWeights<T> weights{static_cast<const T*>(args.weights), b.geometry.images * b.geometry.pixels};
-    lovasz_gradient<T>(b, args.out, tile_length(2 * b.classes(), sizeof(T), b.length()), weights);
+    const int64_t capacity = tile_length(2 * b.classes(), sizeof(T), b.length());
+    BadTarget bad;  // the forward pass has raised it
+    const SegmentTiles tiles(b, Pixels::not_ignored, capacity, bad);
+    const SegmentKeys place(b, tiles, args.valid_pixels);
+    lovasz_gradient<T>(b, args.out, tiles, capacity, StoredWeights<T>{static_cast<const T*>(args.weights), place});
   });
 }
 

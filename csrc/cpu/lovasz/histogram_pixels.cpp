@@ -107,7 +107,6 @@ class Counter {
 
   TileRows<T> rows;
   std::vector<float> error;
-  std::vector<Run> runs;
 
  private:
   void flush() {
@@ -143,20 +142,21 @@ void count(const LovaszHistogramCount& args) {
     for (int64_t c = 0; c < layout.cells; ++c) coarse_table.push_back(coarse_entry(static_cast<uint32_t>(c)));
   SharedCounts shared{args.counts, std::vector<MaxError>(b.segments()), std::vector<std::mutex>(classes)};
   BadTarget bad;
-  int64_t tile = tile_length(classes, sizeof(T), b.length());  // far below 65535, the capacity of a counter
-  if (args.sampled) tile = std::max(tile, sample_run);
-  const SegmentTiles tiles(b, args.sampled, tile);
+  const int64_t capacity = tile_length(classes, sizeof(T), b.length());  // far below 65535, the capacity of a counter
+  const SegmentTiles tiles(b, args.sampled ? Pixels::sampled : Pixels::mostly_not_ignored, capacity, bad);
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    Counter<T> counter(b, bins, tile, shared);
+    Counter<T> counter(b, bins, capacity, shared);
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t row = tiles.get(k, counter.runs);
-      load_tile_labels(b, counter.runs, counter.rows, bad);
-      const int64_t n = load_tile(b, counter.runs, tile, counter.rows);
-      counter.begin(row, n);
+      const Tile& tile = tiles[k];
+      const int64_t n = tile.size;
+      if (n == 0) continue;
+      tiles.load_labels_of(b, tile, counter.rows, bad);
+      load_tile(b, tile, capacity, counter.rows);
+      counter.begin(tile.row, n);
       for (int64_t c = 0; c < classes; ++c) {
-        const int64_t segment = row * classes + c;
+        const int64_t segment = tile.row * classes + c;
         if (args.segment_mask && !args.segment_mask[segment]) continue;
-        find_errors(b, counter.rows, tile, n, c, counter.error.data());
+        find_errors(b, counter.rows, capacity, n, c, counter.error.data());
         counter.add(c, n, args.table ? args.table + segment * layout.cells : coarse_table.data(), layout.bounded);
       }
     }
@@ -184,8 +184,8 @@ struct BinWeights {
         max_weight_(static_cast<const T*>(in.max_weight)),
         slots_(tile) {}
 
-  void operator()(const TileRows<T>& rows, Run run, int64_t row, int64_t c, T factor, T* grad) {
-    const int64_t segment = row * batch_.classes() + c, n = run.count;
+  void operator()(const TileRows<T>& rows, const Tile& tile, int64_t c, T factor, T* grad) {
+    const int64_t segment = tile.row * batch_.classes() + c, n = tile.size;
     const int32_t* label = rows.label.data();
     const T max_error = max_weight_[2 * segment], max_error_weight = max_weight_[2 * segment + 1];
     find_errors(batch_, rows, static_cast<int64_t>(error.size()), n, c, error.data());
@@ -217,23 +217,23 @@ struct BinWeights {
 template <class T>
 void sum(const LovaszHistogramSum& args) {
   const LovaszBatch& b = args.batch;
-  const int64_t tile = tile_length(b.classes(), sizeof(T), b.length());
-  const SegmentTiles tiles(b, false, tile);
-  std::vector<std::atomic<int64_t>> sums(b.segments());
+  const int64_t capacity = tile_length(b.classes(), sizeof(T), b.length());
   BadTarget bad;  // the counts have raised it
+  const SegmentTiles tiles(b, Pixels::mostly_not_ignored, capacity, bad);
+  std::vector<std::atomic<int64_t>> sums(b.segments());
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> rows(b.classes(), tile, false);
-    BinWeights<T> weigh(b, args.table, args.weights, tile);
-    std::vector<T> weight(tile);
-    std::vector<Run> runs;
+    TileRows<T> rows(b.classes(), capacity, false);
+    BinWeights<T> weigh(b, args.table, args.weights, capacity);
+    std::vector<T> weight(capacity);
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t row = tiles.get(k, runs);
-      load_tile_labels(b, runs, rows, bad);
-      const int64_t n = load_tile(b, runs, tile, rows);
+      const Tile& tile = tiles[k];
+      if (tile.size == 0) continue;
+      tiles.load_labels_of(b, tile, rows, bad);
+      load_tile(b, tile, capacity, rows);
       for (int64_t c = 0; c < b.classes(); ++c) {
-        const int64_t i = row * b.classes() + c;
-        weigh(rows, runs[0], row, c, T(1), weight.data());
-        sums[i] += VEERLOSS_DISPATCH(HistogramTiles::fixed_sum(weight.data(), weigh.error.data(), n, args.units[i]));
+        const int64_t i = tile.row * b.classes() + c;
+        weigh(rows, tile, c, T(1), weight.data());
+        sums[i] += VEERLOSS_DISPATCH(HistogramTiles::fixed_sum(weight.data(), weigh.error.data(), tile.size, args.units[i]));
       }
     }
   });
@@ -258,8 +258,10 @@ void kernels::lovasz_histogram_backward(const LovaszHistogramBackward& args) {
   const LovaszBatch& b = args.batch;
   with_opmath_type(b.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t tile = tile_length(2 * b.classes(), sizeof(T), b.length());
-    lovasz_gradient<T>(b, args.out, tile, BinWeights<T>(b, args.table, args.weights, tile));
+    const int64_t capacity = tile_length(2 * b.classes(), sizeof(T), b.length());
+    BadTarget bad;  // the forward pass has raised it
+    const SegmentTiles tiles(b, Pixels::mostly_not_ignored, capacity, bad);
+    lovasz_gradient<T>(b, args.out, tiles, capacity, BinWeights<T>(b, args.table, args.weights, capacity));
   });
 }
 

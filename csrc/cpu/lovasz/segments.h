@@ -20,7 +20,11 @@ namespace veerloss {
 template <class T>
 struct TileRows {
   TileRows(int64_t classes, int64_t tile, bool gradient)
-      : label(tile), has_weight(gradient ? tile : 0), storage(tile * ((gradient ? 2 : 1) * classes + (gradient ? 6 : 4))) {
+      : label(tile + 1),
+        index(tile + 1),
+        offset(tile),
+        has_weight(gradient ? tile : 0),
+        storage(tile * ((gradient ? 2 : 1) * classes + (gradient ? 6 : 4))) {
     T* next = storage.data();
     const auto take = [&](int64_t rows) { return std::exchange(next, next + rows * tile); };
     values = exps = take(classes);
@@ -33,7 +37,9 @@ struct TileRows {
     pivot = take(1);
     others = take(1);
   }
-  std::vector<int32_t> label, has_weight;  // [tile]
+  std::vector<int32_t> label, index;  // [tile] (and room for RowTiles::select): of the pixels of the tile; index in its span
+  std::vector<int64_t> offset;        // [tile], in elements
+  std::vector<int32_t> has_weight;    // [tile]
   std::vector<T> storage;
   // [classes][tile]: logits or probabilities; those of a softmax are overwritten by their exponentials, under the other name.
   T *values, *exps;
@@ -42,67 +48,126 @@ struct TileRows {
   T *pivot = nullptr, *others = nullptr;                    // [tile]: see GradientTiles
 };
 
-// The tiles of a pass: runs of pixels, none of which crosses the end of a row of segments.
+// The pixels of a span that are not ignored; of a sample, some of them. Only these are loaded and computed.
+struct Tile {
+  int64_t row;
+  Run span;        // without a pixel of another row; of a sample, of another image
+  int64_t size;    // pixels of the tile
+  int64_t before;  // how many of the row, of a sample of the image, are not ignored before the span
+
+  bool whole() const { return size == span.count; }
+};
+
+// Which pixels the tiles of a pass have: a sample; those that are not ignored; or also ignored ones, marked by their label,
+// where they are less than a quarter of a span: it costs less to compute them than to leave them out.
+enum class Pixels { sampled, not_ignored, mostly_not_ignored };
+
+// The tiles of a pass. Where pixels can be ignored this takes a pass over the targets, for tiles to be full: voxel grids are
+// 98% ignored.
 class SegmentTiles {
  public:
-  SegmentTiles(const LovaszBatch& b, bool sampled, int64_t tile)
-      : pixels_(b.geometry.pixels), length_(b.length()), rows_(b.rows()), sampled_(sampled) {
-    tile_ = sampled ? std::max<int64_t>(tile / sample_run, 1) : tile;
-    per_image_ = sampled ? (pixels_ + sample_step - 1) / sample_step : pixels_;
-    per_row_ = pixels_ > 0 ? length_ / pixels_ * per_image_ : 0;
-    tiles_per_row_ = (per_row_ + tile_ - 1) / tile_;
-  }
-  int64_t count() const { return rows_ * tiles_per_row_; }
-
-  // The runs of tile k; returns its row. One run, unless it is of a sample.
-  int64_t get(int64_t k, std::vector<Run>& runs) const {
-    const int64_t row = k / tiles_per_row_, begin = k % tiles_per_row_ * tile_, end = std::min(begin + tile_, per_row_);
-    runs.clear();
-    if (!sampled_) {
-      runs.push_back({row * length_ + begin, end - begin});
-    } else {
-      for (int64_t j = begin; j < end; ++j) {
-        const int64_t pixel = j % per_image_ * sample_step;
-        runs.push_back({row * length_ + j / per_image_ * pixels_ + pixel, std::min(sample_run, pixels_ - pixel)});
-      }
+  SegmentTiles(const LovaszBatch& b, Pixels which, int64_t capacity, BadTarget& bad)
+      : sampled_(which == Pixels::sampled), valid_(b.rows()) {
+    const bool sampled = sampled_;
+    // In capacities. The zeros of a longer span leave the cache before its gradients are written over them.
+    constexpr int64_t max_span = 16;
+    const Geometry& g = b.geometry;
+    const int64_t units = sampled ? g.images : b.rows(), length = sampled ? g.pixels : b.length();
+    const int64_t blocks = (length + capacity - 1) / capacity;
+    const auto block_of = [&](int64_t unit, int64_t k) {
+      return Run{unit * length + k * capacity, std::min(capacity, length - k * capacity)};
+    };
+    std::vector<int32_t> valid;
+    if (b.rule.has_ignore) {
+      valid.resize(units * blocks);
+      parallel_for(units * blocks, [&](int64_t begin, int64_t end) {
+        std::vector<int32_t> label(capacity);
+        for (int64_t k = begin; k < end; ++k) {
+          const Run run = block_of(k / blocks, k % blocks);
+          load_labels(label.data(), b.target, g, b.rule, run, bad);
+          valid[k] = static_cast<int32_t>(count_pixels(label.data(), run.count));
+        }
+      });
     }
-    return row;
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const int64_t row = sampled && !b.per_image ? 0 : unit;
+      int64_t before = 0;
+      Tile tile{row, {unit * length, 0}, 0, 0};
+      const auto end_tile = [&](int64_t next) {
+        if (tile.span.count > 0) tiles_.push_back(tile);
+        tile = {row, {next, 0}, 0, before};
+      };
+      for (int64_t k = 0; k < blocks; ++k) {
+        const Run run = block_of(unit, k);
+        const int64_t counted = valid.empty() ? run.count : valid[unit * blocks + k];
+        int64_t size = sampled ? sampled_before(before + counted) - sampled_before(before) : counted;
+        if (which == Pixels::mostly_not_ignored && 4 * counted > 3 * run.count) size = run.count;
+        const bool whole = size == run.count;  // a tile of its own
+        if (whole || tile.size + size > capacity || tile.span.count >= max_span * capacity) end_tile(run.first);
+        tile.span.count += run.count;
+        tile.size += size;
+        before += counted;
+        if (whole) end_tile(run.first + run.count);
+      }
+      end_tile(0);
+      valid_[row] += before;
+    }
+  }
+
+  int64_t count() const { return static_cast<int64_t>(tiles_.size()); }
+  const Tile& operator[](int64_t k) const { return tiles_[k]; }
+  // Pixels of a row that count.
+  int64_t valid(int64_t row) const { return valid_[row]; }
+
+  // The labels of a tile, and the index of its pixels unless it is its whole span.
+  template <class T>
+  void load_labels_of(const LovaszBatch& b, const Tile& tile, TileRows<T>& rows, BadTarget& bad) const {
+    if (tile.whole()) return load_labels(rows.label.data(), b.target, b.geometry, b.rule, tile.span, bad);
+    constexpr int64_t chunk = 1024;
+    int32_t label[chunk];
+    int64_t size = 0, before = tile.before;
+    for (int64_t done = 0; size < tile.size; done += chunk) {
+      const int64_t n = std::min(chunk, tile.span.count - done);
+      load_labels(label, b.target, b.geometry, b.rule, {tile.span.first + done, n}, bad);
+      for (int64_t i = 0; sampled_ && i < n; ++i) {
+        const bool counts = label[i] != label_ignored;
+        if (before % sample_step >= sample_run) label[i] = label_ignored;
+        before += counts;
+      }
+      size += select_pixels(label, n, static_cast<int32_t>(done), rows.index.data() + size, rows.label.data() + size);
+    }
   }
 
  private:
-  const int64_t pixels_, length_, rows_;
+  // How many of the first `n` pixels are in the sample.
+  static int64_t sampled_before(int64_t n) { return n / sample_step * sample_run + std::min(n % sample_step, sample_run); }
+
   const bool sampled_;
-  int64_t tile_, per_image_, per_row_, tiles_per_row_;  // in pixels, or in runs of a sample
+  std::vector<Tile> tiles_;
+  std::vector<int64_t> valid_;
 };
 
-// Loads the logits or probabilities of `runs` side by side into a tile, and computes the exponentials of a softmax. Returns the
-// number of pixels.
+// Loads the logits or probabilities of a tile, and computes the exponentials of a softmax.
 template <class T>
-int64_t load_tile(const LovaszBatch& b, const std::vector<Run>& runs, int64_t tile, TileRows<T>& rows) {
+void load_tile(const LovaszBatch& b, const Tile& tile, int64_t capacity, TileRows<T>& rows) {
   const Geometry& g = b.geometry;
   const bool softmax = b.errors == Errors::softmax;
-  const T* logits = softmax && runs.size() == 1 ? row_in_place<T>(b.logits, g, 0, runs[0]) : nullptr;
-  const int64_t stride = logits ? b.logits.stride_channel : tile;
-  int64_t n = 0;
-  for (const Run& run : runs) {
-    for (int64_t c = 0; !logits && c < g.channels; ++c) load_row(rows.values + c * tile + n, b.logits, g, c, run);
-    n += run.count;
+  const int64_t n = tile.size;
+  const T* logits = softmax && tile.whole() ? row_in_place<T>(b.logits, g, 0, tile.span) : nullptr;
+  const int64_t stride = logits ? b.logits.stride_channel : capacity;
+  if (!tile.whole()) pixel_offsets(rows.offset.data(), b.logits, g, tile.span.first, rows.index.data(), n);
+  for (int64_t c = 0; !logits && c < g.channels; ++c) {
+    T* const row = rows.values + c * capacity;
+    if (tile.whole())
+      load_row(row, b.logits, g, c, tile.span);
+    else
+      gather_row(row, b.logits, c, rows.offset.data(), n);
   }
   if (softmax) {
     if (!logits) logits = rows.values;
     VEERLOSS_DISPATCH(SoftmaxTiles::maximum(logits, g.channels, stride, n, rows.max_logit));
-    VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(logits, stride, rows.exps, g.channels, tile, n, rows.max_logit, rows.max_count,
-                                                 rows.sumexp_excl_max, rows.inv_sumexp));
-  }
-  return n;
-}
-
-template <class T>
-void load_tile_labels(const LovaszBatch& b, const std::vector<Run>& runs, TileRows<T>& rows, BadTarget& bad) {
-  int64_t n = 0;
-  for (const Run& run : runs) {
-    load_labels(rows.label.data() + n, b.target, b.geometry, b.rule, run, bad);
-    n += run.count;
+    VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(logits, stride, rows.exps, g.channels, capacity, n, rows.max_logit,
+                                                 rows.max_count, rows.sumexp_excl_max, rows.inv_sumexp));
   }
 }
 

@@ -16,6 +16,48 @@ struct RowTiles {
     });
   }
 
+  // The same of single pixels: the elements at base + channel * stride_channel + offset[i], base being that of the view.
+  template <class T>
+  static void gather(T* __restrict out, const View& v, int64_t channel, const int64_t* __restrict offset, int64_t n) {
+    with_element(v.dtype, [&](auto element, auto convert) {
+      const auto* __restrict in = reinterpret_cast<const decltype(element)*>(v.data) + channel * v.stride_channel;
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(convert(in[offset[i]]));
+    });
+  }
+
+  template <class T>
+  static void scatter(const T* __restrict in, const View& v, int64_t channel, const int64_t* __restrict offset, int64_t n) {
+    const auto write_at = [&](auto element, auto convert) {
+      auto* __restrict out = reinterpret_cast<decltype(element)*>(v.data) + channel * v.stride_channel;
+      for (int64_t i = 0; i < n; ++i) out[offset[i]] = convert(in[i]);
+    };
+    switch (v.dtype) {
+      case DType::f64: return write_at(double{}, [](T x) { return static_cast<double>(x); });
+      case DType::bf16: return write_at(uint16_t{}, [](T x) { return float_to_bfloat16(static_cast<float>(x)); });
+      case DType::f16: return write_at(uint16_t{}, [](T x) { return float_to_half(static_cast<float>(x)); });
+      default: return write_at(float{}, [](T x) { return static_cast<float>(x); });
+    }
+  }
+
+  // Appends the pixels that are not ignored to index and kept; `first` is the index of label[0]. Returns how many they are.
+  // Both have room for one more.
+  static int64_t select(const int32_t* __restrict label, int64_t n, int32_t first, int32_t* __restrict index,
+                        int32_t* __restrict kept) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      index[size] = first + static_cast<int32_t>(i);
+      kept[size] = label[i];
+      size += label[i] != label_ignored;
+    }
+    return size;
+  }
+
+  static int64_t count(const int32_t* __restrict label, int64_t n) {
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += label[i] != label_ignored;
+    return count;
+  }
+
   // Class indices, or 0/1 labels in any type. Returns false if a value is neither a class nor ignored (then label_bad).
   static bool load_labels(int32_t* out, const View& v, const Geometry& g, const TargetRule& rule, Run run) {
     int32_t worst = 0;
@@ -58,6 +100,17 @@ struct RowTiles {
       for (int64_t i = 0; i < n; ++i) out[i] = convert(in[i]);
     } else {
       for (int64_t i = 0; i < n; ++i) out[i * stride] = convert(in[i]);
+    }
+  }
+
+  // f(zero of the type of logits, conversion to float or double)
+  template <class F>
+  static void with_element(DType dtype, const F& f) {
+    switch (dtype) {
+      case DType::f64: return f(double{}, [](double v) { return v; });
+      case DType::bf16: return f(uint16_t{}, [](uint16_t v) { return bfloat16_to_float(v); });
+      case DType::f16: return f(uint16_t{}, [](uint16_t v) { return half_to_float(v); });
+      default: return f(float{}, [](float v) { return v; });
     }
   }
 
