@@ -201,13 +201,22 @@ def widened(target: Tensor) -> Tensor:
 
 
 def _raise_for(bad: Tensor, target: Tensor, expected: str, ignore_index: int | None) -> None:
-    if torch.compiler.is_compiling() or target.is_meta:  # a graph cannot branch on data
+    if torch.compiler.is_compiling() or target.is_meta or _is_batched(bad):  # these cannot branch on data
         return
     if ignore_index is not None:
         bad = bad & (target != ignore_index)
         expected += f" or ignore_index={ignore_index}"
     if bad.any():
         raise IndexError(f"target holds {target[bad][0].item()}, expected {expected}")
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Whether t is one of the tensors that torch.func.vmap goes over."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
 
 
 def as_pixels(logits: Tensor) -> Tensor:
@@ -234,7 +243,7 @@ def loss_dtype(logits: Tensor) -> torch.dtype:
 
 
 def check_transforms(logits: Tensor) -> None:
-    """Kernels have reverse mode alone. Without this, torch.func would fail in its own words, and forward mode give a tangent of 0."""
+    """Kernels have reverse mode alone. Without this, torch.func would fail in its own words, and forward mode give 0."""
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad.unpack_dual(logits).tangent is not None:

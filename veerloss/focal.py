@@ -61,7 +61,7 @@ def sigmoid_focal_loss(
     """
     arguments.check_logits(logits, 0, "[N, C, *]")
     arguments.check_target(target, logits)
-    one_vs_rest = target.shape != logits.shape
+    one_vs_rest = target.dim() != logits.dim() or target.shape != logits.shape  # dim first: no guard on equal sizes
     if one_vs_rest:
         if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
             raise ValueError(
@@ -217,7 +217,7 @@ def _elements(
     """
     shape = logits.shape
     tensors = [logits, target] if weight is None else [logits, target, weight]
-    dense = target.shape == shape
+    dense = target.dim() == logits.dim()
     if logits.dim() < 2 or (dense and not by_channel and all(t.is_contiguous() for t in tensors)):
         x, t, *w = (t.reshape(1, 1, logits.numel()) for t in tensors)
         return x, t, w[0] if w else None, lambda loss: loss.reshape(shape)

@@ -214,8 +214,8 @@ def lovasz_hinge_loss(
         arguments.check_target(target, logits)
         if per_image is True and (logits.dim() == 1 or target.dim() == 1):
             raise ValueError(
-                f"per_image must be False for points, got True and logits {list(logits.shape)}: every point would be a segment; "
-                "points of one image are logits [1, P]"
+                f"per_image must be False for points, got True and logits {list(logits.shape)}: every point would be a "
+                "segment; points of one image are logits [1, P]"
             )
         if _without_channel(logits, target) != _without_channel(target, logits):
             expected = f"the shape of logits, {list(logits.shape)}, with or without a channel of 1"
@@ -298,8 +298,8 @@ def _check_common(reduction, method, per_image, return_certificate, process_grou
 
 
 def _prepare(check, check_values, logits, target, process_group, backend):
-    """(backend, pixels that are not ignored or None, ranks or None) after `check`, and `check_values` where kernels do not check
-    values themselves.
+    """(backend, pixels that are not ignored or None, ranks or None) after `check`, and `check_values` where kernels do not
+    check values themselves.
 
     What they raise, all ranks of a process group learn.
     """
@@ -330,8 +330,8 @@ def _count_valid(target: Tensor, ignore_index: int | None, backend: str) -> int 
     """How many pixels of a target [N, P] are not ignored: where it takes no waiting for a GPU, and no branch of a graph."""
     if ignore_index is None or backend != "native" or not target.is_cpu or torch.compiler.is_compiling():
         return None
-    if type(target) is not Tensor or ops.NAMESPACES["native"] != "veerloss":
-        return None  # a fake tensor
+    if type(target) is not Tensor or torch.jit.is_tracing() or ops.NAMESPACES["native"] != "veerloss":
+        return None  # a fake tensor, for one
     return torch.ops.veerloss.count_not_ignored.default(target, ignore_index)
 
 

@@ -22,13 +22,13 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     """Binary focal loss of each logit; arguments as in :func:`veerloss.sigmoid_focal_loss`."""
     x = logits.to(opmath_dtype(logits))
-    if target.shape == logits.shape:
+    if target.dim() == logits.dim():
         target = widened(target)
         valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
         t = torch.where(valid, target, torch.zeros_like(target)).to(x.dtype)
     else:
         valid, labels = _valid_labels(target, ignore_index)
-        t = F.one_hot(labels, logits.size(1)).movedim(-1, 1).to(x.dtype)
+        t = _one_hot(labels, logits.size(1), 1).to(x.dtype)
         valid = valid.unsqueeze(1).expand_as(logits)
     x = torch.where(valid, x, torch.zeros_like(x))
 
@@ -72,7 +72,7 @@ def softmax_focal_loss(
             loss = loss * (a[labels.squeeze(class_dim)] if a.dim() else a)
     else:
         classes = x.size(class_dim)
-        t = F.one_hot(labels, classes).movedim(-1, class_dim).to(x.dtype)
+        t = _one_hot(labels, classes, class_dim).to(x.dtype)
         t = t * (1 - label_smoothing) + label_smoothing / classes
         if alpha is not None:
             t = t * _per_channel(alpha, x, class_dim)
@@ -87,6 +87,11 @@ def _valid_labels(target: Tensor, ignore_index: int | None) -> tuple[Tensor, Ten
     labels = target.long()
     valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     return valid, torch.where(valid, labels, torch.zeros_like(labels))
+
+
+def _one_hot(labels: Tensor, classes: int, class_dim: int) -> Tensor:
+    """Bool. (F.one_hot looks at the values of the labels, which vmap of a gradient has none of.)"""
+    return (labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)).movedim(-1, class_dim)
 
 
 def _power(q: Tensor, gamma: float) -> Tensor:

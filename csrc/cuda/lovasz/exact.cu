@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(Tuning::ExactKeys::threads)
     const int32_t label = load_label(batch.target, batch.rule, image, pixel);
     if (label != label_ignored) atomicAdd(&valid, 1);
     if (label == label_bad) atomicAdd(&bad, 1);
-    const int64_t foreground_class = errors == Errors::hinge ? (label == 1 ? 0 : -1) : label;
+    const int64_t foreground_class = errors == Errors::hinge ? (label == 1 ? 0 : -1) : label == label_background ? -1 : label;
     if (label >= 0 && foreground_class >= 0)
       atomicAdd((count_in_shared ? block_foreground : out.foreground + row * classes) + foreground_class, 1);
     Softmax<T> softmax{T(0), T(0)};
