@@ -63,7 +63,9 @@ struct BinLayout {
 };
 
 // The coarse pass may sample every image: runs of 64 pixels, one every 1031. A prime, so that the runs do not align with the
-// columns of an image, whatever its width.
+// columns of an image, whatever its width. On the CPU pixels that are ignored are not counted here; on a GPU they are, where
+// their place among the others would take a scan to know: of an image that is mostly ignored the sample is poor, and so its
+// bins are allocated again from all pixels.
 constexpr int64_t sample_run = 64, sample_step = 1031;
 
 // A segment whose estimated errors (root mean square; of the gradient relative, of the loss absolute) exceed these gets its

@@ -191,12 +191,12 @@ def lovasz(stem: str, pixels: int, **options) -> Iterator[tuple]:
             f"{errors.name.lower()} {dtype} C={classes}", stem, x, target=target, errors=errors, per_image=False,
             selected=torch.ones(classes, dtype=torch.bool), present=True,
             class_weight=torch.ones(classes, dtype=opmath_dtype(dtype)), ignore_index=255, background_index=254,
-            reduction=Reduction.MEAN, upcast_loss=False, **options,
+            reduction=Reduction.MEAN, valid_pixels=None, upcast_loss=False, **options,
         )  # fmt: skip
 
 
 def lovasz_exact() -> Iterator[tuple]:
-    return lovasz("lovasz_exact", 4096, valid_pixels=None, keep_weights=True)
+    return lovasz("lovasz_exact", 4096, keep_weights=True)
 
 
 def lovasz_histogram() -> Iterator[tuple]:
