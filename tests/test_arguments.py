@@ -1,10 +1,12 @@
 """Bad input: the error names the argument, its value and what was expected."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from grid import over_focal
 
 import veerloss
 from veerloss import _arguments as arguments
@@ -28,6 +30,12 @@ def target_of(function):
         ({"backend": "gpu"}, ValueError, r"backend must be one of .*, got 'gpu'"),
         ({"ignore_index": 1.5}, TypeError, r"ignore_index must be an int or None, got float"),
         ({"ignore_index": 2**63}, ValueError, r"ignore_index must fit in 64 bits, got 9223372036854775808"),
+        ({"ignore_index": 10**5000}, ValueError, r"ignore_index must fit in 64 bits, got a number of more than 4300 digits"),
+        ({"ignore_index": np.array([1, 2])}, TypeError, r"ignore_index must be an int or None, got ndarray array\(\[1, 2\]\)"),
+        ({"ignore_index": torch.tensor(1)}, TypeError, r"ignore_index must be an int or None, got Tensor tensor\(1\)"),
+        ({"reduction": np.array(["mean", "sum"])}, ValueError, r"reduction must be one of .*, got array\(\['mean', 'sum'\]"),
+        ({"reduction": torch.zeros(2)}, ValueError, r"reduction must be one of .*, got tensor\(\[0., 0.\]\)"),
+        ({"backend": np.array(["native", "auto"])}, ValueError, r"backend must be one of .*, got array"),
     ],
 )
 def test_common_options(function, options, error, match):
@@ -52,6 +60,17 @@ def test_tensors(function):
         function(X, Y.new_zeros(2, 5))
     with pytest.raises(ValueError, match="target must not require a gradient"):
         function(X, torch.zeros(2, 3, 4, requires_grad=True))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("function", ALL)
+def test_nested_tensors(function, layout):
+    nested = torch.nested.nested_tensor([torch.zeros(3, 4), torch.zeros(3, 5)], layout=layout)
+    with pytest.raises(TypeError, match=rf"logits must be a dense tensor, got a nested tensor of the layout {layout}"):
+        function(nested, target_of(function))
+    with pytest.raises(TypeError, match=rf"target must be a dense tensor, got a nested tensor of the layout {layout}"):
+        function(X, nested)
 
 
 @pytest.mark.parametrize("function", [softmax_focal_loss, lovasz_softmax_loss])
@@ -114,7 +133,11 @@ def test_compiled_graphs_check_targets_too():
         ({"gamma": -0.5}, ValueError, r"gamma must be in \[0, inf\), got -0.5"),
         ({"gamma": math.nan}, ValueError, r"gamma must be in .*got nan"),
         ({"gamma": math.inf}, ValueError, r"gamma must be in .*got inf"),
-        ({"gamma": "2"}, TypeError, r"gamma must be a number, got str"),
+        ({"gamma": "2"}, TypeError, r"gamma must be a number, got str '2'"),
+        ({"gamma": 10**400}, ValueError, r"gamma must be in \[0, inf\), got 10{59}\.\.\.0{10}$"),
+        ({"alpha": 10**400}, ValueError, r"alpha must be in .*, got 1000"),
+        ({"normalizer": 10**5000}, ValueError, r"normalizer must be in \(0, inf\), got a number of more than 4300 digits"),
+        ({"normalizer": Fraction(1, 10**400)}, ValueError, r"normalizer must be in \(0, inf\), got Fraction\(1, 1000"),
         ({"alpha": -0.1}, ValueError, r"alpha must be in \[0, .*got -0.1"),
         ({"alpha": torch.ones(4)}, ValueError, r"alpha must have the shape \[3\].*got \[4\]"),
         ({"alpha": torch.ones(3, requires_grad=True)}, ValueError, r"alpha must not require a gradient"),
@@ -122,6 +145,7 @@ def test_compiled_graphs_check_targets_too():
         ({"normalizer": 0}, ValueError, r"normalizer must be in \(0, inf\), got 0"),
         ({"normalizer": 2.0, "reduction": "sum"}, ValueError, r"normalizer replaces the divisor .*got reduction='sum'"),
         ({"normalizer": torch.ones(2)}, ValueError, r"normalizer must be .*got the shape \[2\]"),
+        ({"normalizer": torch.eye(2).to_sparse()}, TypeError, r"normalizer must be a dense tensor, got .*torch.sparse_coo"),
     ],
 )
 def test_focal_options(function, options, error, match):
@@ -149,7 +173,11 @@ def test_sigmoid_focal_options():
 def test_lovasz_options():
     for bad, error, match in (
         ("some", ValueError, r"classes must be one of .*'present'.*got 'some'"),
-        (3, TypeError, r"classes must be .*got int"),
+        (3, TypeError, r"classes must be .*got int 3"),
+        (np.array([0, 1]), TypeError, r"classes must be .*got ndarray array\(\[0, 1\]\)"),
+        (torch.tensor([0, 1]), TypeError, r"classes must be .*got Tensor tensor\(\[0, 1\]\)"),
+        ([np.array([0, 1])], TypeError, r"classes must hold ints, got array\(\[0, 1\]\)"),
+        ([10**5000], IndexError, r"classes holds a number of more than 4300 digits, expected class ids"),
         ([], ValueError, r"classes must hold at least one class id"),
         ([0, 0], ValueError, r"each once, got \[0, 0\]"),
         ([3], IndexError, r"classes holds 3, expected class ids in \[0, 3\)"),
@@ -163,6 +191,8 @@ def test_lovasz_options():
             function(X, y, per_image=1)
         with pytest.raises(ValueError, match=r"method must be one of \('auto', 'exact', 'histogram'\), got 'fast'"):
             function(X, y, method="fast")
+        with pytest.raises(ValueError, match=r"method must be one of .*, got array\(\['exact', 'auto'\]"):
+            function(X, y, method=np.array(["exact", "auto"]))
     with pytest.raises(ValueError, match=r"class_weight must have the shape \[3\].*got \[2\]"):
         lovasz_softmax_loss(X, Y, class_weight=torch.ones(2))
     with pytest.raises(ValueError, match=r"logits must have the shape \[N, C, \*\], got \[4\]"):
@@ -174,15 +204,35 @@ def test_two_class_logits_in_the_hinge():
         lovasz_hinge_loss(torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
 
 
-def test_numpy_numbers_are_numbers():
-    softmax_focal_loss(X, Y, gamma=np.float32(1.5), ignore_index=np.int64(1), alpha=np.float64(0.5))
+@over_focal
+def test_all_real_numbers_are_numbers(backend):
+    for number in (Fraction(1, 2), np.float16(0.5), np.float32(0.5), np.float64(0.5)):
+        for function, more in ((softmax_focal_loss, {"label_smoothing": number}), (sigmoid_focal_loss, {})):
+            options = {"gamma": number, "alpha": number, "normalizer": number} | more
+            same = dict.fromkeys(options, 0.5)
+            assert torch.equal(function(X, Y, **options, backend=backend), function(X, Y, **same, backend=backend))
+    for two in (np.uint64(2), np.int8(2)):
+        loss = softmax_focal_loss(X, Y, gamma=two, ignore_index=two, alpha=two, normalizer=two, backend=backend)
+        assert torch.equal(loss, softmax_focal_loss(X, Y, gamma=2, ignore_index=2, alpha=2, normalizer=2, backend=backend))
     lovasz_softmax_loss(X, Y, classes=list(np.array([0, 2])))
+
+
+def test_sizes_are_numbers_in_a_compiled_graph():
+    """Symbolic ones, where a dimension is dynamic."""
+
+    def loss(x, y):
+        return softmax_focal_loss(x, y, normalizer=x.shape[0], gamma=x.shape[0] / 2, backend="native")
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (2, 3, 4):
+        x, y = torch.randn(n, 3, 4), torch.ones(n, 4, dtype=torch.long)
+        torch.testing.assert_close(compiled(x, y), loss(x, y))
 
 
 def test_layouts_and_types_that_no_kernel_reads():
     with pytest.raises(TypeError, match=r"logits must be a dense tensor, got the layout torch.sparse_coo"):
         softmax_focal_loss(X.to_sparse(), Y)
-    with pytest.raises(TypeError, match=r"normalizer must be a dense float, integer or bool tensor, got torch.uint16"):
+    with pytest.raises(TypeError, match=r"normalizer must be a float, integer or bool tensor, got torch.uint16"):
         softmax_focal_loss(X, Y, normalizer=torch.tensor(3, dtype=torch.uint16))
 
 

@@ -54,8 +54,11 @@ def test_all_ignored_is_zero_with_zero_gradient(reduction, backend):
     for function, t, more in cases:
         loss, gradient = evaluate(function, x, t, **options, **more)
         assert (loss == 0).all() and (gradient == 0).all()
-    if reduction == "mean" and backend != "reference":  # (the gradient is 0 times what the caller divides by)
-        assert softmax_focal_loss(x, target, normalizer=torch.zeros(()), **options) == 0
+    if reduction == "mean":  # divided by the number of positives, 0, perhaps
+        for normalizer in (torch.zeros(()), torch.tensor(0), torch.tensor(math.nan)):
+            for function, t, more in cases:
+                loss, gradient = evaluate(function, x, t, normalizer=normalizer, **options, **more)
+                assert loss == 0 and (gradient == 0).all()
 
 
 @over_focal
@@ -101,6 +104,34 @@ def test_ignore_index_is_not_wrapped_to_the_type_of_the_target(target_type, igno
 def test_values_are_ignored_before_they_are_rounded(backend):
     almost = torch.full((4,), 1 - 1e-11, dtype=torch.float64)
     assert sigmoid_focal_loss(torch.zeros(4), almost, ignore_index=1, backend=backend) > 0
+
+
+@over_focal
+@pytest.mark.parametrize(
+    ("dtype", "ignore_index"),
+    [(torch.float16, 2049), (torch.float16, 70000), (torch.bfloat16, 257), (torch.float32, 2**24 + 1)],
+    ids=str,
+)  # as this type they are 2048, infinity, 256, 2^24
+def test_ignore_index_is_not_rounded_to_the_type_of_the_target(dtype, ignore_index, backend):
+    """What it would be rounded to is no value in [0, 1], and not ignored."""
+    x, target = torch.zeros(4), torch.tensor([0, 1, 0.5, 1], dtype=dtype)
+    expected = sigmoid_focal_loss(x, target, backend=backend)
+    assert torch.equal(sigmoid_focal_loss(x, target, ignore_index=ignore_index, backend=backend), expected)
+    target[1] = ignore_index
+    if backend == "triton":
+        assert sigmoid_focal_loss(x, target, ignore_index=ignore_index, backend=backend).isnan()
+    else:
+        with pytest.raises(IndexError, match="target holds"):
+            sigmoid_focal_loss(x, target, ignore_index=ignore_index, backend=backend)
+
+
+@over_focal
+def test_one_logit_of_no_dimension(backend):
+    x, target = torch.tensor(0.3), torch.tensor(1.0)
+    expected = sigmoid_focal_loss(x[None], target[None], alpha=0.25, reduction="none", backend=backend)[0]
+    for alpha in (0.25, torch.tensor(0.25), torch.tensor([0.25])):
+        loss = sigmoid_focal_loss(x, target, alpha=alpha, reduction="none", backend=backend)
+        torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)  # kernels on the CPU raise: test_arguments.py

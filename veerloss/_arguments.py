@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -35,8 +36,7 @@ def missing_reason(backend: str, device: torch.device, loss: str) -> str | None:
 
 def choose_backend(backend: str, device: torch.device, loss: str) -> str:
     """The backend that runs ``loss``, "focal" or "lovasz"; an explicit name never falls back."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     if backend == "auto":
         fast = ("native", "triton") if device.type == "cuda" else ("native",)
         return next((b for b in fast if missing_reason(b, device, loss) is None), "reference")
@@ -55,11 +55,26 @@ def checks_values(backend: str, device: torch.device) -> bool:
     return backend == "reference" or (device.type == "cuda" and os.environ.get("VEERLOSS_CHECK", "0") == "1")
 
 
+def shown(value: object) -> str:
+    """``value`` in an error: on one line, and not too long."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python does not write out ints of thousands of digits
+        return f"a number of more than {sys.get_int_max_str_digits()} digits"
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested tensor of the layout {value.layout}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got the layout {value.layout}")
+
+
 def check_logits(logits: Tensor, min_dim: int, shape: str) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a Tensor, got {type(logits).__name__}")
-    if logits.layout != torch.strided:
-        raise TypeError(f"logits must be a dense tensor, got the layout {logits.layout}")
+    check_dense("logits", logits)
     if logits.dtype not in _FLOATS:
         raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
     if logits.dim() < min_dim:
@@ -71,8 +86,7 @@ def check_target(target: Tensor, logits: Tensor) -> None:
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
     if target.device != logits.device:
         raise ValueError(f"target must be on the device of logits, {str(logits.device)!r}, got {str(target.device)!r}")
-    if target.layout != torch.strided:
-        raise TypeError(f"target must be a dense tensor, got the layout {target.layout}")
+    check_dense("target", target)
     if target.dtype not in (*_FLOATS, *_INTEGERS, torch.bool):
         raise TypeError(f"target must be a float, integer or bool tensor, got {target.dtype}")
     if target.requires_grad:
@@ -95,18 +109,23 @@ def check_index_target(target: Tensor, logits: Tensor) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {shown(value)}")
 
 
-def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    # numbers.Real: NumPy's scalars too
+def as_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:
+    """Any real number (Python's, NumPy's, symbolic ones of torch.compile) as a float, which all backends take."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    inside = (low < value if open_low else low <= value) and value <= high and value < math.inf
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {shown(value)}")
+    try:
+        number = torch.sym_float(value)
+    except OverflowError:
+        number = math.inf
+    inside = (low < number if open_low else low <= number) and number <= high and number < math.inf
     if not inside:
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
-        raise ValueError(f"{name} must be in {interval}, got {value!r}")
+        raise ValueError(f"{name} must be in {interval}, got {shown(value)}")
+    return number
 
 
 def as_ignore_index(ignore_index: object, name: str = "ignore_index") -> int | None:
@@ -114,9 +133,9 @@ def as_ignore_index(ignore_index: object, name: str = "ignore_index") -> int | N
         return None
     value = as_int(ignore_index)
     if value is None:
-        raise TypeError(f"{name} must be an int or None, got {type(ignore_index).__name__}")
+        raise TypeError(f"{name} must be an int or None, got {type(ignore_index).__name__} {shown(ignore_index)}")
     if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+        raise ValueError(f"{name} must fit in 64 bits, got {shown(value)}")
     return value
 
 
@@ -136,12 +155,17 @@ def as_int(value: object) -> int | None:
     """Python's and NumPy's integers as an int; None for anything else."""
     if isinstance(value, int):
         return None if isinstance(value, bool) else value
-    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, Tensor) else None
+    if isinstance(value, Tensor):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # arrays have __index__, too
+        return None
 
 
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_constant(name: str, value: Tensor, logits: Tensor) -> None:
@@ -150,8 +174,9 @@ def check_constant(name: str, value: Tensor, logits: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of logits, {str(logits.device)!r}, got {str(value.device)!r}")
     if value.requires_grad:
         raise ValueError(f"{name} must not require a gradient: it is a constant of the loss; pass {name}.detach()")
-    if value.dtype not in (*_FLOATS, *_INTEGERS, torch.bool) or value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense float, integer or bool tensor, got {value.dtype}, {value.layout}")
+    check_dense(name, value)
+    if value.dtype not in (*_FLOATS, *_INTEGERS, torch.bool):
+        raise TypeError(f"{name} must be a float, integer or bool tensor, got {value.dtype}")
 
 
 def check_per_class(name: str, value: Tensor, logits: Tensor, classes: int) -> None:
@@ -160,17 +185,17 @@ def check_per_class(name: str, value: Tensor, logits: Tensor, classes: int) -> N
         raise ValueError(f"{name} must have the shape [{classes}] (one value per class), got {list(value.shape)}")
 
 
-def check_normalizer(normalizer: object, reduction: str, logits: Tensor) -> None:
+def as_normalizer(normalizer: object, reduction: str, logits: Tensor) -> float | Tensor | None:
     if normalizer is None:
-        return
+        return None
     if reduction != "mean":
         raise ValueError(f"normalizer replaces the divisor of reduction='mean', got reduction={reduction!r}")
-    if isinstance(normalizer, Tensor):
-        check_constant("normalizer", normalizer, logits)
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer must be a number or a tensor of one element, got the shape {list(normalizer.shape)}")
-    else:
-        check_number("normalizer", normalizer, 0, open_low=True)
+    if not isinstance(normalizer, Tensor):
+        return as_number("normalizer", normalizer, 0, open_low=True)
+    check_constant("normalizer", normalizer, logits)
+    if normalizer.numel() != 1:
+        raise ValueError(f"normalizer must be a number or a tensor of one element, got the shape {list(normalizer.shape)}")
+    return normalizer
 
 
 # The values of targets: see checks_values.
@@ -196,8 +221,9 @@ def check_unit_range(target: Tensor, ignore_index: int | None) -> None:
 
 
 def widened(target: Tensor) -> Tensor:
-    """Integers as int64: PyTorch wraps a number to the type of the tensor that it is compared with, 511 to 255 for uint8."""
-    return target if target.dtype.is_floating_point else target.long()
+    """As int64 or float64: PyTorch takes a number to the type of the tensor that it is compared with, 511 to 255 for uint8,
+    2049 to 2048 for float16."""
+    return target.double() if target.dtype.is_floating_point else target.long()
 
 
 def _raise_for(bad: Tensor, target: Tensor, expected: str, ignore_index: int | None) -> None:

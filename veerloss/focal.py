@@ -74,13 +74,13 @@ def sigmoid_focal_loss(
                 "expected target.unsqueeze(1)"
             )
         arguments.check_index_target(target, logits)
-    arguments.check_number("gamma", gamma, 0)
+    gamma = arguments.as_number("gamma", gamma, 0)
     alpha = _checked_alpha(alpha, logits, logits.size(1) if logits.dim() > 1 else 1, 1)
     if weight is not None:
         weight = _element_weight(weight, logits)
     ignore_index = arguments.as_ignore_index(ignore_index)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
-    arguments.check_normalizer(normalizer, reduction, logits)
+    normalizer = arguments.as_normalizer(normalizer, reduction, logits)
 
     backend = arguments.choose_backend(backend, logits.device, "focal")
     if arguments.checks_values(backend, logits.device):
@@ -151,13 +151,13 @@ def softmax_focal_loss(
     """
     arguments.check_logits(logits, 1, "[N, C, *] or [C]")
     arguments.check_index_target(target, logits)
-    arguments.check_number("gamma", gamma, 0)
-    arguments.check_number("label_smoothing", label_smoothing, 0, 1)
+    gamma = arguments.as_number("gamma", gamma, 0)
+    label_smoothing = arguments.as_number("label_smoothing", label_smoothing, 0, 1)
     classes = logits.size(1) if logits.dim() > 1 else logits.size(0)
     alpha = _checked_alpha(alpha, logits, classes, math.inf)
     ignore_index = arguments.as_ignore_index(ignore_index)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
-    arguments.check_normalizer(normalizer, reduction, logits)
+    normalizer = arguments.as_normalizer(normalizer, reduction, logits)
 
     backend = arguments.choose_backend(backend, logits.device, "focal")
     if arguments.checks_values(backend, logits.device):
@@ -178,12 +178,11 @@ def softmax_focal_loss(
 
 
 def _checked_alpha(alpha: float | Tensor | None, logits: Tensor, classes: int, high: float) -> float | Tensor | None:
-    """A number as it is; a tensor as one value per class."""
+    """A number, or a tensor of one value per class."""
     if alpha is None:
         return None
     if not isinstance(alpha, Tensor):
-        arguments.check_number("alpha", alpha, 0, high)
-        return alpha
+        return arguments.as_number("alpha", alpha, 0, high)
     if alpha.dim() == 0:
         alpha = alpha.expand(classes)
     arguments.check_per_class("alpha", alpha, logits, classes)

@@ -367,18 +367,21 @@ def _check_classes(classes: str | Sequence[int], logits: Tensor) -> str | list[i
         arguments.check_choice("classes", classes, ("present", "all"))
         return classes
     if not isinstance(classes, Sequence):
-        raise TypeError(f"classes must be 'present', 'all' or a sequence of class ids, got {type(classes).__name__}")
+        raise TypeError(
+            f"classes must be 'present', 'all' or a sequence of class ids, "
+            f"got {type(classes).__name__} {arguments.shown(classes)}"
+        )
     count = logits.size(1)
     chosen = set()
     for c in classes:
         number = arguments.as_int(c)
         if number is None:
-            raise TypeError(f"classes must hold ints, got {c!r}")
+            raise TypeError(f"classes must hold ints, got {arguments.shown(c)}")
         if not 0 <= number < count:
-            raise IndexError(f"classes holds {c}, expected class ids in [0, {count})")
+            raise IndexError(f"classes holds {arguments.shown(number)}, expected class ids in [0, {count})")
         chosen.add(number)
     if len(chosen) != len(classes) or not chosen:
-        raise ValueError(f"classes must hold at least one class id, and each once, got {list(classes)}")
+        raise ValueError(f"classes must hold at least one class id, and each once, got {arguments.shown(list(classes))}")
     return sorted(chosen)
 
 

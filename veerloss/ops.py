@@ -104,7 +104,7 @@ def loss_dtype_of(logits: Tensor, upcast_loss: bool) -> torch.dtype:
 
 def sigmoid_focal(logits, target, *, alpha, class_alpha, gamma, weight, ignore_index, reduction, normalizer, backend) -> Tensor:
     return _checked(backend, logits).sigmoid_focal_forward.default(
-        logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=float(gamma), weight=weight,
+        logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=gamma, weight=weight,
         ignore_index=ignore_index, **_divisor(reduction, normalizer), upcast_loss=_upcasts(logits),
     )[0]  # fmt: skip
 
@@ -113,8 +113,8 @@ def softmax_focal(
     logits, target, *, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer, backend
 ) -> Tensor:
     return _checked(backend, logits).softmax_focal_forward.default(
-        logits=logits, target=target, alpha=float(alpha), class_alpha=class_alpha, gamma=float(gamma),
-        label_smoothing=float(label_smoothing), ignore_index=ignore_index, **_divisor(reduction, normalizer),
+        logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=gamma,
+        label_smoothing=label_smoothing, ignore_index=ignore_index, **_divisor(reduction, normalizer),
         upcast_loss=_upcasts(logits),
     )[0]  # fmt: skip
 

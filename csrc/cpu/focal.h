@@ -40,9 +40,9 @@ inline void store_focal_loss(const FocalLoss& out, const std::vector<FocalPartia
     all.valid += p.valid;
   }
   double scale = out.normalizer.data ? out.factor / load_element<double>(out.normalizer, 0) : out.factor;
-  if (out.reduction == Reduction::mean) scale = all.valid > 0 ? 1.0 / static_cast<double>(all.valid) : 0.0;
-  // Nothing valid: 0, even where the normaliser is 0.
-  if (out.reduction != Reduction::none) store_element(out.loss, 0, all.valid > 0 ? all.sum * scale : 0.0);
+  if (out.reduction == Reduction::mean) scale = 1.0 / static_cast<double>(all.valid);
+  if (all.valid == 0) scale = 0.0;  // then loss and gradient are 0, even where the normaliser is 0
+  if (out.reduction != Reduction::none) store_element(out.loss, 0, all.sum * scale);
   store_element(out.scale, 0, scale);
 }
 

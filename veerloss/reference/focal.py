@@ -104,7 +104,7 @@ def _power(q: Tensor, gamma: float) -> Tensor:
 def _per_channel(value: float | Tensor, x: Tensor, class_dim: int = 1) -> Tensor:
     """A number, one value per channel, or a tensor that broadcasts as it is: in a shape that broadcasts to x."""
     value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
-    if value.dim() == 1 and x.dim() > 1:
+    if value.dim() == 1 and x.dim() != 1:
         return value.reshape([-1 if d == class_dim else 1 for d in range(x.dim())])
     return value
 

@@ -321,11 +321,11 @@ def focal_loss_kernel(partials, programs, normalizer, factor: tl.float64, loss, 
         first += BLOCK
     count = tl.sum(counts)
     if MEAN:
-        multiplier = tl.where(count > 0.0, 1.0 / tl.maximum(count, 1.0), 0.0)
+        multiplier = 1.0 / tl.maximum(count, 1.0)
     else:
         multiplier = tl.full((), factor, tl.float64)
         if normalizer is not None:
             multiplier = multiplier / widen(tl.load(normalizer), tl.float64)
-    value = tl.where(count > 0.0, tl.sum(totals) * multiplier, 0.0)  # nothing counts: 0, whatever the normalizer
-    tl.store(loss, value.to(scale.dtype.element_ty))
+    multiplier = tl.where(count > 0.0, multiplier, 0.0)  # nothing counts: loss and gradient are 0, whatever the normalizer
+    tl.store(loss, (tl.sum(totals) * multiplier).to(scale.dtype.element_ty))
     tl.store(scale, multiplier)
