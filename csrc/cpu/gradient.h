@@ -38,12 +38,12 @@ void lovasz_gradient(const LovaszBatch& b, const LovaszGradient& out, const Segm
     Weights weigh(weights);
     for (int64_t k = begin; k < end; ++k) {
       const Tile& tile = tiles[k];
-      const int64_t n = tile.size;
-      if (!tile.whole()) clear_run(out.grad_logits, g, tile.span);
-      if (n == 0) continue;
-      if (Weights::by_error || !tile.whole()) tiles.load_labels_of(b, tile, t, bad);
+      const int64_t n = tile.loaded();
+      if (tile.sparse()) clear_run(out.grad_logits, g, tile.span);
+      if (tile.size == 0) continue;
+      if (Weights::by_error || tile.size < tile.span.count) tiles.load_labels_of(b, tile, t, bad);
       if (Weights::by_error || b.errors != Errors::hinge) load_tile(b, tile, capacity, t);
-      if (!tile.whole()) pixel_offsets(t.offset.data(), out.grad_logits, g, tile.span.first, t.index.data(), n);
+      if (tile.sparse()) pixel_offsets(t.offset.data(), out.grad_logits, g, tile.span.first, t.index.data(), n);
       if (softmax) VEERLOSS_DISPATCH(GradientTiles::begin(n, t.pivot, t.others, t.has_weight.data()));
       for (int64_t c = 0; c < g.channels; ++c) {
         T* const grad = t.grad + c * capacity;
@@ -60,15 +60,15 @@ void lovasz_gradient(const LovaszBatch& b, const LovaszGradient& out, const Segm
       if (softmax) VEERLOSS_DISPATCH(GradientTiles::end(n, t.sumexp_excl_max, t.inv_sumexp, t.pivot, t.others));
       for (int64_t c = 0; c < g.channels; ++c) {
         T* const grad = t.grad + c * capacity;
-        T* const in_place = softmax && tile.whole() ? row_in_place<T>(out.grad_logits, g, c, tile.span) : nullptr;
+        T* const in_place = softmax && !tile.sparse() ? row_in_place<T>(out.grad_logits, g, c, tile.span) : nullptr;
         if (softmax)
           VEERLOSS_DISPATCH(GradientTiles::softmax(t.exps + c * capacity, grad, n, t.inv_sumexp, t.pivot, t.others,
                                                    t.has_weight.data(), in_place ? in_place : grad));
         if (in_place) continue;
-        if (tile.whole())
-          store_row(grad, out.grad_logits, g, c, tile.span);
-        else
+        if (tile.sparse())
           scatter_row(grad, out.grad_logits, c, t.offset.data(), n);
+        else
+          store_row(grad, out.grad_logits, g, c, tile.span);
       }
     }
   });

@@ -81,6 +81,26 @@ int64_t select_pixels(const int32_t* label, int64_t n, int32_t first, int32_t* i
   return VEERLOSS_DISPATCH(RowTiles::select(label, n, first, index, kept));
 }
 
+void mask_pixels(const int32_t* label, int64_t n, uint16_t* mask) {
+  VEERLOSS_DISPATCH(RowTiles::mask(label, n, mask));
+}
+
+void compress_row(uint32_t* row, int64_t n, const uint16_t* mask) {
+  VEERLOSS_DISPATCH(RowTiles::compress(row, n, mask));
+}
+
+void compress_row(uint64_t* row, int64_t n, const uint16_t* mask) {
+  VEERLOSS_DISPATCH(RowTiles::compress(row, n, mask));
+}
+
+void expand_row(const float* in, int64_t n, const uint16_t* mask, float* row) {
+  VEERLOSS_DISPATCH(RowTiles::expand(in, n, mask, row));
+}
+
+void expand_row(const double* in, int64_t n, const uint16_t* mask, double* row) {
+  VEERLOSS_DISPATCH(RowTiles::expand(in, n, mask, row));
+}
+
 int64_t count_pixels(const int32_t* label, int64_t n) {
   return VEERLOSS_DISPATCH(RowTiles::count(label, n));
 }

@@ -40,6 +40,14 @@ bool load_labels(int32_t* out, const View& v, const Geometry& g, const TargetRul
 // The pixels that are not ignored, appended to index and kept; `first` is the index of label[0]. Returns how many they are;
 // both have room for one more.
 int64_t select_pixels(const int32_t* label, int64_t n, int32_t first, int32_t* index, int32_t* kept);
+
+// The same of whole rows, by a mask of the pixels: see RowTiles.
+void mask_pixels(const int32_t* label, int64_t n, uint16_t* mask);
+void compress_row(uint32_t* row, int64_t n, const uint16_t* mask);
+void compress_row(uint64_t* row, int64_t n, const uint16_t* mask);
+void expand_row(const float* in, int64_t n, const uint16_t* mask, float* row);
+void expand_row(const double* in, int64_t n, const uint16_t* mask, double* row);
+
 int64_t count_pixels(const int32_t* label, int64_t n);
 
 // Element i of a contiguous tensor.

@@ -51,15 +51,19 @@ std::vector<SegmentCounts<T>> write_keys(const LovaszBatch& b, const SegmentTile
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
     TileRows<T> t(g.channels, capacity, false);
     std::vector<SegmentCounts<T>> thread_counts(b.segments());
+    std::vector<typename ErrorKey<T>::Word> of_span(capacity + 16);
+    std::vector<uint16_t> mask(capacity / 16);
     for (int64_t k = begin; k < end; ++k) {
       const Tile& tile = tiles[k];
-      const int64_t n = tile.size;
-      if (n == 0) continue;
+      const int64_t n = tile.loaded();
+      if (tile.size == 0) continue;
       tiles.load_labels_of(b, tile, t, bad);
       load_tile(b, tile, capacity, t);
       const int32_t* label = t.label.data();
+      if (tile.size < n) mask_pixels(label, n, mask.data());
       for (int64_t c = 0; c < g.channels; ++c) {
-        auto* out = keys + place.at(tile.row, c) + tile.before;
+        auto* const kept = keys + place.at(tile.row, c) + tile.before;
+        auto* const out = tile.size < n ? of_span.data() : kept;
         SegmentCounts<T>* count = &thread_counts[tile.row * g.channels + c];
         const auto cls = static_cast<int32_t>(c);
         if (b.errors == Errors::softmax)
@@ -69,6 +73,10 @@ std::vector<SegmentCounts<T>> write_keys(const LovaszBatch& b, const SegmentTile
           VEERLOSS_DISPATCH(ExactTiles::probability_keys(t.values + c * capacity, n, label, cls, out, count));
         else
           VEERLOSS_DISPATCH(ExactTiles::hinge_keys(t.values + c * capacity, n, label, out, count));
+        if (tile.size < n) {
+          compress_row(out, n, mask.data());
+          std::copy_n(out, tile.size, kept);
+        }
       }
     }
     const std::lock_guard<std::mutex> lock(mutex);
@@ -113,15 +121,30 @@ std::vector<double> segment_losses(const LovaszBatch& b, const SegmentKeys& plac
 
 // Weights of a forward pass.
 template <class T>
-struct StoredWeights {
+class StoredWeights {
+ public:
   static constexpr bool by_error = false;
-  const T* weights;
-  const SegmentKeys& place;
 
-  void operator()(const TileRows<T>&, const Tile& tile, int64_t c, T factor, T* grad) const {
-    const T* in = weights + place.at(tile.row, c) + tile.before;
-    for (int64_t i = 0; i < tile.size; ++i) grad[i] = in[i] * factor;
+  StoredWeights(const T* weights, const SegmentKeys& place, int64_t capacity)
+      : weights_(weights), place_(place), of_tile_(capacity + 16), mask_(capacity / 16) {}
+
+  void operator()(const TileRows<T>& rows, const Tile& tile, int64_t c, T factor, T* grad) {
+    const T* in = weights_ + place_.at(tile.row, c) + tile.before;
+    const int64_t n = tile.loaded();
+    if (tile.size < n) {
+      if (c == 0) mask_pixels(rows.label.data(), n, mask_.data());
+      std::copy_n(in, tile.size, of_tile_.data());
+      expand_row(of_tile_.data(), n, mask_.data(), grad);
+      in = grad;
+    }
+    for (int64_t i = 0; i < n; ++i) grad[i] = in[i] * factor;
   }
+
+ private:
+  const T* weights_;
+  const SegmentKeys& place_;
+  std::vector<T> of_tile_;  // and as many more as expand_row reads
+  std::vector<uint16_t> mask_;
 };
 
 }  // namespace
@@ -137,7 +160,7 @@ void kernels::lovasz_exact_forward(const LovaszExactForward& args) {
     auto* keys = static_cast<typename ErrorKey<T>::Word*>(args.keys);
     const int64_t capacity = tile_length(b.classes(), sizeof(T), b.length());
     BadTarget bad;
-    const SegmentTiles tiles(b, Pixels::not_ignored, capacity, bad);
+    const SegmentTiles tiles(b, false, capacity, bad);
     const SegmentKeys place(b, tiles, args.valid_pixels);
     const auto counts = write_keys<T>(b, tiles, capacity, place, keys, bad);
     std::vector<char> takes_part(b.segments());
@@ -154,9 +177,9 @@ void kernels::lovasz_exact_backward(const LovaszExactBackward& args) {
     using T = decltype(zero);
     const int64_t capacity = tile_length(2 * b.classes(), sizeof(T), b.length());
     BadTarget bad;  // the forward pass has raised it
-    const SegmentTiles tiles(b, Pixels::not_ignored, capacity, bad);
+    const SegmentTiles tiles(b, false, capacity, bad);
     const SegmentKeys place(b, tiles, args.valid_pixels);
-    lovasz_gradient<T>(b, args.out, tiles, capacity, StoredWeights<T>{static_cast<const T*>(args.weights), place});
+    lovasz_gradient<T>(b, args.out, tiles, capacity, StoredWeights<T>(static_cast<const T*>(args.weights), place, capacity));
   });
 }
 

@@ -143,12 +143,12 @@ void count(const LovaszHistogramCount& args) {
   SharedCounts shared{args.counts, std::vector<MaxError>(b.segments()), std::vector<std::mutex>(classes)};
   BadTarget bad;
   const int64_t capacity = tile_length(classes, sizeof(T), b.length());  // far below 65535, the capacity of a counter
-  const SegmentTiles tiles(b, args.sampled ? Pixels::sampled : Pixels::mostly_not_ignored, capacity, bad);
+  const SegmentTiles tiles(b, args.sampled, capacity, bad);
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
     Counter<T> counter(b, bins, capacity, shared);
     for (int64_t k = begin; k < end; ++k) {
       const Tile& tile = tiles[k];
-      const int64_t n = tile.size;
+      const int64_t n = tile.loaded();
       if (n == 0) continue;
       tiles.load_labels_of(b, tile, counter.rows, bad);
       load_tile(b, tile, capacity, counter.rows);
@@ -185,7 +185,7 @@ struct BinWeights {
         slots_(tile) {}
 
   void operator()(const TileRows<T>& rows, const Tile& tile, int64_t c, T factor, T* grad) {
-    const int64_t segment = tile.row * batch_.classes() + c, n = tile.size;
+    const int64_t segment = tile.row * batch_.classes() + c, n = tile.loaded();
     const int32_t* label = rows.label.data();
     const T max_error = max_weight_[2 * segment], max_error_weight = max_weight_[2 * segment + 1];
     find_errors(batch_, rows, static_cast<int64_t>(error.size()), n, c, error.data());
@@ -219,7 +219,7 @@ void sum(const LovaszHistogramSum& args) {
   const LovaszBatch& b = args.batch;
   const int64_t capacity = tile_length(b.classes(), sizeof(T), b.length());
   BadTarget bad;  // the counts have raised it
-  const SegmentTiles tiles(b, Pixels::mostly_not_ignored, capacity, bad);
+  const SegmentTiles tiles(b, false, capacity, bad);
   std::vector<std::atomic<int64_t>> sums(b.segments());
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
     TileRows<T> rows(b.classes(), capacity, false);
@@ -227,13 +227,14 @@ void sum(const LovaszHistogramSum& args) {
     std::vector<T> weight(capacity);
     for (int64_t k = begin; k < end; ++k) {
       const Tile& tile = tiles[k];
-      if (tile.size == 0) continue;
+      if (tile.loaded() == 0) continue;
       tiles.load_labels_of(b, tile, rows, bad);
       load_tile(b, tile, capacity, rows);
       for (int64_t c = 0; c < b.classes(); ++c) {
         const int64_t i = tile.row * b.classes() + c;
         weigh(rows, tile, c, T(1), weight.data());
-        sums[i] += VEERLOSS_DISPATCH(HistogramTiles::fixed_sum(weight.data(), weigh.error.data(), tile.size, args.units[i]));
+        sums[i] +=
+            VEERLOSS_DISPATCH(HistogramTiles::fixed_sum(weight.data(), weigh.error.data(), tile.loaded(), args.units[i]));
       }
     }
   });
@@ -260,7 +261,7 @@ void kernels::lovasz_histogram_backward(const LovaszHistogramBackward& args) {
     using T = decltype(zero);
     const int64_t capacity = tile_length(2 * b.classes(), sizeof(T), b.length());
     BadTarget bad;  // the forward pass has raised it
-    const SegmentTiles tiles(b, Pixels::mostly_not_ignored, capacity, bad);
+    const SegmentTiles tiles(b, false, capacity, bad);
     lovasz_gradient<T>(b, args.out, tiles, capacity, BinWeights<T>(b, args.table, args.weights, capacity));
   });
 }

@@ -48,27 +48,26 @@ struct TileRows {
   T *pivot = nullptr, *others = nullptr;                    // [tile]: see GradientTiles
 };
 
-// The pixels of a span that are not ignored; of a sample, some of them. Only these are loaded and computed.
+// The pixels of a span that are not ignored; of a sample, some of them.
 struct Tile {
   int64_t row;
   Run span;        // without a pixel of another row; of a sample, of another image
   int64_t size;    // pixels of the tile
   int64_t before;  // how many of the row, of a sample of the image, are not ignored before the span
+  bool sampled;
 
-  bool whole() const { return size == span.count; }
+  // Whether they are loaded one by one. Of most of a span all are, and the ignored ones computed with them, marked by their
+  // label: less work than to leave them out.
+  bool sparse() const { return size < span.count && (sampled || 2 * size <= span.count); }
+  // Pixels in the rows of a tile.
+  int64_t loaded() const { return sparse() ? size : span.count; }
 };
-
-// Which pixels the tiles of a pass have: a sample; those that are not ignored; or also ignored ones, marked by their label,
-// where they are less than a quarter of a span: it costs less to compute them than to leave them out.
-enum class Pixels { sampled, not_ignored, mostly_not_ignored };
 
 // The tiles of a pass. Where pixels can be ignored this takes a pass over the targets, for tiles to be full: voxel grids are
 // 98% ignored.
 class SegmentTiles {
  public:
-  SegmentTiles(const LovaszBatch& b, Pixels which, int64_t capacity, BadTarget& bad)
-      : sampled_(which == Pixels::sampled), valid_(b.rows()) {
-    const bool sampled = sampled_;
+  SegmentTiles(const LovaszBatch& b, bool sampled, int64_t capacity, BadTarget& bad) : sampled_(sampled), valid_(b.rows()) {
     // In capacities. The zeros of a longer span leave the cache before its gradients are written over them.
     constexpr int64_t max_span = 16;
     const Geometry& g = b.geometry;
@@ -92,22 +91,21 @@ class SegmentTiles {
     for (int64_t unit = 0; unit < units; ++unit) {
       const int64_t row = sampled && !b.per_image ? 0 : unit;
       int64_t before = 0;
-      Tile tile{row, {unit * length, 0}, 0, 0};
+      Tile tile{row, {unit * length, 0}, 0, 0, sampled};
       const auto end_tile = [&](int64_t next) {
         if (tile.span.count > 0) tiles_.push_back(tile);
-        tile = {row, {next, 0}, 0, before};
+        tile = {row, {next, 0}, 0, before, sampled};
       };
       for (int64_t k = 0; k < blocks; ++k) {
         const Run run = block_of(unit, k);
         const int64_t counted = valid.empty() ? run.count : valid[unit * blocks + k];
-        int64_t size = sampled ? sampled_before(before + counted) - sampled_before(before) : counted;
-        if (which == Pixels::mostly_not_ignored && 4 * counted > 3 * run.count) size = run.count;
-        const bool whole = size == run.count;  // a tile of its own
-        if (whole || tile.size + size > capacity || tile.span.count >= max_span * capacity) end_tile(run.first);
+        const int64_t size = sampled ? sampled_before(before + counted) - sampled_before(before) : counted;
+        const bool most = 2 * size > run.count;  // a tile of its own
+        if (most || tile.size + size > capacity || tile.span.count >= max_span * capacity) end_tile(run.first);
         tile.span.count += run.count;
         tile.size += size;
         before += counted;
-        if (whole) end_tile(run.first + run.count);
+        if (most) end_tile(run.first + run.count);
       }
       end_tile(0);
       valid_[row] += before;
@@ -119,16 +117,17 @@ class SegmentTiles {
   // Pixels of a row that count.
   int64_t valid(int64_t row) const { return valid_[row]; }
 
-  // The labels of a tile, and the index of its pixels unless it is its whole span.
+  // The labels of a tile, and of a sparse one the index of its pixels.
   template <class T>
   void load_labels_of(const LovaszBatch& b, const Tile& tile, TileRows<T>& rows, BadTarget& bad) const {
-    if (tile.whole()) return load_labels(rows.label.data(), b.target, b.geometry, b.rule, tile.span, bad);
+    const Run span = tile.span;
+    if (!tile.sparse()) return load_labels(rows.label.data(), b.target, b.geometry, b.rule, span, bad);
     constexpr int64_t chunk = 1024;
     int32_t label[chunk];
     int64_t size = 0, before = tile.before;
     for (int64_t done = 0; size < tile.size; done += chunk) {
-      const int64_t n = std::min(chunk, tile.span.count - done);
-      load_labels(label, b.target, b.geometry, b.rule, {tile.span.first + done, n}, bad);
+      const int64_t n = std::min(chunk, span.count - done);
+      load_labels(label, b.target, b.geometry, b.rule, {span.first + done, n}, bad);
       for (int64_t i = 0; sampled_ && i < n; ++i) {
         const bool counts = label[i] != label_ignored;
         if (before % sample_step >= sample_run) label[i] = label_ignored;
@@ -152,16 +151,15 @@ template <class T>
 void load_tile(const LovaszBatch& b, const Tile& tile, int64_t capacity, TileRows<T>& rows) {
   const Geometry& g = b.geometry;
   const bool softmax = b.errors == Errors::softmax;
-  const int64_t n = tile.size;
-  const T* logits = softmax && tile.whole() ? row_in_place<T>(b.logits, g, 0, tile.span) : nullptr;
+  const int64_t n = tile.loaded();
+  const T* logits = softmax && !tile.sparse() ? row_in_place<T>(b.logits, g, 0, tile.span) : nullptr;
   const int64_t stride = logits ? b.logits.stride_channel : capacity;
-  if (!tile.whole()) pixel_offsets(rows.offset.data(), b.logits, g, tile.span.first, rows.index.data(), n);
+  if (tile.sparse()) pixel_offsets(rows.offset.data(), b.logits, g, tile.span.first, rows.index.data(), n);
   for (int64_t c = 0; !logits && c < g.channels; ++c) {
-    T* const row = rows.values + c * capacity;
-    if (tile.whole())
-      load_row(row, b.logits, g, c, tile.span);
+    if (tile.sparse())
+      gather_row(rows.values + c * capacity, b.logits, c, rows.offset.data(), n);
     else
-      gather_row(row, b.logits, c, rows.offset.data(), n);
+      load_row(rows.values + c * capacity, b.logits, g, c, tile.span);
   }
   if (softmax) {
     if (!logits) logits = rows.values;

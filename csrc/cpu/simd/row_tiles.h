@@ -52,6 +52,61 @@ struct RowTiles {
     return size;
   }
 
+  // Bit i % 16 of mask[i / 16]: whether pixel i is not ignored; n is rounded up to a multiple of 16.
+  static void mask(const int32_t* __restrict label, int64_t n, uint16_t* __restrict mask) {
+    int64_t k = 0;
+#if defined(VEERLOSS_AVX512)
+    for (; 16 * k + 16 <= n; ++k)
+      mask[k] = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(label + 16 * k), _mm512_set1_epi32(label_ignored));
+#endif
+    for (; 16 * k < n; ++k) {
+      uint32_t bits = 0;
+      for (int64_t l = 0; l < 16; ++l) bits |= (16 * k + l < n && label[16 * k + l] != label_ignored ? 1u : 0u) << l;
+      mask[k] = static_cast<uint16_t>(bits);
+    }
+  }
+
+  // Moves the pixels of a mask to the front of a row, in place. Rows have room for n rounded up to a multiple of 16.
+  template <class T>
+  static void compress(T* row, int64_t n, const uint16_t* __restrict mask) {
+    T* out = row;
+#if defined(VEERLOSS_AVX512)
+    // Compilers have no vector code for the loop below, which takes a cycle for each pixel.
+    if constexpr (sizeof(T) == 4) {
+      for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 bits = mask[i / 16];
+        _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(bits, _mm512_loadu_si512(row + i)));
+        out += __builtin_popcount(bits);
+      }
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < n; ++i) {
+      *out = row[i];
+      out += mask[i / 16] >> i % 16 & 1;
+    }
+  }
+
+  // The inverse: zeros elsewhere. Up to 16 elements behind `in` are read.
+  template <class T>
+  static void expand(const T* __restrict in, int64_t n, const uint16_t* __restrict mask, T* __restrict row) {
+#if defined(VEERLOSS_AVX512)
+    if constexpr (sizeof(T) == 4) {
+      for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 bits = mask[i / 16];
+        _mm512_storeu_si512(row + i, _mm512_maskz_expand_epi32(bits, _mm512_loadu_si512(in)));
+        in += __builtin_popcount(bits);
+      }
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < n; ++i) {
+      const bool bit = mask[i / 16] >> i % 16 & 1;
+      row[i] = bit ? *in : T(0);
+      in += bit;
+    }
+  }
+
   static int64_t count(const int32_t* __restrict label, int64_t n) {
     int32_t count = 0;
     for (int64_t i = 0; i < n; ++i) count += label[i] != label_ignored;
