@@ -1,4 +1,5 @@
-"""``python -m veerloss``: versions, the backends that are available, and why any other is not."""
+"""``python -m veerloss``: versions, the backends that are available, and why any other is not; the peers that are installed,
+and whether veerloss.patch can replace their losses."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import platform
 
 import torch
 
-from . import __version__
+from . import __version__, patching
 from ._arguments import BACKENDS, missing_reason
 
 
@@ -22,6 +23,11 @@ def main() -> None:
             if device == "cuda" and backend == "native" and reason is None:
                 backend = "native (Lovász)"  # the focal losses are Triton kernels there
             print(f"  {device:5} {backend:10} {'available' if reason is None else f'not available: {reason}'}")
+    found = {peer: patching.status(peer) for peer in patching.peers()}
+    installed = {peer: status for peer, status in found.items() if status[0] is not None}
+    print("Peers: " + ("" if installed else "none is installed"))
+    for peer, (version, reason) in installed.items():
+        print(f"  {peer} {version}: {'veerloss.patch can replace its losses' if reason is None else reason}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,14 @@ from torch import Tensor, nn
 from .._arguments import widened
 from ..lovasz import lovasz_hinge_loss, lovasz_softmax_loss
 
+PEER = "lovasz_losses"
+DISTRIBUTION = None
+VERSIONS = None
+REPLACES = {
+    f"lovasz_losses:{name}": name
+    for name in ("lovasz_softmax", "lovasz_softmax_flat", "lovasz_hinge", "lovasz_hinge_flat", "lovasz_grad")
+}
+
 __all__ = [
     "StableBCELoss",
     "binary_xloss",
