@@ -1,5 +1,6 @@
 // Softmax focal loss on the CPU.
 
+#include "../math/sums.h"
 #include "focal.h"
 #include "simd/vecmath.h"
 
@@ -15,7 +16,10 @@ namespace {
 template <class T>
 struct SoftmaxTile {
   SoftmaxTile(int64_t tile, int64_t classes, bool smoothing)
-      : label(tile), storage(tile * (classes * (smoothing ? 3 : 1) + 14)) {
+      : label(tile),
+        smoothed_loss(smoothing ? tile : 0),
+        totals(classes > classes_per_sum ? 2 * tile : 0),
+        storage(tile * (classes * (smoothing ? 3 : 1) + 14)) {
     T* next = storage.data();
     const auto take = [&](int64_t rows) { return std::exchange(next, next + rows * tile); };
     exps = take(classes);
@@ -26,6 +30,8 @@ struct SoftmaxTile {
       *row = take(1);
   }
   std::vector<int32_t> label;
+  std::vector<double> smoothed_loss;  // [tile]
+  std::vector<double> totals;         // of top and low, [tile] each: see SoftmaxTiles::end_part
   // [classes][tile]. The logits are overwritten by their exponentials, and these by the gradient if it cannot be written in
   // place; with label smoothing, which needs the logits until the end, they have memory of their own. `slope` is for smoothing.
   T *exps, *logits, *slope;
@@ -102,7 +108,7 @@ class SoftmaxFocal {
     VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.logits, g.channels, tile, n, r.max_logit));
     if (smoothing_ == T(0)) VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, tile, n, label, r.max_logit, r.label_logit));
     VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.logits, tile, t.exps, g.channels, tile, n, r.max_logit, r.max_count,
-                                                 r.sumexp_excl_max, r.inv_sumexp));
+                                                 r.sumexp_excl_max, r.inv_sumexp, t.totals.data()));
     if (smoothing_ > T(0)) return {smoothed_loss<square>(n, t), valid};
     VEERLOSS_DISPATCH(FocalTiles::log_probability(n, label, r));
     VEERLOSS_DISPATCH(FocalTiles::gather_alpha(t.alpha, alpha_, alpha_step_, label, n));
@@ -112,19 +118,30 @@ class SoftmaxFocal {
   template <bool square>
   double smoothed_loss(int64_t n, SoftmaxTile<T>& t) const {
     const int32_t* label = t.label.data();
-    std::fill_n(t.loss, n, T(0));
+    std::fill_n(t.smoothed_loss.data(), n, 0.0);
     std::fill_n(t.top, n, T(0));
     std::fill_n(t.low, n, T(0));
     VEERLOSS_DISPATCH(FocalTiles::log_sum(t.rows.sumexp_excl_max, n, t.log_sumexp));
     const T share = smoothing_ / static_cast<T>(g.channels);
     for (int64_t c = 0; c < g.channels; ++c) {
       const int64_t row = c * tile;
+      if (c > 0 && c % classes_per_sum == 0)
+        for_each_sum(t, [&](T* sum, double* total) { VEERLOSS_DISPATCH(SoftmaxTiles::end_part(sum, total, n, c)); });
       VEERLOSS_DISPATCH(FocalTiles::smooth_terms<T, square>(t.exps + row, t.logits + row, n, label, static_cast<int32_t>(c),
                                                             share, smoothing_, alpha_[c * alpha_step_], gamma_, t.rows,
-                                                            t.log_sumexp, t.loss, t.slope + row, t.top, t.low));
+                                                            t.log_sumexp, t.smoothed_loss.data(), t.slope + row, t.top, t.low));
     }
-    VEERLOSS_DISPATCH(FocalTiles::keep_valid(t.loss, label, n));
+    if (g.channels > classes_per_sum)
+      for_each_sum(t, [&](T* sum, double* total) { VEERLOSS_DISPATCH(SoftmaxTiles::end_sum(sum, total, n)); });
+    for (int64_t i = 0; i < n; ++i) t.loss[i] = label[i] >= 0 ? static_cast<T>(t.smoothed_loss[i]) : T(0);
     return VEERLOSS_DISPATCH(FocalTiles::sum(t.loss, n));
+  }
+
+  // The sums over classes, and their rows of `totals`.
+  template <class F>
+  void for_each_sum(SoftmaxTile<T>& t, const F& f) const {
+    double* total = t.totals.data();
+    for (T* sum : {t.top, t.low}) f(sum, std::exchange(total, total + tile));
   }
 
   const SoftmaxFocalInput& in_;

@@ -54,9 +54,12 @@ void lovasz_gradient(const LovaszBatch& b, const LovaszGradient& out, const Segm
               GradientTiles::sign_outside(t.values + c * capacity, grad, n));  // needs the sign of the weight alone
           VEERLOSS_DISPATCH(GradientTiles::scale(grad, n, factor));
         }
+        if (softmax && c > 0 && c % classes_per_sum == 0)
+          VEERLOSS_DISPATCH(SoftmaxTiles::end_part(t.others, t.total.data(), n, c));
         if (softmax)
           VEERLOSS_DISPATCH(GradientTiles::accumulate(t.exps + c * capacity, grad, n, t.pivot, t.others, t.has_weight.data()));
       }
+      if (softmax && g.channels > classes_per_sum) VEERLOSS_DISPATCH(SoftmaxTiles::end_sum(t.others, t.total.data(), n));
       if (softmax) VEERLOSS_DISPATCH(GradientTiles::end(n, t.sumexp_excl_max, t.inv_sumexp, t.pivot, t.others));
       for (int64_t c = 0; c < g.channels; ++c) {
         T* const grad = t.grad + c * capacity;

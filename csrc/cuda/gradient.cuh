@@ -86,10 +86,13 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads)
   } else {
     const Softmax<T> softmax = softmax_of_pixel<In>(batch.logits, classes, image, pixel);
     const T inv_sumexp = softmax.inv_sumexp();
+    SumOfParts<T> parts;
     for (int64_t c = 0; c < classes; ++c) {
       const T exp = softmax.exp_of(load<In>(batch.logits, image, c, pixel));
+      parts.before(c, gradient.others);
       gradient.add(exp, weigh(c, exp, softmax, inv_sumexp));
     }
+    parts.end(classes, gradient.others);
     gradient.end(softmax.sumexp_excl_max, inv_sumexp);
     for (int64_t c = 0; c < classes; ++c) {
       const T exp = softmax.exp_of(load<In>(batch.logits, image, c, pixel));

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "../math/sums.h"
 #include "pixels.cuh"
 
 namespace veerloss {
@@ -45,7 +46,12 @@ __device__ inline Softmax<opmath_t<In>> softmax_of_pixel(const View& logits, int
     softmax.max_logit = logit > softmax.max_logit ? logit : softmax.max_logit;
   }
   SumExp<T> sum;
-  for (int64_t c = 0; c < classes; ++c) sum.add(softmax.exp_of(load<In>(logits, image, c, pixel)));
+  SumOfParts<T> parts;
+  for (int64_t c = 0; c < classes; ++c) {
+    parts.before(c, sum.below_one);
+    sum.add(softmax.exp_of(load<In>(logits, image, c, pixel)));
+  }
+  parts.end(classes, sum.below_one);
   softmax.sumexp_excl_max = sum.excl_max();
   return softmax;
 }

@@ -170,17 +170,21 @@ def softmax_sums(
     logits, strides, n, p, inside, valid, classes, BLOCK_C: tl.constexpr, BLOCKS: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
     """As block_softmax, of all classes, in one read. Passes need not agree in every bit, as those of the Lovász losses have to
-    (_tiles.py): sums need no float64."""
+    (_tiles.py): the sum of a block needs no float64, those of thousands of blocks do."""
     _c, x = load_block(logits, strides, 0, n, p, inside, valid, classes, BLOCK_C, T)
     max_logit, sumexp_excl_max = block_softmax(x)
-    for k in range(1, BLOCKS):
-        _c, x = load_block(logits, strides, k, n, p, inside, valid, classes, BLOCK_C, T)
-        block_max, block_sumexp = block_softmax(x)
-        above = block_max > max_logit
-        low = tl.where(above, max_logit, block_max)
-        low_sumexp = tl.where(above, sumexp_excl_max, block_sumexp)
-        max_logit = tl.where(above, block_max, max_logit)
-        sumexp_excl_max = tl.where(above, block_sumexp, sumexp_excl_max) + (1.0 + low_sumexp) * exponentials(low, max_logit)
+    if BLOCKS > 1:
+        total = sumexp_excl_max.to(tl.float64)
+        for k in range(1, BLOCKS):
+            _c, x = load_block(logits, strides, k, n, p, inside, valid, classes, BLOCK_C, T)
+            block_max, block_sumexp = block_softmax(x)
+            above = block_max > max_logit
+            low = tl.where(above, max_logit, block_max)
+            high_sumexp = tl.where(above, block_sumexp.to(tl.float64), total)
+            low_sumexp = tl.where(above, total, block_sumexp.to(tl.float64))
+            max_logit = tl.where(above, block_max, max_logit)
+            total = high_sumexp + (1.0 + low_sumexp) * exponentials(low, max_logit).to(tl.float64)
+        sumexp_excl_max = total.to(T)
     return max_logit, sumexp_excl_max + (max_logit - max_logit)  # NaN for infinities
 
 
@@ -276,8 +280,8 @@ def softmax_focal_backward_kernel(
         # The gradient of class c is slope_c - p_c (sum of all slopes). A confident pixel has p near 1 and one slope that
         # counts: then slope - p slope is q slope, which keeps the digits that the subtraction loses. So the slopes of the most
         # probable classes (exponential 1) are added apart from the others.
-        max_slopes = tl.zeros((1, BLOCK_P), T)
-        other_slopes = tl.zeros((1, BLOCK_P), T)
+        max_slopes = tl.zeros((1, BLOCK_P), tl.float64 if BLOCKS > 1 else T)
+        other_slopes = tl.zeros((1, BLOCK_P), tl.float64 if BLOCKS > 1 else T)
         for k in range(BLOCKS):
             c, x = load_block(logits, logits_strides, k, n, p, inside, valid, classes, BLOCK_C, T)
             exp, _value, slope = smooth_terms(
@@ -285,6 +289,8 @@ def softmax_focal_backward_kernel(
             )
             max_slopes += tl.sum(tl.where(exp == 1.0, slope, 0.0), 0)[None, :]
             other_slopes += tl.sum(tl.where(exp == 1.0, 0.0, slope), 0)[None, :]
+        max_slopes = max_slopes.to(T)
+        other_slopes = other_slopes.to(T)
     else:
         _value, slope, q = label_terms(
             logits, logits_strides, n, p, valid, label, class_alpha, alpha, gamma, max_logit, sumexp_excl_max, FOCUS, T

@@ -183,7 +183,7 @@ def lovasz_histogram_backward_kernel(
     label = load_labels(target, target_strides, n, p, inside, ignore_index, background_index, ERRORS, CLASSES)
     softmax = load_softmax(logits, logits_strides, n, p, inside, T, ERRORS, CLASSES, BLOCK_C, BLOCK_P)
     pivot = tl.zeros((BLOCK_P,), T)
-    others = tl.zeros((BLOCK_P,), T)
+    others = tl.zeros((BLOCK_P,), tl.float64 if CLASSES > BLOCK_C else T)
     weighted = tl.zeros((BLOCK_P,), tl.int32)
     if ERRORS == SOFTMAX:
         for first in range(0, CLASSES, BLOCK_C):

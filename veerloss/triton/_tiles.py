@@ -161,10 +161,10 @@ def sign_outside(p, weight):
 def accumulate_gradient(exp, g, c, pivot, others, weighted):
     """The gradient of the logits is p_j (g_j - sum_c p_c g_c). The g of a most probable class is the pivot: taken relative to
     it, the sum has no large term that cancels; of confident pixels float32 would otherwise keep no digit. A pivot that a later
-    class displaces joins the others; at first it is 0."""
+    class displaces joins the others; at first it is 0. The sum of a block needs no float64, `others` does if there are many."""
     last = tl.max(tl.where(exp == 1.0, c[:, None], -1), 0)
     is_pivot = c[:, None] == last[None, :]
-    others += tl.sum(tl.where(is_pivot, 0.0, exp * g), 0) + tl.where(last >= 0, pivot, 0.0)
+    others += (tl.sum(tl.where(is_pivot, 0.0, exp * g), 0) + tl.where(last >= 0, pivot, 0.0)).to(others.dtype)
     pivot = tl.where(last >= 0, tl.sum(tl.where(is_pivot, g, 0.0), 0), pivot)
     return pivot, others, weighted | tl.max((g != 0.0).to(tl.int32), 0)
 
@@ -173,7 +173,7 @@ def accumulate_gradient(exp, g, c, pivot, others, weighted):
 def mean_gradient(softmax, pivot, others):
     """sum_c p_c (g_c - pivot), after accumulate_gradient of all classes."""
     _max_logit, sumexp_excl_max, inv_sumexp = softmax
-    return (others - pivot * sumexp_excl_max) * inv_sumexp
+    return (others.to(pivot.dtype) - pivot * sumexp_excl_max) * inv_sumexp
 
 
 @triton.jit

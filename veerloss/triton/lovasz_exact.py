@@ -191,7 +191,7 @@ def lovasz_exact_backward_kernel(
     row = n if PER_IMAGE else n * 0
     softmax = load_softmax(logits, logits_strides, n, p, inside, T, ERRORS, CLASSES, BLOCK_C, BLOCK_P)
     pivot = tl.zeros((BLOCK_P,), T)
-    others = tl.zeros((BLOCK_P,), T)
+    others = tl.zeros((BLOCK_P,), tl.float64 if CLASSES > BLOCK_C else T)
     weighted = tl.zeros((BLOCK_P,), tl.int32)
     if ERRORS == SOFTMAX:
         for first in range(0, CLASSES, BLOCK_C):

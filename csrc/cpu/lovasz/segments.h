@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../../kernels.h"
+#include "../../math/sums.h"
 #include "../parallel.h"
 #include "../simd/vecmath.h"
 #include "../targets.h"
@@ -24,6 +25,7 @@ struct TileRows {
         index(tile + 1),
         offset(tile),
         has_weight(gradient ? tile : 0),
+        total(classes > classes_per_sum ? tile : 0),
         storage(tile * ((gradient ? 2 : 1) * classes + (gradient ? 6 : 4))) {
     T* next = storage.data();
     const auto take = [&](int64_t rows) { return std::exchange(next, next + rows * tile); };
@@ -40,6 +42,7 @@ struct TileRows {
   std::vector<int32_t> label, index;  // [tile] (and room for RowTiles::select): of the pixels of the tile; index in its span
   std::vector<int64_t> offset;        // [tile], in elements
   std::vector<int32_t> has_weight;    // [tile]
+  std::vector<double> total;          // [tile]: see SoftmaxTiles::end_part
   std::vector<T> storage;
   // [classes][tile]: logits or probabilities; those of a softmax are overwritten by their exponentials, under the other name.
   T *values, *exps;
@@ -165,7 +168,7 @@ void load_tile(const LovaszBatch& b, const Tile& tile, int64_t capacity, TileRow
     if (!logits) logits = rows.values;
     VEERLOSS_DISPATCH(SoftmaxTiles::maximum(logits, g.channels, stride, n, rows.max_logit));
     VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(logits, stride, rows.exps, g.channels, capacity, n, rows.max_logit,
-                                                 rows.max_count, rows.sumexp_excl_max, rows.inv_sumexp));
+                                                 rows.max_count, rows.sumexp_excl_max, rows.inv_sumexp, rows.total.data()));
   }
 }
 

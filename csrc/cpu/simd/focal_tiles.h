@@ -144,12 +144,13 @@ struct FocalTiles {
     for (int64_t i = 0; i < n; ++i) out[i] = log_sumexp(sumexp_excl_max[i]);
   }
 
-  // The terms of class c; exps, logits and slope are its rows. `loss` adds up over the classes, and so do the slopes: those of
-  // the most probable classes (exponential 1) in `top`, the others in `low`.
+  // The terms of class c; exps, logits and slope are its rows. `loss` adds up over the classes, in float64 because the label's
+  // term is far larger than the others; and so do the slopes, those of the most probable classes (exponential 1) in `top`, the
+  // others in `low`.
   template <class T, bool Square>
   static void smooth_terms(const T* __restrict exps, const T* __restrict logits, int64_t n, const int32_t* __restrict label,
                            int32_t c, T share, T smoothing, T alpha, T gamma, SoftmaxRows<T> r, const T* __restrict log_sumexp,
-                           T* __restrict loss, T* __restrict slope, T* __restrict top, T* __restrict low) {
+                           double* __restrict loss, T* __restrict slope, T* __restrict top, T* __restrict low) {
     const T* __restrict max_logit = r.max_logit;
     const T* __restrict sumexp_excl_max = r.sumexp_excl_max;
     const T* __restrict inv_sumexp = r.inv_sumexp;
@@ -158,7 +159,7 @@ struct FocalTiles {
       const T q = exps[i] == T(1) ? sumexp_excl_max[i] * inv_sumexp[i] : T(1) - p;
       const T weight = alpha * (label[i] == c ? share + (T(1) - smoothing) : share);
       const auto term = softmax_focal<VecMath<T>, Square>((logits[i] - max_logit[i]) - log_sumexp[i], q, weight, gamma);
-      loss[i] += term.value;
+      loss[i] += static_cast<double>(term.value);
       slope[i] = term.slope;
       top[i] += exps[i] == T(1) ? term.slope : T(0);
       low[i] += exps[i] == T(1) ? T(0) : term.slope;

@@ -13,16 +13,18 @@ struct SoftmaxTiles {
 
   // exps = exp(logits - max_logit), [classes][stride]; may be the memory of the logits. sumexp_excl_max is their sum without
   // one of the largest, which is exactly 1: so 1 - p of a most probable class is sumexp_excl_max / (1 + sumexp_excl_max), where
-  // 1 - p would cancel. inv_sumexp = 1 / (1 + sumexp_excl_max). max_count: scratch, how many classes have the maximum.
+  // 1 - p would cancel. inv_sumexp = 1 / (1 + sumexp_excl_max). Scratch: max_count, how many classes have the maximum; total,
+  // see end_part.
   template <class T>
   static void exponentials(const T* logits, int64_t logits_stride, T* exps, int64_t classes, int64_t stride, int64_t n,
                            const T* __restrict max_logit, T* __restrict max_count, T* __restrict sumexp_excl_max,
-                           T* __restrict inv_sumexp) {
+                           T* __restrict inv_sumexp, double* __restrict total) {
     for (int64_t i = 0; i < n; ++i) {
       sumexp_excl_max[i] = 0;
       max_count[i] = 0;
     }
     for (int64_t c = 0; c < classes; ++c) {
+      if (c > 0 && c % classes_per_sum == 0) end_part(sumexp_excl_max, total, n, c);
       const T* in = logits + c * logits_stride;
       T* out = exps + c * stride;
 #pragma GCC ivdep
@@ -33,9 +35,25 @@ struct SoftmaxTiles {
         out[i] = e;
       }
     }
+    if (classes > classes_per_sum) end_sum(sumexp_excl_max, total, n);
     for (int64_t i = 0; i < n; ++i) {
       sumexp_excl_max[i] += max_count[i] - T(1);
       inv_sumexp[i] = T(1) / (T(1) + sumexp_excl_max[i]);
     }
+  }
+
+  // A sum over more than classes_per_sum classes, every so many of them, before class c: what `sum` has goes to `total`.
+  template <class T>
+  static void end_part(T* __restrict sum, double* __restrict total, int64_t n, int64_t c) {
+    for (int64_t i = 0; i < n; ++i) {
+      total[i] = (c == classes_per_sum ? 0.0 : total[i]) + static_cast<double>(sum[i]);
+      sum[i] = 0;
+    }
+  }
+
+  // After all classes: the whole sum.
+  template <class T>
+  static void end_sum(T* __restrict sum, const double* __restrict total, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) sum[i] = static_cast<T>(total[i] + static_cast<double>(sum[i]));
   }
 };
