@@ -4,8 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 # The torch to install, as pip takes it: `make test TORCH=torch==2.13.0`. By default the newest release.
 TORCH ?= torch
+# The extras of pyproject.toml to install: `make test EXTRAS=peers,test TESTS=tests/peers` compares with the peers.
+EXTRAS ?= bench,demo,test
 
 BIN := $(VENV)/bin
+COMMA := ,
+INSTALLED := $(VENV)/installed-$(subst $(COMMA),-,$(EXTRAS))
 CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # What the build needs, quoted for the shell: the list of pyproject.toml.
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
@@ -31,14 +35,14 @@ $(VENV)/torch.txt:
 	mv $(VENV)/torch.tmp $@
 
 # An editable install: Python sources in place. Built by the environment itself, for `env` below to go on from its objects.
-$(VENV)/installed: $(VENV)/torch.txt setup.py pyproject.toml
+$(INSTALLED): $(VENV)/torch.txt setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/torch.txt $(BUILD_REQUIRES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --check-build-dependencies --editable '.[bench,demo,test]' \
+	$(BIN)/python -m pip install --quiet --no-build-isolation --check-build-dependencies --editable '.[$(EXTRAS)]' \
 	  --constraint $(VENV)/torch.txt
 	touch $@
 
 # Compiles the sources that have changed (ninja knows which): a second where none has.
-env: $(VENV)/installed
+env: $(INSTALLED)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m veerloss
 
@@ -97,12 +101,12 @@ $(GPU_CHECKS): gpu-%:
 	if grep -q 'Device not supported' $$log; then echo 'compute-sanitizer cannot use this GPU: no $*'; status=0; fi; \
 	rm $$log; exit $$status
 
-lint: $(VENV)/installed
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: $(VENV)/installed
+format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
