@@ -164,12 +164,12 @@ def focal() -> Iterator[tuple]:
         )  # fmt: skip
         yield from passes(
             f"index {name}", "sigmoid_focal", x, target=y, alpha=None, class_alpha=alpha, weight=None, ignore_index=255,
-            reduction=Reduction.NONE, **both,
+            background_index=254, reduction=Reduction.NONE, **both,
         )  # fmt: skip
         for kind, target, weight, ignore_index in (("", flat, None, None), ("uint8 weighted ", flat.byte(), flat, 255)):
             yield from passes(
                 f"flat {kind}{name}", "sigmoid_focal", flat, target=target, alpha=0.25, class_alpha=None, weight=weight,
-                ignore_index=ignore_index, reduction=Reduction.MEAN, **both,
+                ignore_index=ignore_index, background_index=None, reduction=Reduction.MEAN, **both,
             )  # fmt: skip
 
 

@@ -19,7 +19,10 @@ def samples() -> dict[str, list[dict]]:
         "logits": x, "target": y, "class_alpha": None, "gamma": 2.0, "ignore_index": None, "reduction": Reduction.MEAN,
         "factor": 1.0, "normalizer": None, "upcast_loss": False,
     }  # fmt: skip
-    sigmoid, softmax = focal | {"alpha": 0.25, "weight": None}, focal | {"alpha": 1.0, "label_smoothing": 0.0}
+    sigmoid, softmax = (
+        focal | {"alpha": 0.25, "weight": None, "background_index": None},
+        focal | {"alpha": 1.0, "label_smoothing": 0.0},
+    )
     each = {"gamma": 0.5, "class_alpha": alpha, "reduction": Reduction.NONE, "upcast_loss": True}
     scaled = {"reduction": Reduction.SUM, "factor": 0.5}
     lovasz = {
@@ -41,6 +44,7 @@ def samples() -> dict[str, list[dict]]:
         "sigmoid_focal": [
             sigmoid | {"target": dense},
             sigmoid | each | {"alpha": None, "weight": dense, "ignore_index": 1},
+            sigmoid | {"target": labels((2, 3, 10), 4), "background_index": 3, "ignore_index": 1},
             sigmoid | scaled | {"target": dense, "alpha": None, "normalizer": torch.tensor(3)},
         ],
         "softmax_focal": [

@@ -166,6 +166,17 @@ def test_sigmoid_focal_options():
         sigmoid_focal_loss(X, Y, weight=torch.ones(5, 1))
     with pytest.raises(TypeError, match="weight must be a Tensor or None, got float"):
         sigmoid_focal_loss(X, Y, weight=2.0)
+    for bad, target, error, match in (
+        (2, Y, ValueError, r"background_index must be no class, that is not in \[0, 3\), got 2"),
+        (7, Y, ValueError, r"background_index must differ from ignore_index, got 7 for both"),
+        (3.0, Y, TypeError, r"background_index must be an int or None, got float 3.0"),
+        (3, X, ValueError, r"background_index is for a target of class indices \[N, \*\], got 3 for .*\[2, 3, 4\]"),
+    ):
+        with pytest.raises(error, match=match):
+            sigmoid_focal_loss(X, target, ignore_index=7, background_index=bad)
+    for backend in ("native", "reference"):
+        with pytest.raises(IndexError, match=r"target holds 5, .*\[0, 3\), background_index=4 or ignore_index=7"):
+            sigmoid_focal_loss(X, Y + 5, ignore_index=7, background_index=4, backend=backend)
     with pytest.raises(ValueError, match=r"one-channel logits \[2, 1, 4\].*expected target.unsqueeze\(1\)"):
         sigmoid_focal_loss(X[:, :1], Y)
 

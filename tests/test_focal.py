@@ -234,6 +234,33 @@ def test_index_target_is_its_one_hot(reduction, backend):
 
 
 @over_focal_kernels
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(("background_index", "ignore_index"), [(6, -1), (-1, None), (255, 6), (-(2**40), 255)])
+def test_background_index_is_negative_in_every_class(background_index, ignore_index, reduction, backend):
+    shape = (2, 6, 5, 10)
+    target = labels(shape, 6, ignore_index=background_index)
+    options = {"alpha": 0.25, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    if ignore_index is not None:
+        target.view(-1)[::7] = ignore_index
+    dense = F.one_hot(torch.where((target >= 0) & (target < 6), target, 6), 7)[..., :6].movedim(-1, 1).float()
+    if ignore_index is not None:
+        dense = torch.where((target == ignore_index).unsqueeze(1), torch.tensor(float(ignore_index)), dense)
+    for x in some_layouts(logits(shape), backend).values():
+        expected = evaluate(sigmoid_focal_loss, x, dense, **options)
+        actual = evaluate(sigmoid_focal_loss, x, target, background_index=background_index, **options)
+        torch.testing.assert_close(actual, expected)
+    check_loss(sigmoid_focal_loss, logits(shape), target, background_index=background_index, **options)
+
+
+@over_focal
+def test_background_index_of_one_class(backend):
+    x, target = logits((3, 1, 40)), labels((3, 2, 40), 2)
+    expected = sigmoid_focal_loss(x, 1 - target.unsqueeze(1), alpha=0.25, backend=backend)
+    loss = sigmoid_focal_loss(x, target, background_index=1, alpha=0.25, backend=backend)
+    torch.testing.assert_close(loss, expected)
+
+
+@over_focal_kernels
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sigmoid_is_finite_for_every_finite_logit(dtype, gamma, backend):

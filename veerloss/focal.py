@@ -20,6 +20,7 @@ def sigmoid_focal_loss(
     gamma: float = 2.0,
     weight: Tensor | None = None,
     ignore_index: int | None = None,
+    background_index: int | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
@@ -34,11 +35,13 @@ def sigmoid_focal_loss(
     Args:
         logits: [N, C, \*] or any shape; float32, float64, bfloat16 or float16 (arithmetic in float32 for the last two).
         target: the shape of ``logits``, bool, integer (0 or 1) or float in [0, 1]; or integer class indices [N, \*] for
-            logits [N, C, \*], each channel then being its class against the rest.
+            logits [N, C, \*], each channel then being its class against the rest (logits [N, 1, \*]: with ``background_index``).
         alpha: weight of positives, 1 - alpha being that of negatives: a number in [0, 1], or a tensor [C]. None: 1 for both.
         gamma: focusing exponent, >= 0.
         weight: factor of each element: a tensor [C] for logits [N, C, \*], or one that broadcasts to ``logits``.
         ignore_index: target value that takes no part.
+        background_index: class index that is none, outside [0, C): a pixel that has it is a negative of every class, as
+            detectors count background (often C, or -1).
         reduction: "none" (the shape of ``logits``), "mean" over the valid elements, or "sum".
         normalizer: divisor of "mean" instead of the number of valid elements, such as the number of positives: a number > 0 or
             a tensor of one element.
@@ -68,10 +71,10 @@ def sigmoid_focal_loss(
                 f"target must have the shape of logits, {list(logits.shape)}, or hold class indices [N, *] for logits "
                 f"[N, C, *], got {list(target.shape)}"
             )
-        if logits.size(1) == 1:
+        if logits.size(1) == 1 and background_index is None:
             raise ValueError(
                 f"target without a channel is ambiguous for one-channel logits {list(logits.shape)}, got {list(target.shape)}; "
-                "expected target.unsqueeze(1)"
+                "expected target.unsqueeze(1), or class indices with a background_index"
             )
         arguments.check_index_target(target, logits)
     gamma = arguments.as_number("gamma", gamma, 0)
@@ -79,25 +82,32 @@ def sigmoid_focal_loss(
     if weight is not None:
         weight = _element_weight(weight, logits)
     ignore_index = arguments.as_ignore_index(ignore_index)
+    if background_index is not None:
+        if not one_vs_rest:
+            raise ValueError(
+                f"background_index is for a target of class indices [N, *], got {arguments.shown(background_index)} for a target "
+                f"of the shape of logits, {list(target.shape)}"
+            )
+        background_index = arguments.as_background_index(background_index, logits.size(1), ignore_index)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     normalizer = arguments.as_normalizer(normalizer, reduction, logits)
 
     backend = arguments.choose_backend(backend, logits.device, "focal")
     if arguments.checks_values(backend, logits.device):
         if one_vs_rest:
-            arguments.check_label_range(target, logits.size(1), ignore_index)
+            arguments.check_label_range(target, logits.size(1), ignore_index, background_index)
         else:
             arguments.check_unit_range(target, ignore_index)
     if backend == "reference":
         return reference.sigmoid_focal_loss(
-            logits, target, alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index, reduction=reduction,
-            normalizer=normalizer,
+            logits, target, alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index,
+            background_index=background_index, reduction=reduction, normalizer=normalizer,
         )  # fmt: skip
     x, t, w, restore = _elements(logits, target, weight, isinstance(alpha, Tensor))
     class_alpha = _class_alpha(alpha, logits)
     loss = ops.sigmoid_focal(
         x, t, alpha=alpha if class_alpha is None else None, class_alpha=class_alpha, gamma=gamma, weight=w,
-        ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, backend=backend,
+        ignore_index=ignore_index, background_index=background_index, reduction=reduction, normalizer=normalizer, backend=backend,
     )  # fmt: skip
     return restore(loss) if reduction == "none" else loss
 

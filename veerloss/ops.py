@@ -20,7 +20,9 @@ from . import _autograd, _histogram
 from ._arguments import check_transforms, loss_dtype, opmath_dtype
 from ._layout import Errors, Reduction, bin_count, cell_count
 
-_SIGMOID = "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int? ignore_index, int reduction"
+_SIGMOID = (
+    "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int? ignore_index, int? background_index, int reduction"
+)
 _SOFTMAX = "float alpha, Tensor? class_alpha, float gamma, float label_smoothing, int? ignore_index, int reduction"
 _FOCAL_RESULT = "float factor, Tensor? normalizer, bool upcast_loss) -> (Tensor loss, Tensor scale)"
 # A class takes part if `selected`, [C] bool, has it (None: every class) and, with `present`, if it has foreground. `errors` is
@@ -102,10 +104,13 @@ def loss_dtype_of(logits: Tensor, upcast_loss: bool) -> torch.dtype:
 # ---- focal
 
 
-def sigmoid_focal(logits, target, *, alpha, class_alpha, gamma, weight, ignore_index, reduction, normalizer, backend) -> Tensor:
+def sigmoid_focal(
+    logits, target, *, alpha, class_alpha, gamma, weight, ignore_index, background_index, reduction, normalizer, backend
+) -> Tensor:
     return _checked(backend, logits).sigmoid_focal_forward.default(
         logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=gamma, weight=weight,
-        ignore_index=ignore_index, **_divisor(reduction, normalizer), upcast_loss=_upcasts(logits),
+        ignore_index=ignore_index, background_index=background_index, **_divisor(reduction, normalizer),
+        upcast_loss=_upcasts(logits),
     )[0]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ DType opmath_of(const Tensor& logits) {
 
 SigmoidFocalInput sigmoid_input(const Op& op, const Tensor& logits, const Tensor& target, std::optional<double> alpha,
                                 const std::optional<Tensor>& class_alpha, double gamma, const std::optional<Tensor>& weight,
-                                std::optional<int64_t> ignore_index) {
+                                std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
   op.check_logits(logits);
   const bool class_indices = target.dim() == 2;
   op.check_like("target", target, logits, !class_indices);
@@ -25,7 +25,8 @@ SigmoidFocalInput sigmoid_input(const Op& op, const Tensor& logits, const Tensor
           .target = view_of(target),
           .weight = weight ? view_of(*weight) : View{},
           .geometry = geometry,
-          .rule = {class_indices ? geometry.channels : 1, ignore_index.has_value(), ignore_index.value_or(0)},
+          .rule = {class_indices ? geometry.channels : 1, ignore_index.has_value(), ignore_index.value_or(0),
+                   background_index.has_value(), background_index.value_or(0)},
           .class_indices = class_indices,
           .alpha = alpha,
           .class_alpha =
@@ -94,10 +95,11 @@ Tensor backward(const Op& op, void (*kernel)(const Input&, const FocalGradient&,
 
 std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Tensor& target, std::optional<double> alpha,
                                                  std::optional<Tensor> class_alpha, double gamma, std::optional<Tensor> weight,
-                                                 std::optional<int64_t> ignore_index, int64_t reduction, double factor,
-                                                 std::optional<Tensor> normalizer, bool upcast_loss) {
+                                                 std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+                                                 int64_t reduction, double factor, std::optional<Tensor> normalizer,
+                                                 bool upcast_loss) {
   const Op op("sigmoid_focal_forward");
-  const auto input = sigmoid_input(op, logits, target, alpha, class_alpha, gamma, weight, ignore_index);
+  const auto input = sigmoid_input(op, logits, target, alpha, class_alpha, gamma, weight, ignore_index, background_index);
   const ScalarType type = loss_type(logits, upcast_loss);
   const Reduction r = op.reduction(reduction);
   const Tensor loss = r != Reduction::none ? empty(logits, {}, type)
@@ -108,9 +110,10 @@ std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Ten
 
 Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, std::optional<double> alpha,
                               std::optional<Tensor> class_alpha, double gamma, std::optional<Tensor> weight,
-                              std::optional<int64_t> ignore_index, int64_t reduction, const Tensor& scale) {
+                              std::optional<int64_t> ignore_index, std::optional<int64_t> background_index, int64_t reduction,
+                              const Tensor& scale) {
   const Op op("sigmoid_focal_backward");
-  const auto input = sigmoid_input(op, logits, target, alpha, class_alpha, gamma, weight, ignore_index);
+  const auto input = sigmoid_input(op, logits, target, alpha, class_alpha, gamma, weight, ignore_index, background_index);
   return backward(op, kernels::sigmoid_focal_backward, input, grad, logits, true, reduction, scale);
 }
 

@@ -17,6 +17,7 @@ def sigmoid_focal_loss(
     gamma: float = 2.0,
     weight: Tensor | None = None,
     ignore_index: int | None = None,
+    background_index: int | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
@@ -28,7 +29,7 @@ def sigmoid_focal_loss(
         t = torch.where(valid, target, torch.zeros_like(target)).to(x.dtype)
     else:
         valid, labels = _valid_labels(target, ignore_index)
-        t = _one_hot(labels, logits.size(1), 1).to(x.dtype)
+        t = _one_hot(labels, logits.size(1), 1).to(x.dtype)  # all 0 for background_index, which is no class
         valid = valid.unsqueeze(1).expand_as(logits)
     x = torch.where(valid, x, torch.zeros_like(x))
 

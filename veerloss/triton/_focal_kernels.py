@@ -39,8 +39,9 @@ def tile_at(tile, classes, pixels, class_tiles, BLOCK_C: tl.constexpr, BLOCK_P: 
 
 
 @triton.jit
-def focal_labels(target, strides, n, p, inside, ignore_index, classes):
-    """(labels in 64 bits, 0 where there is none to use; which pixels count; which of these are out of range)
+def focal_labels(target, strides, n, p, inside, ignore_index, background_index, classes):
+    """(labels in 64 bits, background_index among them, 0 where there is none to use; which pixels count; which of these are out
+    of range)
 
     load_labels of _tiles.py has codes, not flags: with these some kernels here take 20 more registers, or 6 more barriers.
     """
@@ -49,6 +50,8 @@ def focal_labels(target, strides, n, p, inside, ignore_index, classes):
     if ignore_index is not None:
         valid = valid & (label != ignore_index)
     bad = valid & ((label < 0) | (label >= classes))
+    if background_index is not None:
+        bad = bad & (label != background_index)
     return tl.where(valid & (bad == 0), label, 0), valid, bad
 
 
@@ -57,12 +60,12 @@ def focal_labels(target, strides, n, p, inside, ignore_index, classes):
 
 @triton.jit
 def sigmoid_elements(
-    logits, logits_strides, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index, n, c, p,
-    inside, classes, pixels, ONE_HOT: tl.constexpr, HAS_ALPHA: tl.constexpr, FOCUS: tl.constexpr, T: tl.constexpr,
+    logits, logits_strides, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index,
+    background_index, n, c, p, inside, classes, pixels, ONE_HOT: tl.constexpr, HAS_ALPHA: tl.constexpr, FOCUS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Value and derivative of the elements of a tile, 0 where they do not count, and which count."""
     if ONE_HOT:
-        label, valid, bad = focal_labels(target, target_strides, n, p, p < pixels, ignore_index, classes)
+        label, valid, bad = focal_labels(target, target_strides, n, p, p < pixels, ignore_index, background_index, classes)
         valid = valid & inside
         t = (c == label).to(T)
     else:
@@ -98,7 +101,7 @@ def sigmoid_elements(
 @triton.jit
 def sigmoid_focal_forward_kernel(
     logits, logits_strides, target, target_strides, weight, weight_strides, class_alpha, alpha: tl.float64, gamma: tl.float64,
-    ignore_index, out, out_strides, partials, tiles, class_tiles, classes, pixels, ONE_HOT: tl.constexpr,
+    ignore_index, background_index, out, out_strides, partials, tiles, class_tiles, classes, pixels, ONE_HOT: tl.constexpr,
     HAS_ALPHA: tl.constexpr, FOCUS: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """`out` takes the loss of each element; or it is None, and `partials` takes sums and counts."""
@@ -110,7 +113,7 @@ def sigmoid_focal_forward_kernel(
         inside = (c < classes) & (p < pixels)
         value, _slope, valid = sigmoid_elements(
             logits, logits_strides, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index,
-            n, c, p, inside, classes, pixels, ONE_HOT, HAS_ALPHA, FOCUS, T,
+            background_index, n, c, p, inside, classes, pixels, ONE_HOT, HAS_ALPHA, FOCUS, T,
         )  # fmt: skip
         if out is not None:
             tl.store(out + ptr_offset(out_strides, n, c, p), value, mask=inside)
@@ -125,7 +128,7 @@ def sigmoid_focal_forward_kernel(
 @triton.jit
 def sigmoid_focal_backward_kernel(
     grad, grad_strides, scale, logits, logits_strides, target, target_strides, weight, weight_strides, class_alpha,
-    alpha: tl.float64, gamma: tl.float64, ignore_index, out, out_strides, class_tiles, classes, pixels,
+    alpha: tl.float64, gamma: tl.float64, ignore_index, background_index, out, out_strides, class_tiles, classes, pixels,
     ONE_HOT: tl.constexpr, HAS_ALPHA: tl.constexpr, FOCUS: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +136,7 @@ def sigmoid_focal_backward_kernel(
     inside = (c < classes) & (p < pixels)
     _value, slope, valid = sigmoid_elements(
         logits, logits_strides, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index,
-        n, c, p, inside, classes, pixels, ONE_HOT, HAS_ALPHA, FOCUS, T,
+        background_index, n, c, p, inside, classes, pixels, ONE_HOT, HAS_ALPHA, FOCUS, T,
     )  # fmt: skip
     g = incoming(grad, grad_strides, scale, n, c, p, inside, T)
     tl.store(out + ptr_offset(out_strides, n, c, p), tl.where(valid, g * slope, 0.0), mask=inside)
@@ -238,7 +241,7 @@ def softmax_focal_forward_kernel(
     while tile < tiles:
         n, _c, p = tile_at(tile, classes, pixels, 1, BLOCK_C, BLOCK_P)
         inside = p < pixels
-        label, valid, bad = focal_labels(target, target_strides, n, p, inside, ignore_index, classes)
+        label, valid, bad = focal_labels(target, target_strides, n, p, inside, ignore_index, None, classes)
         max_logit, sumexp_excl_max = softmax_sums(logits, logits_strides, n, p, inside, valid, classes, BLOCK_C, BLOCKS, T)
         if SMOOTH:
             value = tl.zeros((1, BLOCK_P), tl.float64)  # thousands of terms, alike in size
@@ -272,7 +275,7 @@ def softmax_focal_backward_kernel(
 ):  # fmt: skip
     n, _c, p = tile_at(tl.program_id(0), classes, pixels, 1, BLOCK_C, BLOCK_P)
     inside = p < pixels
-    label, valid, bad = focal_labels(target, target_strides, n, p, inside, ignore_index, classes)
+    label, valid, bad = focal_labels(target, target_strides, n, p, inside, ignore_index, None, classes)
     max_logit, sumexp_excl_max = softmax_sums(logits, logits_strides, n, p, inside, valid, classes, BLOCK_C, BLOCKS, T)
     inv_sumexp = 1.0 / (1.0 + sumexp_excl_max)
     g = tl.where(bad, float("nan"), incoming(grad, grad_strides, scale, n, 0, p, inside, T))

@@ -62,7 +62,7 @@ def common_options(logits: Tensor, class_alpha: Tensor | None, gamma: float, ign
 
 
 def sigmoid_launch(
-    *, logits, target, alpha, class_alpha, gamma, weight, ignore_index, **others: Tensor | None
+    *, logits, target, alpha, class_alpha, gamma, weight, ignore_index, background_index, **others: Tensor | None
 ) -> tuple[int, dict]:
     """(tiles, arguments of a kernel); `others` are the gradient and the output."""
     check_logits(logits)
@@ -77,7 +77,7 @@ def sigmoid_launch(
     class_tiles = triton.cdiv(logits.shape[1], arguments["BLOCK_C"])
     return tiles * class_tiles, {
         **arguments, **common_options(logits, class_alpha, gamma, ignore_index), "alpha": alpha or 0.0,
-        "HAS_ALPHA": alpha is not None, "ONE_HOT": one_hot, "class_tiles": class_tiles, "num_warps": _tuning.SIGMOID_WARPS,
+        "background_index": background_index, "HAS_ALPHA": alpha is not None, "ONE_HOT": one_hot, "class_tiles": class_tiles, "num_warps": _tuning.SIGMOID_WARPS,
     }  # fmt: skip
 
 
