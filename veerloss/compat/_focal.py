@@ -1,0 +1,154 @@
+"""What the focal losses of several peers have in common: checks, the fused call, and the plain formulas of rare arguments.
+
+The plain formulas are written in the Python that TorchScript compiles, and use nothing but PyTorch: a function that its peer's
+users script has them behind ``torch.jit.is_scripting()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._arguments import REDUCTIONS
+from ..focal import sigmoid_focal_loss
+
+# ---- plain formulas
+
+
+def to_opmath(x: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32, in which the kernels compute too."""
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
+def power(q: Tensor, gamma: float) -> Tensor:
+    """q^gamma of q in [0, 1], with a finite derivative at 0, where q^(gamma - 1) has none for gamma < 1."""
+    return torch.exp(gamma * torch.log(q.clamp_min(1.2e-38)))
+
+
+def cross_entropy_elements(x: Tensor, t: Tensor) -> Tensor:
+    """Binary cross-entropy of each logit."""
+    return -(t * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x))
+
+
+def sigmoid_elements(x: Tensor, t: Tensor, gamma: float) -> Tensor:
+    """bce(x, t) (p (1 - t) + (1 - p) t)^gamma of each logit, p = sigmoid(x)."""
+    return cross_entropy_elements(x, t) * power(torch.sigmoid(x) * (1 - t) + torch.sigmoid(-x) * t, gamma)
+
+
+def weighted_by_alpha(loss: Tensor, t: Tensor, alpha: float) -> Tensor:
+    """alpha for positives and 1 - alpha for negatives; as it is for alpha < 0."""
+    return loss * (alpha * t + (1 - alpha) * (1 - t)) if alpha >= 0 else loss
+
+
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "mean":
+        return loss.sum() / max(loss.numel(), 1)
+    return loss.sum() if reduction == "sum" else loss
+
+
+# ---- arguments
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"Invalid reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+
+
+def check_same_shape(logits: Tensor, target: Tensor, names: str) -> None:
+    """The error of binary_cross_entropy_with_logits, on which most peers rely. ``names``: of the target and of the logits."""
+    if target.shape != logits.shape:
+        target_name, logits_name = names.split()
+        raise ValueError(f"{target_name} must have the shape of {logits_name}, {list(logits.shape)}, got {list(target.shape)}")
+
+
+def is_hard(target: Tensor, ignore_index: int | None = None) -> bool:
+    """Whether all of ``target`` is 0, 1 or ``ignore_index``: then every way to treat soft targets has the same value.
+
+    A float tensor is read for this, without a temporary of its size where nothing is ignored, and a GPU waited for. Under
+    torch.compile and while a CUDA graph is captured nobody can read it: then False.
+    """
+    if not target.dtype.is_floating_point or target.numel() == 0:
+        return True
+    if torch.compiler.is_compiling() or target.is_meta or (target.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    low, high = torch.aminmax(target)
+    if bool((low >= 0) & (high <= 1)):
+        # The sum is the number of values that are not 0 exactly if these are all 1: exact in float64.
+        return bool(target.sum(dtype=torch.float64) == torch.count_nonzero(target))
+    return ignore_index is not None and bool(((target == 0) | (target == 1) | (target == ignore_index)).all())
+
+
+def positive_and_negative(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """The (alpha, weight) of sigmoid_focal_loss that give positives and negatives these factors, per class."""
+    weight = positive + negative
+    return torch.where(weight == 0, torch.zeros_like(weight), positive / weight), weight
+
+
+def float32_loss(logits: Tensor) -> contextlib.AbstractContextManager:
+    """Within it the loss of half-precision logits is float32, without a float32 copy of them: the rule of autocast."""
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    return torch.autocast(logits.device.type) if half else contextlib.nullcontext()
+
+
+# ---- the fused call
+
+
+def dense_sigmoid(
+    logits: Tensor, target: Tensor, alpha: float, gamma: float, reduction: str, *, normalizer: float | None = None
+) -> Tensor:
+    """Sigmoid focal loss of each logit with its own target; alpha < 0 for none.
+
+    One call of the kernel, but plain PyTorch where the target requires a gradient, which no kernel gives.
+    """
+    if target.requires_grad:
+        x, t = to_opmath(logits), to_opmath(target)
+        loss = reduced(weighted_by_alpha(sigmoid_elements(x, t, gamma), t, alpha), reduction)
+        loss = loss if normalizer is None else loss * (loss.new_ones(()) * logits.numel() / normalizer)
+        return loss.to(logits.dtype)
+    return sigmoid_focal_loss(
+        logits, target, alpha=None if alpha < 0 else alpha, gamma=gamma, reduction=reduction, normalizer=normalizer
+    )
+
+
+def index_sigmoid(
+    logits: Tensor, labels: Tensor, *, background: int | None = None, ignore_index: int | None = None, **options
+) -> Tensor:
+    """Sigmoid focal loss of each class against the rest: logits [N, C, *], class indices [N, *], ``background`` no class.
+
+    With one class, whose target the public function takes per logit only, class 0 becomes 1 and the background 0.
+    """
+    if logits.size(1) > 1:
+        if background is not None:
+            options["background_index"] = background
+        return sigmoid_focal_loss(logits, labels, ignore_index=ignore_index, **options)
+
+    def per_logit(label):
+        return label + 1 if background == -1 else 1 - label
+
+    ignore_index = None if ignore_index is None else per_logit(ignore_index)
+    return sigmoid_focal_loss(logits, per_logit(labels.long()).unsqueeze(1), ignore_index=ignore_index, **options)
+
+
+@contextlib.contextmanager
+def index_error_as(error: type[Exception]) -> Iterator[None]:
+    """A target out of range as the error that the peer has for it."""
+    try:
+        yield
+    except IndexError as raised:
+        raise error(str(raised)) from None
+
+
+def peer_error(module: str, name: str, otherwise: type[Exception]) -> type[Exception]:
+    """The peer's own exception where the peer is imported: only then can anybody catch it."""
+    return getattr(sys.modules.get(module), name, otherwise)
+
+
+def require(condition: bool, message: str) -> None:
+    """The AssertionError of peers that assert, under ``python -O`` too."""
+    if not condition:
+        raise AssertionError(message)
