@@ -1,0 +1,293 @@
+"""``kornia.losses``: focal_loss, binary_focal_loss_with_logits, and their modules.
+
+Values are kornia's: class 0 of the softmax has 1 - alpha and the others alpha; "mean" divides by every element of [B, C, \\*],
+ignored ones included; a soft binary target t has t times the loss of a positive and 1 - t times that of a negative. Errors are
+kornia's where kornia is imported. Different on purpose:
+
+- a NaN or infinite logit of an ignored pixel is ignored too, in the binary loss as well;
+- "mean" of no elements is 0, not NaN;
+- alpha outside [0, 1], a negative gamma and a binary target outside [0, 1] are errors.
+
+One call of the kernel: class indices, and binary targets of 0 and 1. Those of a float type are read to find out whether they
+are, which waits for a GPU; torch.compile takes the plain formula for them, and fuses it. Slower, in plain PyTorch: soft binary
+targets; a weight that requires a gradient; a function or module compiled by ``torch.jit.script``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._arguments import REDUCTIONS, opmath_dtype
+from ..focal import sigmoid_focal_loss as _sigmoid
+from ..focal import softmax_focal_loss as _softmax
+from ._focal import index_error_as, is_hard, peer_error, positive_and_negative, power, to_opmath
+
+PEER = "kornia"
+DISTRIBUTION = "kornia"
+VERSIONS = ">=0.9,<0.10"
+REPLACES = {
+    "kornia.losses.focal:focal_loss": "focal_loss",
+    "kornia.losses.focal:FocalLoss": "FocalLoss",
+    "kornia.losses.focal:binary_focal_loss_with_logits": "binary_focal_loss_with_logits",
+    "kornia.losses.focal:BinaryFocalLossWithLogits": "BinaryFocalLossWithLogits",
+}
+
+__all__ = ["BinaryFocalLossWithLogits", "FocalLoss", "binary_focal_loss_with_logits", "focal_loss"]
+
+
+def focal_loss(
+    pred: Tensor,
+    target: Tensor,
+    alpha: float | None,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+) -> Tensor:
+    """Multiclass focal loss of each pixel.
+
+    Args:
+        pred: logits [B, C, \\*].
+        target: class indices [B, \\*], int64.
+        alpha: weight in [0, 1] of the classes from 1 on; class 0 has 1 - alpha. None: 1 for all.
+        gamma: focusing exponent, >= 0.
+        reduction: "none" ([B, C, \\*], the pixel's loss at its class, 0 at the others), "mean" (over all elements of that,
+            ignored ones included) or "sum".
+        weight: [C], factor of each class.
+        ignore_index: target value whose loss is 0; None for none.
+
+    Raises:
+        kornia's BaseError (ValueError where kornia is not imported): a shape, type or device is not as above.
+        NotImplementedError: unknown reduction.
+        ValueError: alpha or gamma is out of range.
+        RuntimeError: target holds another value (on a GPU only with VEERLOSS_CHECK=1 in the environment).
+    """
+    if not torch.jit.is_scripting():
+        _check(pred, target, reduction)
+        expected = pred.shape[:1] + pred.shape[2:]
+        _require(target.shape == expected, f"target must have the shape {list(expected)}, got {list(target.shape)}")
+        _require(target.dtype == torch.int64, f"target must hold class indices as int64, got {target.dtype}")
+        _check_per_class("weight", weight, pred)
+        if weight is None or not weight.requires_grad:
+            return _focal_loss(pred, target, alpha, gamma, reduction, weight, ignore_index)
+    return _plain_focal_loss(pred, target, alpha, gamma, reduction, weight, ignore_index)
+
+
+def _focal_loss(pred, target, alpha, gamma, reduction, weight, ignore_index):
+    classes = pred.size(1)
+    factor = None
+    if alpha is not None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+        factor = pred.new_full((classes,), alpha, dtype=opmath_dtype(pred))
+        factor[0] = 1 - alpha
+    if weight is not None:
+        factor = weight if factor is None else factor * weight
+    with index_error_as(RuntimeError):
+        loss = _softmax(
+            pred, target, alpha=factor, gamma=gamma, ignore_index=ignore_index, reduction=reduction,
+            normalizer=max(classes * target.numel(), 1) if reduction == "mean" else None,
+        )  # fmt: skip
+    if reduction != "none":
+        return loss
+    place = target if ignore_index is None else target.where(target != ignore_index, target.new_zeros(()))
+    return torch.zeros_like(pred, dtype=loss.dtype).scatter_(1, place.unsqueeze(1), loss.unsqueeze(1))
+
+
+def _plain_focal_loss(
+    pred: Tensor,
+    target: Tensor,
+    alpha: float | None,
+    gamma: float,
+    reduction: str,
+    weight: Tensor | None,
+    ignore_index: int | None,
+) -> Tensor:
+    valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    labels = torch.where(valid, target, torch.zeros_like(target))
+    log_p = F.log_softmax(to_opmath(pred), 1).gather(1, labels.unsqueeze(1))
+    loss = -power(-torch.expm1(log_p), gamma) * log_p
+    if alpha is not None:
+        loss = loss * torch.where(labels == 0, loss.new_full([], 1 - alpha), loss.new_full([], alpha)).unsqueeze(1)
+    if weight is not None:
+        loss = loss * weight[labels].unsqueeze(1)
+    loss = torch.where(valid.unsqueeze(1), loss, torch.zeros_like(loss))
+    if reduction == "none":
+        loss = torch.zeros_like(pred, dtype=loss.dtype).scatter(1, labels.unsqueeze(1), loss)
+    elif reduction == "mean":
+        loss = loss.sum() / max(pred.numel(), 1)
+    elif reduction == "sum":
+        loss = loss.sum()
+    else:
+        raise NotImplementedError(f"Invalid reduction mode: {reduction}")
+    return loss.to(pred.dtype)
+
+
+class FocalLoss(nn.Module):
+    """Module of :func:`focal_loss`."""
+
+    def __init__(
+        self,
+        alpha: float | None,
+        gamma: float = 2.0,
+        reduction: str = "none",
+        weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+    ) -> None:
+        super().__init__()
+        self.alpha: float | None = alpha
+        self.gamma: float = gamma
+        self.reduction: str = reduction
+        _keep(self, "weight", weight)
+        self.ignore_index: int | None = ignore_index
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return focal_loss(pred, target, self.alpha, self.gamma, self.reduction, self.weight, self.ignore_index)
+
+
+def binary_focal_loss_with_logits(
+    pred: Tensor,
+    target: Tensor,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    pos_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+) -> Tensor:
+    """Focal loss of each logit.
+
+    Args:
+        pred: logits [B, C, \\*].
+        target: the shape of ``pred``, in [0, 1]. A value t in between has t times the loss of a positive and 1 - t times
+            that of a negative.
+        alpha: weight of positives in [0, 1], 1 - alpha being that of negatives. None: 1 for both.
+        gamma: focusing exponent, >= 0.
+        reduction: "none", "mean" (over all elements, ignored ones included) or "sum".
+        pos_weight: [C], factor of the positives of each channel.
+        weight: [C], factor of each channel.
+        ignore_index: target value whose loss is 0; None for none.
+
+    Raises:
+        As :func:`focal_loss`.
+    """
+    if not torch.jit.is_scripting():
+        _check(pred, target, reduction)
+        _require(target.shape == pred.shape, f"target must have the shape {list(pred.shape)}, got {list(target.shape)}")
+        _check_per_class("pos_weight", pos_weight, pred)
+        _check_per_class("weight", weight, pred)
+        constant = not any(t is not None and t.requires_grad for t in (target, pos_weight, weight))
+        if constant and is_hard(target, ignore_index):
+            return _binary_focal_loss(pred, target, alpha, gamma, reduction, pos_weight, weight, ignore_index)
+    return _plain_binary_focal_loss(pred, target, alpha, gamma, reduction, pos_weight, weight, ignore_index)
+
+
+def _binary_focal_loss(pred, target, alpha, gamma, reduction, pos_weight, weight, ignore_index):
+    if pos_weight is not None:
+        pos_weight = pos_weight.to(opmath_dtype(pred))
+        positive, negative = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+        alpha, factor = positive_and_negative(positive * pos_weight, torch.full_like(pos_weight, negative))
+        weight = factor if weight is None else factor * weight
+    with index_error_as(RuntimeError):
+        return _sigmoid(
+            pred, target, alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index, reduction=reduction,
+            normalizer=max(pred.numel(), 1) if reduction == "mean" else None,
+        )  # fmt: skip
+
+
+def _plain_binary_focal_loss(
+    pred: Tensor,
+    target: Tensor,
+    alpha: float | None,
+    gamma: float,
+    reduction: str,
+    pos_weight: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int | None,
+) -> Tensor:
+    valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    x = to_opmath(pred)
+    x = torch.where(valid, x, torch.zeros_like(x))
+    t = torch.where(valid, target, torch.zeros_like(target)).to(x.dtype)
+    positive = -power(torch.sigmoid(-x), gamma) * F.logsigmoid(x) * t
+    negative = -power(torch.sigmoid(x), gamma) * F.logsigmoid(-x) * (1 - t)
+    if alpha is not None:
+        positive = positive * alpha
+        negative = negative * (1 - alpha)
+    per_channel = [1, -1] + [1] * (pred.dim() - 2)
+    if pos_weight is not None:
+        positive = positive * pos_weight.reshape(per_channel)
+    loss = positive + negative
+    if weight is not None:
+        loss = loss * weight.reshape(per_channel)
+    loss = torch.where(valid, loss, torch.zeros_like(loss))
+    if reduction == "mean":
+        loss = loss.sum() / max(pred.numel(), 1)
+    elif reduction == "sum":
+        loss = loss.sum()
+    elif reduction != "none":
+        raise NotImplementedError(f"Invalid reduction mode: {reduction}")
+    return loss.to(pred.dtype)
+
+
+class BinaryFocalLossWithLogits(nn.Module):
+    """Module of :func:`binary_focal_loss_with_logits`; ``alpha`` has no default, as in kornia."""
+
+    def __init__(
+        self,
+        alpha: float | None,
+        gamma: float = 2.0,
+        reduction: str = "none",
+        pos_weight: Tensor | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+    ) -> None:
+        super().__init__()
+        self.alpha: float | None = alpha
+        self.gamma: float = gamma
+        self.reduction: str = reduction
+        _keep(self, "pos_weight", pos_weight)
+        _keep(self, "weight", weight)
+        self.ignore_index: int | None = ignore_index
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return binary_focal_loss_with_logits(
+            pred, target, self.alpha, self.gamma, self.reduction, self.pos_weight, self.weight, self.ignore_index
+        )
+
+
+def _require(condition: bool, message: str, error: str = "BaseError") -> None:
+    if not condition:
+        raise peer_error("kornia.core.exceptions", error, ValueError)(message)
+
+
+def _check(pred: Tensor, target: Tensor, reduction: str) -> None:
+    _require(pred.dim() >= 2, f"pred must have the shape [B, C, *], got {list(pred.shape)}", "ShapeError")
+    _require(
+        pred.device == target.device, f"target must be on the device of pred, {str(pred.device)!r}, got {str(target.device)!r}"
+    )
+    if reduction not in REDUCTIONS:
+        raise NotImplementedError(f"Invalid reduction mode: expected one of {REDUCTIONS}, got {reduction!r}")
+
+
+def _check_per_class(name: str, value: Tensor | None, pred: Tensor) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise peer_error("kornia.core.exceptions", "TypeCheckError", TypeError)(
+            f"{name} must be a Tensor or None, got {type(value).__name__}"
+        )
+    _require(value.shape == pred.shape[1:2], f"{name} must have the shape [{pred.size(1)}], got {list(value.shape)}")
+    _require(
+        value.device == pred.device, f"{name} must be on the device of pred, {str(pred.device)!r}, got {str(value.device)!r}"
+    )
+
+
+def _keep(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """A parameter as it is, anything else as a buffer that is not saved."""
+    if isinstance(value, nn.Parameter):
+        setattr(module, name, value)
+    else:
+        module.register_buffer(name, value, persistent=False)
