@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,16 +50,20 @@ def _status(field: str) -> int:
 
 def child(task: str, name: str, side: int) -> float:
     """Extra peak over logits' bytes, measured in this process."""
-    torch.set_num_threads(THREADS)
-    loss = _losses(task)[name]
-    # The first call maps code, starts threads and compiles. A compiled loss needs its real shape
-    # for that; the others get a small one, so that scratch they keep for good counts below.
+    # A compiled loss needs its real shape to warm up.
     warm_side = side if "compile" in name else max(side // 8, 8)
-    logits, target = workload(task, warm_side).make()
+    return extra_peak(_losses(task)[name], workload(task, warm_side).make, workload(task, side).make)
+
+
+def extra_peak(loss: peers.Loss, make_small: Callable, make: Callable) -> float:
+    """Peak beyond the gradient over logits' bytes, of `loss` on the inputs that `make` makes."""
+    torch.set_num_threads(THREADS)
+    # The first call maps code, starts threads and compiles; on small inputs: scratch that is kept for good counts below.
+    logits, target = make_small()
     for _ in range(2):
         loss(logits, target).backward()
         logits.grad = None
-    logits, target = workload(task, side).make()
+    logits, target = make()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # freed pages that the heap still holds would hide new ones
 

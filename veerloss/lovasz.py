@@ -45,6 +45,10 @@ def lovasz_softmax_loss(
     is weighted with the step that its pixel makes in the Jaccard loss. The weights come from integer counts in closed form, so
     that the gradient keeps its digits on images of any size. (Berman, Triki, Blaschko, CVPR 2018, arXiv 1705.08790, eq. 9-11.)
 
+    There are no weights of pixels. Weights of the errors would make it the surrogate of no Jaccard loss; a Jaccard loss of
+    weighted pixels sums real numbers in the place of counts, and rounding depends on their order: neither exact nor the same on
+    all ranks.
+
     Args:
         logits: [N, C, \*] float32, float64, bfloat16 or float16 (arithmetic in float32 for the last two). Probabilities if
             ``from_logits`` is False.
