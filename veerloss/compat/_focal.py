@@ -115,23 +115,17 @@ def dense_sigmoid(
     )
 
 
-def index_sigmoid(
-    logits: Tensor, labels: Tensor, *, background: int | None = None, ignore_index: int | None = None, **options
-) -> Tensor:
+_NO_LABEL = -(2**62)
+
+
+def index_sigmoid(logits: Tensor, labels: Tensor, *, background: int | None = None, **options) -> Tensor:
     """Sigmoid focal loss of each class against the rest: logits [N, C, *], class indices [N, *], ``background`` no class.
 
-    With one class, whose target the public function takes per logit only, class 0 becomes 1 and the background 0.
+    Indices for one channel, where all are 0 or ignored, are ambiguous to the public function unless it has a background.
     """
-    if logits.size(1) > 1:
-        if background is not None:
-            options["background_index"] = background
-        return sigmoid_focal_loss(logits, labels, ignore_index=ignore_index, **options)
-
-    def per_logit(label):
-        return label + 1 if background == -1 else 1 - label
-
-    ignore_index = None if ignore_index is None else per_logit(ignore_index)
-    return sigmoid_focal_loss(logits, per_logit(labels.long()).unsqueeze(1), ignore_index=ignore_index, **options)
+    if background is None and logits.size(1) == 1:
+        background = _NO_LABEL
+    return sigmoid_focal_loss(logits, labels, background_index=background, **options)
 
 
 @contextlib.contextmanager

@@ -109,17 +109,16 @@ class FocalLoss(_Loss):
         elif self.mode == "multilabel":
             check_same_shape(y_pred, y_true, "y_true y_pred")
         else:
-            y_pred, y_true = y_pred.reshape(-1), y_true.reshape(-1)
-            check_same_shape(y_pred, y_true, "y_true y_pred")
+            if y_pred.shape != y_true.shape or self.reduction in ("none", None):
+                y_pred, y_true = y_pred.reshape(-1), y_true.reshape(-1)
+                check_same_shape(y_pred, y_true, "y_true y_pred")
             if self.ignore_index is not None and self.reduction in ("none", None):
                 kept = y_true != self.ignore_index
                 y_pred, y_true = y_pred[kept], y_true[kept]
-            y_pred, y_true = y_pred.unsqueeze(1), y_true.unsqueeze(1)
 
         fused = not self.normalized and self.reduced_threshold is None and not y_true.requires_grad
         fused = fused and (self.mode == "multiclass" or is_hard(y_true, self.ignore_index))
-        loss = (self._fused if fused else self._plain)(y_pred, y_true)
-        return loss.squeeze(1) if self.mode == "binary" and self.reduction in ("none", None) else loss
+        return (self._fused if fused else self._plain)(y_pred, y_true)
 
     def _weights(self, y_pred: Tensor) -> Tensor | None:
         """One factor per class, 1 on average."""
@@ -130,12 +129,11 @@ class FocalLoss(_Loss):
 
     def _divisor(self, y_pred: Tensor) -> int | None:
         """What the sum is divided by; None for what depends on how many elements count."""
-        if self.reduction == "sum":
-            return y_pred.size(1)
-        if self.reduction == "batchwise_mean":
-            places = 1 if self.mode == "binary" else math.prod(y_pred.shape[2:])
-            return max(y_pred.size(1) * places, 1)
-        return None
+        if self.reduction not in ("sum", "batchwise_mean"):
+            return None
+        if self.mode == "binary":
+            return 1
+        return y_pred.size(1) * (1 if self.reduction == "sum" else max(math.prod(y_pred.shape[2:]), 1))
 
     def _fused(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         loss = index_sigmoid if self.mode == "multiclass" else _sigmoid
@@ -154,7 +152,7 @@ class FocalLoss(_Loss):
                                  self.reduced_threshold)  # fmt: skip
         loss = torch.where(valid, loss, torch.zeros_like(loss))
         if self.normalized:
-            others = [d for d in range(loss.dim()) if d != 1]
+            others = [d for d in range(loss.dim()) if d != 1 or self.mode == "binary"]
             loss = loss / (factor * valid).sum(others, keepdim=True).clamp_min(1e-6)
         weights = self._weights(y_pred)
         if weights is not None:
