@@ -26,9 +26,10 @@ struct SigmoidFocalInput {
 };
 
 struct SoftmaxFocalInput {
-  View logits, target;  // [N, C, P], [N, P]
+  View logits, target;  // [N, C, P], [N, P]; target may be class probabilities [N, C, P] (`class_probabilities`)
   Geometry geometry;
   TargetRule rule;
+  bool class_probabilities;
   double alpha;
   const void* class_alpha;  // [C] opmath type, or null
   double gamma, label_smoothing;

@@ -144,6 +144,13 @@ _FLOAT32 = torch.float32
 _TRITON = {
     # A kernel's arithmetic is in float32 or float64; types differ in how a value is loaded, which few shapes show.
     "test_focal.test_softmax_grid": lambda shape, dtype, **_: dtype == _FLOAT32 or shape in SHAPES[:5],
+    "test_focal.test_probabilities_grid": lambda shape, dtype, **_: (
+        shape in SHAPES[2:5] if dtype == _FLOAT32 else shape == SHAPES[3]
+    ),
+    "test_focal.test_probabilities_options": lambda alpha, smoothing, gamma, reduction, **_: (
+        gamma in (0.0, 0.5, 2.0) and reduction == "mean" and (smoothing > 0) == (alpha is not None)
+    ),
+    "test_focal.test_probabilities_at_gamma_0_are_cross_entropy": lambda shape, **_: shape == (7, 4),
     "test_focal.test_sigmoid_grid": lambda shape, kind, dtype, **_: (
         kind in ("soft", "index") and (dtype == _FLOAT32 or shape in [*SHAPES[:5], (5,)])
     ),

@@ -162,6 +162,11 @@ def focal() -> Iterator[tuple]:
             f"smoothed {name}", "softmax_focal", x, target=y.byte(), class_alpha=alpha, label_smoothing=0.1,
             reduction=Reduction.NONE, **softmax,
         )  # fmt: skip
+        if layout == "NCHW":
+            yield from passes(
+                f"probabilities {name}", "softmax_focal", x, target=x, class_alpha=None, label_smoothing=0.0,
+                reduction=Reduction.MEAN, **softmax,
+            )  # fmt: skip
         yield from passes(
             f"index {name}", "sigmoid_focal", x, target=y, alpha=None, class_alpha=alpha, weight=None, ignore_index=255,
             background_index=254, reduction=Reduction.NONE, **both,

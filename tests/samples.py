@@ -19,10 +19,8 @@ def samples() -> dict[str, list[dict]]:
         "logits": x, "target": y, "class_alpha": None, "gamma": 2.0, "ignore_index": None, "reduction": Reduction.MEAN,
         "factor": 1.0, "normalizer": None, "upcast_loss": False,
     }  # fmt: skip
-    sigmoid, softmax = (
-        focal | {"alpha": 0.25, "weight": None, "background_index": None},
-        focal | {"alpha": 1.0, "label_smoothing": 0.0},
-    )
+    sigmoid = focal | {"alpha": 0.25, "weight": None, "background_index": None}
+    softmax = focal | {"alpha": 1.0, "label_smoothing": 0.0}
     each = {"gamma": 0.5, "class_alpha": alpha, "reduction": Reduction.NONE, "upcast_loss": True}
     scaled = {"reduction": Reduction.SUM, "factor": 0.5}
     lovasz = {
@@ -50,6 +48,7 @@ def samples() -> dict[str, list[dict]]:
         "softmax_focal": [
             softmax | {"ignore_index": -100},
             softmax | each | {"label_smoothing": 0.1},
+            softmax | {"target": dense, "class_alpha": alpha, "label_smoothing": 0.1},
             softmax | scaled | {"alpha": 0.5, "gamma": 0.0, "ignore_index": 1, "normalizer": torch.tensor(3.0)},
         ],
         "lovasz_exact": [sample | {"valid_pixels": None, "keep_weights": True} for sample in lovasz],

@@ -153,7 +153,32 @@ def test_focal_options(function, options, error, match):
         function(X, Y, **options)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("bad", [-0.25, math.nan, math.inf])
+def test_class_probabilities(bad, dtype, backend):
+    target = torch.full((2, 3, 4), 1 / 3, dtype=dtype)
+    target[1, 2, 1] = bad
+    with pytest.raises(IndexError, match=rf"target holds {bad}, expected finite values >= 0"):
+        softmax_focal_loss(X, target, backend=backend)
+    for shape in ((2, 4, 4), (2, 3, 5)):
+        with pytest.raises(ValueError, match=rf"target must have the shape of logits, \[2, 3, 4\],.*got \{list(shape)}"):
+            softmax_focal_loss(X, torch.zeros(shape, dtype=dtype), backend=backend)
+    with pytest.raises(TypeError, match=rf"target must hold class indices as uint8.*got {dtype}"):
+        softmax_focal_loss(X, Y.to(dtype), backend=backend)
+    with pytest.raises(ValueError, match=r"at least one class, got the shape \[2, 0, 4\]"):
+        softmax_focal_loss(X[:, :0], target[:, :0], backend=backend)
+
+
 def test_softmax_focal_options():
+    with pytest.raises(
+        ValueError, match=r"weight must broadcast to the pixels, \[2, 4\] of logits \[2, 3, 4\], got \[2, 3, 4\]"
+    ):
+        softmax_focal_loss(X, Y, weight=torch.ones(2, 3, 4))
+    with pytest.raises(TypeError, match=r"weight must be a Tensor or None, got float 2\.0"):
+        softmax_focal_loss(X, Y, weight=2.0)
+    with pytest.raises(ValueError, match="weight must not require a gradient"):
+        softmax_focal_loss(X, Y, weight=torch.ones(2, 4, requires_grad=True))
     for bad in (-0.1, 1.1):
         with pytest.raises(ValueError, match=rf"label_smoothing must be in \[0, 1\], got {bad}"):
             softmax_focal_loss(X, Y, label_smoothing=bad)

@@ -145,6 +145,142 @@ def test_equal_terms_of_many_classes(classes, smoothing, backend):
         torch.testing.assert_close(loss.double(), truth, rtol=3e-6, atol=0)
 
 
+# ---- softmax: class probabilities
+
+
+def probabilities(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """As a teacher or mixing of labels gives them; some are 0."""
+    t = torch.rand(shape, generator=torch.Generator().manual_seed(5)).sub(0.3).clamp(min=0)
+    return (t / t.sum(1 if len(shape) > 1 else 0, keepdim=True).clamp(min=0.1)).to(dtype)
+
+
+@over_focal_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, FEW_IMAGES, (5,)], ids=str)
+def test_probabilities_grid(shape, dtype, backend):
+    check_loss(softmax_focal_loss, some_layouts(logits(shape, dtype), backend), probabilities(shape, dtype), backend=backend)
+
+
+@over_focal_kernels
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("alpha", [None, 0.3, PER_CLASS], ids=["no alpha", "alpha", "class alpha"])
+def test_probabilities_options(alpha, smoothing, gamma, reduction, backend):
+    shape = (2, 5, 9, 7)
+    options = {"gamma": gamma, "alpha": alpha, "label_smoothing": smoothing, "reduction": reduction, "backend": backend}
+    check_loss(softmax_focal_loss, logits(shape), probabilities(shape), **options)
+
+
+@over_focal_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_probabilities_of_any_type_and_strides(dtype, backend):
+    x, target = logits((2, 3, 6, 8)), probabilities((2, 3, 6, 8), dtype)
+    for t in (*layouts(target).values(), target[:1, :, :, :1].expand(x.shape)):
+        check_loss(softmax_focal_loss, x, t, backend=backend)
+
+
+@over_focal
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (7, 4), (4,)], ids=str)
+def test_probabilities_at_gamma_0_are_cross_entropy(shape, reduction, weighted, smoothing, backend):
+    classes = shape[1] if len(shape) > 1 else shape[0]
+    weight = torch.rand(classes, dtype=torch.float64) if weighted else None
+    x, target = torch.randn(shape, dtype=torch.float64), torch.rand(shape, dtype=torch.float64)  # sums that are not 1, too
+    expected = evaluate(F.cross_entropy, x, target, weight, label_smoothing=smoothing, reduction=reduction)
+    options = {"gamma": 0.0, "alpha": weight, "label_smoothing": smoothing, "reduction": reduction, "backend": backend}
+    for ignore_index in (-100, 1, None):  # nothing to ignore
+        actual = evaluate(softmax_focal_loss, x, target, ignore_index=ignore_index, **options)
+        torch.testing.assert_close(actual, expected)
+
+
+@over_focal
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_hot_probabilities_are_their_index(smoothing, backend):
+    x, index = logits((2, 5, 40), torch.float64), labels((2, 5, 40), 5)
+    target = F.one_hot(index, 5).movedim(-1, 1).double()
+    for gamma in (0.5, 2.0):
+        options = {"alpha": PER_CLASS, "gamma": gamma, "label_smoothing": smoothing, "reduction": "none", "backend": backend}
+        expected = evaluate(softmax_focal_loss, x, index, **options)
+        torch.testing.assert_close(evaluate(softmax_focal_loss, x, target, **options), expected)
+
+
+@over_focal_kernels
+@pytest.mark.parametrize("scale", [20.0, 80.0, 1e4])
+def test_probabilities_of_confident_pixels_keep_their_digits(scale, backend):
+    x = logits((1, 4, 300), scale=scale)
+    right = F.one_hot(x.argmax(1), 4).movedim(-1, 1).float()
+    for target in (right, 0.9 * right + 0.025, probabilities(x.shape)):
+        check_loss(softmax_focal_loss, x, target, reduction="none", backend=backend)
+
+
+@over_focal
+def test_a_masked_class_without_probability_adds_nothing(backend):
+    x, target = logits((2, 4, 6)), probabilities((2, 4, 6))
+    x[:, 3], target[:, 3] = -math.inf, 0
+    loss, gradient = evaluate(softmax_focal_loss, x, target, backend=backend)
+    expected = evaluate(softmax_focal_loss, x[:, :3], target[:, :3], backend=backend)
+    torch.testing.assert_close((loss, gradient[:, :3]), expected)
+    assert (gradient[:, 3] == 0).all()
+    target[0, 3, 0] = 0.1
+    assert softmax_focal_loss(x, target, backend=backend) == math.inf
+
+
+@over_focal_kernels
+def test_probabilities_of_many_classes(backend):
+    shape = (1, 5000, 3)
+    check_loss(softmax_focal_loss, layouts(logits(shape))["channels_last"], probabilities(shape), backend=backend)
+
+
+# ---- softmax: pixel weights
+
+
+@over_focal
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+@pytest.mark.parametrize("weight_shape", [(2, 5, 7), (5, 7), (2, 1, 1), ()], ids=str)
+def test_pixel_weight(weight_shape, kind, backend):
+    x = logits((2, 4, 5, 7))
+    weight = torch.rand(weight_shape, generator=torch.Generator().manual_seed(6))
+    target = labels(x.shape, 4, ignore_index=-100) if kind == "index" else probabilities(x.shape)
+    valid = (target != -100) if kind == "index" else torch.ones(2, 5, 7, dtype=torch.bool)
+
+    def expected(x, reduction, normalizer=None):
+        losses = weight * softmax_focal_loss(x, target, alpha=0.5, reduction="none", backend=backend)
+        divisor = valid.sum() if normalizer is None else normalizer
+        return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.sum() / divisor
+
+    for options in (
+        {"reduction": "none"}, {"reduction": "sum"}, {"reduction": "mean"},
+        {"reduction": "mean", "normalizer": 3}, {"reduction": "mean", "normalizer": torch.tensor(3.0)},
+    ):  # fmt: skip
+        actual = evaluate(softmax_focal_loss, x, target, alpha=0.5, weight=weight, backend=backend, **options)
+        torch.testing.assert_close(actual, evaluate(expected, x, **options))
+
+
+@over_focal_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_pixel_weight_of_any_type(reduction, dtype, backend):
+    x, target = logits((3, 4, 50), dtype), labels((3, 4, 50), 4, ignore_index=-100)
+    for weight in (torch.rand(3, 50).bfloat16(), torch.rand(50).double(), target > 1):
+        check_loss(softmax_focal_loss, x, target, weight=weight, reduction=reduction, backend=backend)
+
+
+@over_focal
+def test_pixel_weight_of_ignored_pixels_may_be_anything(backend):
+    x, target = logits((2, 3, 40)), labels((2, 3, 40), 3, ignore_index=7)
+    weight = torch.where(target == 7, math.nan, 1.0)
+    for normalizer in (None, torch.tensor(5.0)):
+        options = {"ignore_index": 7, "normalizer": normalizer, "backend": backend}
+        expected = evaluate(softmax_focal_loss, x, target, **options)
+        torch.testing.assert_close(evaluate(softmax_focal_loss, x, target, weight=weight, **options), expected)
+    options["normalizer"] = torch.tensor(0.0)
+    loss, gradient = evaluate(softmax_focal_loss, x, torch.full_like(target, 7), weight=weight, **options)
+    assert loss == 0 and (gradient == 0).all()
+
+
 # ---- sigmoid
 
 TARGETS = ["bool", "uint8", "int64", "float", "soft", "soft bfloat16", "index"]

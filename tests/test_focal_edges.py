@@ -145,6 +145,7 @@ def test_a_target_out_of_range_is_nan_and_nothing_else(wrong, backend):
     for function, t, options, nan in (
         (softmax_focal_loss, target, {}, pixel),
         (softmax_focal_loss, target, {"label_smoothing": 0.1, "alpha": torch.ones(3)}, pixel),
+        (softmax_focal_loss, target, {"weight": torch.ones(2, 40)}, pixel),
         (sigmoid_focal_loss, target, {"ignore_index": -100, "gamma": 0.0}, pixel),
         (sigmoid_focal_loss, dense, {"gamma": 0.5}, element),
     ):

@@ -104,6 +104,21 @@ def check_index_target(target: Tensor, logits: Tensor) -> None:
         )
     if target.dtype not in _INTEGERS:
         raise TypeError(f"target must hold class indices as uint8, int8, int16, int32 or int64, got {target.dtype}")
+    check_has_classes(logits)
+
+
+def check_class_probabilities(target: Tensor, logits: Tensor) -> None:
+    """A float target [N, C, *]; or [C]."""
+    check_target(target, logits)
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"target must have the shape of logits, {list(logits.shape)}, where it holds class probabilities ({target.dtype}), "
+            f"got {list(target.shape)}"
+        )
+    check_has_classes(logits)
+
+
+def check_has_classes(logits: Tensor) -> None:
     if logits.size(min(logits.dim(), 2) - 1) == 0:
         raise ValueError(f"logits must have at least one class, got the shape {list(logits.shape)}")
 
@@ -218,6 +233,10 @@ def check_binary(target: Tensor, ignore_index: int | None) -> None:
 def check_unit_range(target: Tensor, ignore_index: int | None) -> None:
     target = widened(target)
     _raise_for((target < 0) | (target > 1), target, "values in [0, 1]", ignore_index)
+
+
+def check_probabilities(target: Tensor) -> None:
+    _raise_for(~((target >= 0) & (target < math.inf)), target, "finite values >= 0", None)
 
 
 def widened(target: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from . import _arguments as arguments
@@ -35,7 +36,7 @@ def sigmoid_focal_loss(
     Args:
         logits: [N, C, \*] or any shape; float32, float64, bfloat16 or float16 (arithmetic in float32 for the last two).
         target: the shape of ``logits``, bool, integer (0 or 1) or float in [0, 1]; or integer class indices [N, \*] for
-            logits [N, C, \*], each channel then being its class against the rest (logits [N, 1, \*]: with ``background_index``).
+            logits [N, C, \*], each channel then being its class against the rest (C = 1 needs a ``background_index``).
         alpha: weight of positives, 1 - alpha being that of negatives: a number in [0, 1], or a tensor [C]. None: 1 for both.
         gamma: focusing exponent, >= 0.
         weight: factor of each element: a tensor [C] for logits [N, C, \*], or one that broadcasts to ``logits``.
@@ -85,8 +86,8 @@ def sigmoid_focal_loss(
     if background_index is not None:
         if not one_vs_rest:
             raise ValueError(
-                f"background_index is for a target of class indices [N, *], got {arguments.shown(background_index)} for a target "
-                f"of the shape of logits, {list(target.shape)}"
+                f"background_index is for a target of class indices [N, *], got {arguments.shown(background_index)} "
+                f"for a target of the shape of logits, {list(target.shape)}"
             )
         background_index = arguments.as_background_index(background_index, logits.size(1), ignore_index)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
@@ -107,7 +108,8 @@ def sigmoid_focal_loss(
     class_alpha = _class_alpha(alpha, logits)
     loss = ops.sigmoid_focal(
         x, t, alpha=alpha if class_alpha is None else None, class_alpha=class_alpha, gamma=gamma, weight=w,
-        ignore_index=ignore_index, background_index=background_index, reduction=reduction, normalizer=normalizer, backend=backend,
+        ignore_index=ignore_index, background_index=background_index, reduction=reduction, normalizer=normalizer,
+        backend=backend,
     )  # fmt: skip
     return restore(loss) if reduction == "none" else loss
 
@@ -118,6 +120,7 @@ def softmax_focal_loss(
     *,
     alpha: float | Tensor | None = None,
     gamma: float = 2.0,
+    weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int | None = -100,
     reduction: str = "mean",
@@ -126,32 +129,35 @@ def softmax_focal_loss(
 ) -> Tensor:
     r"""Multiclass focal loss of every pixel.
 
-    .. math:: -\alpha_y (1 - p_y)^\gamma \log p_y, \quad p = \mathrm{softmax}(x)
+    .. math:: -\sum_c t_c\, \alpha_c (1 - p_c)^\gamma \log p_c, \quad p = \mathrm{softmax}(x)
 
-    (Lin et al., ICCV 2017, arXiv 1708.02002, with the softmax of all classes.) gamma = 0 is
+    (Lin et al., ICCV 2017, arXiv 1708.02002, with the softmax of all classes; t is 1 for the target's class and 0 for the
+    others, or the target itself.) gamma = 0 is
     :func:`torch.nn.functional.cross_entropy` with ``alpha`` as its weight, but for what "mean" divides by. 1 - p is the sum of
     the other probabilities, so that confident pixels keep their digits.
 
     Args:
         logits: [N, C, \*] or [C]; float32, float64, bfloat16 or float16 (arithmetic in float32 for the last two).
-        target: class indices [N, \*] (or 0-d), uint8, int8, int16, int32 or int64.
-        alpha: factor of each pixel's loss: a number >= 0, or a tensor [C] of values >= 0, one per class.
+        target: class indices [N, \*] (or 0-d), uint8, int8, int16, int32 or int64; or class probabilities, the shape of
+            ``logits``, float32, float64, bfloat16 or float16: finite and >= 0, and they need not add up to 1.
+        alpha: factor of each class's loss: a number >= 0, or a tensor [C] of values >= 0, one per class.
         gamma: focusing exponent, >= 0.
-        label_smoothing: in [0, 1]: the target puts 1 - label_smoothing on the class and label_smoothing / C on every class;
-            the loss is the sum over classes of target times that class's focal loss.
-        ignore_index: target value that takes no part; None for none.
-        reduction: "none" (the shape of ``target``), "mean" over the valid pixels (not weighted by alpha), or "sum".
+        weight: factor of each pixel's loss: a tensor that broadcasts to [N, \*]. It is applied to the loss of each pixel, and
+            so takes memory of [N, \*].
+        label_smoothing: in [0, 1]: the target becomes 1 - label_smoothing times itself plus label_smoothing / C on every class.
+        ignore_index: class index that takes no part; None for none. Class probabilities have none: it does not matter there.
+        reduction: "none" (the shape [N, \*]), "mean" over the valid pixels (not weighted by alpha or weight), or "sum".
         normalizer: divisor of "mean" instead of the number of valid pixels: a number > 0 or a tensor of one element.
         backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
     Returns:
-        A tensor of the type of ``logits``, float32 under autocast: 0-d, or the shape of ``target`` for "none". 0 where no
-        pixel is valid. As in cross_entropy, -inf masks a class out, and NaN or +inf gives NaN.
+        A tensor of the type of ``logits``, float32 under autocast: 0-d, or [N, \*] for "none". 0 where no pixel is valid. As in
+        cross_entropy, -inf masks a class out, and NaN or +inf gives NaN.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.
-        IndexError: target holds a value that is neither a class nor ``ignore_index``. On a GPU only if VEERLOSS_CHECK=1 is in
-            the environment: else the loss is NaN.
+        IndexError: target holds a value that is neither a class nor ``ignore_index``, or no probability. On a GPU only if
+            VEERLOSS_CHECK=1 is in the environment: else the loss is NaN.
 
     Example:
         >>> import torch
@@ -160,31 +166,49 @@ def softmax_focal_loss(
         >>> loss.backward()
     """
     arguments.check_logits(logits, 1, "[N, C, *] or [C]")
-    arguments.check_index_target(target, logits)
+    probabilities = isinstance(target, Tensor) and target.is_floating_point() and target.dim() == logits.dim()
+    if probabilities:
+        arguments.check_class_probabilities(target, logits)
+    else:
+        arguments.check_index_target(target, logits)
     gamma = arguments.as_number("gamma", gamma, 0)
     label_smoothing = arguments.as_number("label_smoothing", label_smoothing, 0, 1)
     classes = logits.size(1) if logits.dim() > 1 else logits.size(0)
     alpha = _checked_alpha(alpha, logits, classes, math.inf)
+    if weight is not None:
+        weight = _pixel_weight(weight, logits)
     ignore_index = arguments.as_ignore_index(ignore_index)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     normalizer = arguments.as_normalizer(normalizer, reduction, logits)
 
     backend = arguments.choose_backend(backend, logits.device, "focal")
     if arguments.checks_values(backend, logits.device):
-        arguments.check_label_range(target, classes, ignore_index)
+        if probabilities:
+            arguments.check_probabilities(target)
+        else:
+            arguments.check_label_range(target, classes, ignore_index)
     if backend == "reference":
         return reference.softmax_focal_loss(
-            logits, target, alpha=alpha, gamma=gamma, label_smoothing=label_smoothing, ignore_index=ignore_index,
-            reduction=reduction, normalizer=normalizer,
+            logits, target, alpha=alpha, gamma=gamma, weight=weight, label_smoothing=label_smoothing,
+            ignore_index=ignore_index, reduction=reduction, normalizer=normalizer,
         )  # fmt: skip
     x = arguments.as_pixels(logits)
     class_alpha = _class_alpha(alpha, logits)
-    number_alpha = 1.0 if alpha is None or class_alpha is not None else alpha
-    loss = ops.softmax_focal(
-        x, target.reshape(x.size(0), x.size(2)), alpha=number_alpha, class_alpha=class_alpha, gamma=gamma,
-        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction, normalizer=normalizer, backend=backend,
-    )  # fmt: skip
-    return loss.reshape(target.shape) if reduction == "none" else loss
+    options = {
+        "alpha": 1.0 if alpha is None or class_alpha is not None else alpha, "class_alpha": class_alpha, "gamma": gamma,
+        "label_smoothing": label_smoothing, "ignore_index": ignore_index, "backend": backend,
+    }  # fmt: skip
+    y = arguments.as_pixels(target) if probabilities else target.reshape(x.size(0), x.size(2))
+    if weight is None:
+        loss = ops.softmax_focal(x, y, reduction=reduction, normalizer=normalizer, **options)
+        return loss.reshape(_pixel_shape(logits)) if reduction == "none" else loss
+    losses = ops.softmax_focal(x, y, reduction="none", normalizer=None, upcast_loss=True, **options)
+    if probabilities or ignore_index is None:
+        valid = torch.ones_like(weight, dtype=torch.bool)
+    else:
+        valid = arguments.widened(target) != ignore_index
+    loss = _weighted(losses.reshape(weight.shape), weight, valid, reduction, normalizer)
+    return loss.to(arguments.loss_dtype(logits))
 
 
 def _checked_alpha(alpha: float | Tensor | None, logits: Tensor, classes: int, high: float) -> float | Tensor | None:
@@ -215,6 +239,38 @@ def _element_weight(weight: Tensor, logits: Tensor) -> Tensor:
         return weight.expand(logits.shape)
     except RuntimeError:
         raise ValueError(f"weight must broadcast to logits, {list(logits.shape)}, got {list(weight.shape)}") from None
+
+
+def _weighted(losses: Tensor, weight: Tensor, valid: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
+    """The loss from those of the pixels, which kernels reduce themselves where there is no weight."""
+    losses = losses * torch.where(valid, weight, 0)
+    if reduction == "none":
+        return losses
+    total = losses.sum(dtype=torch.float64)
+    if reduction == "sum":
+        return total
+    divisor = valid.sum() if normalizer is None else normalizer
+    if isinstance(divisor, Tensor):  # nothing valid: loss and gradient are 0, whatever it is
+        divisor = torch.where(valid.any(), divisor.reshape(()), 1)
+    return total / divisor
+
+
+def _pixel_shape(logits: Tensor) -> torch.Size:
+    return logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else logits.shape[:0]
+
+
+def _pixel_weight(weight: Tensor, logits: Tensor) -> Tensor:
+    """``weight`` expanded to the shape of the pixels."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a Tensor or None, got {type(weight).__name__} {arguments.shown(weight)}")
+    arguments.check_constant("weight", weight, logits)
+    shape = _pixel_shape(logits)
+    try:
+        return weight.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"weight must broadcast to the pixels, {list(shape)} of logits {list(logits.shape)}, got {list(weight.shape)}"
+        ) from None
 
 
 def _elements(

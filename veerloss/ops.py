@@ -1,8 +1,8 @@
 """Every operator: its schema, its fake kernel, its autograd. Each backend has the same operators in a namespace of its own:
 ``veerloss`` those of the compiled libraries (csrc/ops), ``veerloss_triton`` those of the Triton kernels (triton/).
 
-Logits are [N, C, P] in any strides; targets are class indices [N, P] or, for sigmoid focal, values [N, C, P]. ``scale`` is the
-factor between the sum that a kernel computes and the loss that it returns; the backward operators use it again. With
+Logits are [N, C, P] in any strides; targets are class indices [N, P] or, of the focal losses, values [N, C, P]. ``scale`` is
+the factor between the sum that a kernel computes and the loss that it returns; the backward operators use it again. With
 ``upcast_loss`` the loss is in the opmath type (float32, float64 for float64 logits), whatever the logits are. Arguments that
 mean the same have the same name everywhere, and are passed by it.
 """
@@ -115,12 +115,13 @@ def sigmoid_focal(
 
 
 def softmax_focal(
-    logits, target, *, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer, backend
-) -> Tensor:
+    logits, target, *, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer, backend,
+    upcast_loss=False,
+) -> Tensor:  # fmt: skip
     return _checked(backend, logits).softmax_focal_forward.default(
         logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=gamma,
         label_smoothing=label_smoothing, ignore_index=ignore_index, **_divisor(reduction, normalizer),
-        upcast_loss=_upcasts(logits),
+        upcast_loss=upcast_loss or _upcasts(logits),
     )[0]  # fmt: skip
 
 

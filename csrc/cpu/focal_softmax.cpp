@@ -1,5 +1,7 @@
 // Softmax focal loss on the CPU.
 
+#include <limits>
+
 #include "../math/sums.h"
 #include "focal.h"
 #include "simd/vecmath.h"
@@ -12,31 +14,31 @@
 namespace veerloss {
 namespace {
 
-// The buffers of a thread.
+// The buffers of a thread. `soft`: every class has a share of the target.
 template <class T>
 struct SoftmaxTile {
-  SoftmaxTile(int64_t tile, int64_t classes, bool smoothing)
+  SoftmaxTile(int64_t tile, int64_t classes, bool soft)
       : label(tile),
-        smoothed_loss(smoothing ? tile : 0),
+        soft_loss(soft ? tile : 0),
         totals(classes > classes_per_sum ? 2 * tile : 0),
-        storage(tile * (classes * (smoothing ? 3 : 1) + 14)) {
+        storage(tile * (classes * (soft ? 3 : 1) + 15)) {
     T* next = storage.data();
     const auto take = [&](int64_t rows) { return std::exchange(next, next + rows * tile); };
     exps = take(classes);
-    logits = smoothing ? take(classes) : exps;
-    slope = smoothing ? take(classes) : nullptr;
+    logits = soft ? take(classes) : exps;
+    slope = soft ? take(classes) : nullptr;
     for (T** row : {&rows.max_logit, &rows.max_count, &rows.sumexp_excl_max, &rows.inv_sumexp, &rows.label_logit, &rows.log_p,
-                    &rows.q, &alpha, &loss, &log_sumexp, &top, &low, &grad, &grad_log_p})
+                    &rows.q, &target, &alpha, &loss, &log_sumexp, &top, &low, &grad, &grad_log_p})
       *row = take(1);
   }
   std::vector<int32_t> label;
-  std::vector<double> smoothed_loss;  // [tile]
-  std::vector<double> totals;         // of top and low, [tile] each: see SoftmaxTiles::end_part
+  std::vector<double> soft_loss;  // [tile]
+  std::vector<double> totals;     // of top and low, [tile] each: see SoftmaxTiles::end_part
   // [classes][tile]. The logits are overwritten by their exponentials, and these by the gradient if it cannot be written in
-  // place; with label smoothing, which needs the logits until the end, they have memory of their own. `slope` is for smoothing.
+  // place; for soft targets, which need the logits until the end, they have memory of their own. So has their `slope`.
   T *exps, *logits, *slope;
   SoftmaxRows<T> rows;
-  T *alpha, *loss, *log_sumexp, *top, *low, *grad, *grad_log_p;  // [tile]
+  T *target, *alpha, *loss, *log_sumexp, *top, *low, *grad, *grad_log_p;  // [tile]
 
  private:
   std::vector<T> storage;
@@ -47,8 +49,9 @@ class SoftmaxFocal {
  public:
   explicit SoftmaxFocal(const SoftmaxFocalInput& input)
       : g(input.geometry),
-        tile(tile_length(g.channels * (input.label_smoothing > 0 ? 3 : 1), sizeof(T), g.images * g.pixels)),
+        tile(tile_length(g.channels * (is_soft(input) ? 3 : 1), sizeof(T), g.images * g.pixels)),
         in_(input),
+        soft_(is_soft(input)),
         gamma_(static_cast<T>(input.gamma)),
         smoothing_(static_cast<T>(input.label_smoothing)),
         scalar_alpha_(static_cast<T>(input.alpha)),
@@ -58,7 +61,7 @@ class SoftmaxFocal {
   const Geometry g;
   const int64_t tile;
 
-  SoftmaxTile<T> rows() const { return SoftmaxTile<T>(tile, g.channels, smoothing_ > T(0)); }
+  SoftmaxTile<T> rows() const { return SoftmaxTile<T>(tile, g.channels, soft_); }
 
   template <bool square>
   FocalPartial forward(Run run, SoftmaxTile<T>& t, const FocalLoss& out) {
@@ -77,10 +80,10 @@ class SoftmaxFocal {
     T* const in_place = row_in_place<T>(grad_logits, g, 0, run);
     T* const result = in_place ? in_place : t.exps;
     const int64_t stride = in_place ? grad_logits.stride_channel : tile;
-    if (smoothing_ > T(0)) {
+    if (soft_) {
       for (int64_t c = 0; c < g.channels; ++c)
-        VEERLOSS_DISPATCH(FocalTiles::smooth_backward(t.exps + c * tile, t.slope + c * tile, t.top, t.low, r, label, n, t.grad,
-                                                      result + c * stride));
+        VEERLOSS_DISPATCH(FocalTiles::soft_backward(t.exps + c * tile, t.slope + c * tile, t.top, t.low, r, label, n, t.grad,
+                                                    result + c * stride));
     } else {
       VEERLOSS_DISPATCH(
           FocalTiles::log_probability_backward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.grad, t.grad_log_p));
@@ -92,33 +95,42 @@ class SoftmaxFocal {
       for (int64_t c = 0; c < g.channels; ++c) store_row(result + c * tile, grad_logits, g, c, run);
   }
 
-  void raise_if_bad() const { bad_.raise_if_any(in_.target, g, expected_labels(in_.rule)); }
+  void raise_if_bad() const {
+    if (in_.class_probabilities) return bad_.raise_if_any(in_.target, g, "finite values >= 0", g.channels);
+    bad_.raise_if_any(in_.target, g, expected_labels(in_.rule));
+  }
 
  private:
+  static bool is_soft(const SoftmaxFocalInput& input) { return input.class_probabilities || input.label_smoothing > 0; }
+
   // Loads a tile, and computes its softmax and losses.
   template <bool square>
   FocalPartial compute(Run run, SoftmaxTile<T>& t) {
     const int64_t n = run.count;
     const int32_t* label = t.label.data();
-    load_labels(t.label.data(), in_.target, g, in_.rule, run, bad_);
+    if (in_.class_probabilities)
+      std::fill_n(t.label.data(), n, 0);  // every pixel counts
+    else
+      load_labels(t.label.data(), in_.target, g, in_.rule, run, bad_);
     const int64_t valid = VEERLOSS_DISPATCH(FocalTiles::count_valid(label, n));
     for (int64_t c = 0; c < g.channels; ++c) load_row(t.logits + c * tile, in_.logits, g, c, run);
     if (valid < n) VEERLOSS_DISPATCH(FocalTiles::clear_ignored(t.logits, g.channels, tile, label, n));
     const SoftmaxRows<T>& r = t.rows;
     VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.logits, g.channels, tile, n, r.max_logit));
-    if (smoothing_ == T(0)) VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, tile, n, label, r.max_logit, r.label_logit));
+    if (!soft_) VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, tile, n, label, r.max_logit, r.label_logit));
     VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.logits, tile, t.exps, g.channels, tile, n, r.max_logit, r.max_count,
                                                  r.sumexp_excl_max, r.inv_sumexp, t.totals.data()));
-    if (smoothing_ > T(0)) return {smoothed_loss<square>(n, t), valid};
+    if (soft_) return {soft_loss<square>(run, t), valid};
     VEERLOSS_DISPATCH(FocalTiles::log_probability(n, label, r));
     VEERLOSS_DISPATCH(FocalTiles::gather_alpha(t.alpha, alpha_, alpha_step_, label, n));
     return {VEERLOSS_DISPATCH(FocalTiles::softmax_forward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.loss)), valid};
   }
 
   template <bool square>
-  double smoothed_loss(int64_t n, SoftmaxTile<T>& t) const {
+  double soft_loss(Run run, SoftmaxTile<T>& t) {
+    const int64_t n = run.count;
     const int32_t* label = t.label.data();
-    std::fill_n(t.smoothed_loss.data(), n, 0.0);
+    std::fill_n(t.soft_loss.data(), n, 0.0);
     std::fill_n(t.top, n, T(0));
     std::fill_n(t.low, n, T(0));
     VEERLOSS_DISPATCH(FocalTiles::log_sum(t.rows.sumexp_excl_max, n, t.log_sumexp));
@@ -127,14 +139,33 @@ class SoftmaxFocal {
       const int64_t row = c * tile;
       if (c > 0 && c % classes_per_sum == 0)
         for_each_sum(t, [&](T* sum, double* total) { VEERLOSS_DISPATCH(SoftmaxTiles::end_part(sum, total, n, c)); });
-      VEERLOSS_DISPATCH(FocalTiles::smooth_terms<T, square>(t.exps + row, t.logits + row, n, label, static_cast<int32_t>(c),
-                                                            share, smoothing_, alpha_[c * alpha_step_], gamma_, t.rows,
-                                                            t.log_sumexp, t.smoothed_loss.data(), t.slope + row, t.top, t.low));
+      VEERLOSS_DISPATCH(FocalTiles::soft_terms<T, square>(t.exps + row, t.logits + row, load_target(c, run, t), n, share,
+                                                          smoothing_, alpha_[c * alpha_step_], gamma_, t.rows, t.log_sumexp,
+                                                          t.soft_loss.data(), t.slope + row, t.top, t.low));
     }
     if (g.channels > classes_per_sum)
       for_each_sum(t, [&](T* sum, double* total) { VEERLOSS_DISPATCH(SoftmaxTiles::end_sum(sum, total, n)); });
-    for (int64_t i = 0; i < n; ++i) t.loss[i] = label[i] >= 0 ? static_cast<T>(t.smoothed_loss[i]) : T(0);
+    for (int64_t i = 0; i < n; ++i) t.loss[i] = label[i] >= 0 ? static_cast<T>(t.soft_loss[i]) : T(0);
     return VEERLOSS_DISPATCH(FocalTiles::sum(t.loss, n));
+  }
+
+  // The row of one class of the target.
+  const T* load_target(int64_t c, Run run, SoftmaxTile<T>& t) {
+    if (!in_.class_probabilities) {
+      VEERLOSS_DISPATCH(FocalTiles::one_hot(t.target, t.label.data(), run.count, static_cast<int32_t>(c)));
+      return t.target;
+    }
+    const T* const in_place = row_in_place<T>(in_.target, g, c, run);
+    if (!in_place) load_row(t.target, in_.target, g, c, run);
+    const T* const target = in_place ? in_place : t.target;
+    if (!VEERLOSS_DISPATCH(FocalTiles::all_probabilities(target, run.count))) {
+      for (int64_t i = 0; i < run.count; ++i)
+        if (!(target[i] >= T(0) && target[i] <= std::numeric_limits<T>::max())) {
+          bad_.at(c, run.first + i, g.channels);
+          break;
+        }
+    }
+    return target;
   }
 
   // The sums over classes, and their rows of `totals`.
@@ -145,6 +176,7 @@ class SoftmaxFocal {
   }
 
   const SoftmaxFocalInput& in_;
+  const bool soft_;
   T gamma_, smoothing_, scalar_alpha_;
   const T* alpha_;
   int64_t alpha_step_;

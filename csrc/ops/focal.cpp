@@ -38,12 +38,14 @@ SoftmaxFocalInput softmax_input(const Op& op, const Tensor& logits, const Tensor
                                 const std::optional<Tensor>& class_alpha, double gamma, double label_smoothing,
                                 std::optional<int64_t> ignore_index) {
   op.check_logits(logits);
-  op.check_like("target", target, logits, false);
+  const bool class_probabilities = target.dim() == 3;
+  op.check_like("target", target, logits, class_probabilities);
   const Geometry geometry = geometry_of(logits);
   return {.logits = view_of(logits),
           .target = view_of(target),
           .geometry = geometry,
           .rule = {geometry.channels, ignore_index.has_value(), ignore_index.value_or(0)},
+          .class_probabilities = class_probabilities,
           .alpha = alpha,
           .class_alpha =
               op.data<const void>("class_alpha", class_alpha, geometry.channels, opmath_of(logits), expected_class_alpha),

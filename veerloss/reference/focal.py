@@ -51,6 +51,7 @@ def softmax_focal_loss(
     *,
     alpha: float | Tensor | None = None,
     gamma: float = 2.0,
+    weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int | None = -100,
     reduction: str = "mean",
@@ -59,11 +60,15 @@ def softmax_focal_loss(
     """Multiclass focal loss of each pixel; arguments as in :func:`veerloss.softmax_focal_loss`."""
     class_dim = 1 if logits.dim() > 1 else 0
     x = logits.to(opmath_dtype(logits))
-    valid, labels = _valid_labels(target, ignore_index)
+    probabilities = target.dim() == logits.dim()
+    if probabilities:
+        valid = torch.ones_like(target.select(class_dim, 0), dtype=torch.bool)
+    else:
+        valid, labels = _valid_labels(target, ignore_index)
     x = torch.where(valid.unsqueeze(class_dim), x, torch.zeros_like(x))
     log_p = F.log_softmax(x, class_dim)
 
-    if label_smoothing == 0:
+    if label_smoothing == 0 and not probabilities:
         labels = labels.unsqueeze(class_dim)
         log_p_t = log_p.gather(class_dim, labels).squeeze(class_dim)
         others = log_p.exp().scatter(class_dim, labels, 0.0)
@@ -73,12 +78,15 @@ def softmax_focal_loss(
             loss = loss * (a[labels.squeeze(class_dim)] if a.dim() else a)
     else:
         classes = x.size(class_dim)
-        t = _one_hot(labels, classes, class_dim).to(x.dtype)
+        t = (target if probabilities else _one_hot(labels, classes, class_dim)).to(x.dtype)
         t = t * (1 - label_smoothing) + label_smoothing / classes
         if alpha is not None:
             t = t * _per_channel(alpha, x, class_dim)
         q = -torch.expm1(log_p)
-        loss = -(t * _power(q, gamma) * log_p).sum(class_dim)
+        absent = (t == 0) & (log_p == -torch.inf)  # masked out, and no part of the target
+        loss = -(t * _power(q, gamma) * torch.where(absent, torch.zeros_like(log_p), log_p)).sum(class_dim)
+    if weight is not None:
+        loss = loss * weight.to(x.dtype)
     loss = torch.where(valid, loss, torch.zeros_like(loss))
     return _reduce(loss, valid, reduction, normalizer).to(loss_dtype(logits))
 

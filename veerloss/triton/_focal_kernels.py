@@ -61,7 +61,8 @@ def focal_labels(target, strides, n, p, inside, ignore_index, background_index, 
 @triton.jit
 def sigmoid_elements(
     logits, logits_strides, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index,
-    background_index, n, c, p, inside, classes, pixels, ONE_HOT: tl.constexpr, HAS_ALPHA: tl.constexpr, FOCUS: tl.constexpr, T: tl.constexpr,
+    background_index, n, c, p, inside, classes, pixels, ONE_HOT: tl.constexpr, HAS_ALPHA: tl.constexpr,
+    FOCUS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Value and derivative of the elements of a tile, 0 where they do not count, and which count."""
     if ONE_HOT:
@@ -209,12 +210,27 @@ def label_terms(
 
 
 @triton.jit
-def smooth_terms(
-    x, c, label, class_alpha, alpha, gamma, smoothing, max_logit, sumexp_excl_max, classes, FOCUS: tl.constexpr,
-    T: tl.constexpr,
+def soft_labels(inside, BLOCK_P: tl.constexpr):
+    """As focal_labels, of class probabilities: every pixel counts."""
+    return tl.zeros((1, BLOCK_P), tl.int64), inside, inside & (inside == 0)
+
+
+@triton.jit
+def soft_target(target, strides, label, n, c, p, inside, classes, PROBABILITIES: tl.constexpr, T: tl.constexpr):
+    """What the target puts on each class of a block: NaN where it is negative or not finite."""
+    if PROBABILITIES:
+        t = widen(tl.load(target + ptr_offset(strides, n, c, p), mask=(c < classes) & inside, other=0.0), T)
+        return tl.where((t >= 0.0) & (t < float("inf")), t, float("nan"))
+    else:
+        return tl.where(c == label, tl.full((), 1.0, T), tl.full((), 0.0, T))
+
+
+@triton.jit
+def soft_terms(
+    x, c, t, class_alpha, alpha, gamma, smoothing, max_logit, sumexp_excl_max, classes, FOCUS: tl.constexpr, T: tl.constexpr
 ):  # fmt: skip
-    """With label smoothing: exponential, loss and slope of each class, whose share of the target is smoothing / C, and
-    1 - smoothing more for the label."""
+    """With a soft target: exponential, loss and slope of each class, whose share of the target is smoothing / C, and
+    1 - smoothing times t more."""
     smoothing = tl.full((), smoothing, T)
     share = smoothing / tl.full((), classes, T)
     a = tl.full((), alpha, T)
@@ -223,16 +239,18 @@ def smooth_terms(
     exp = exponentials(x, max_logit)
     inv_sumexp = 1.0 / (1.0 + sumexp_excl_max)
     q = tl.where(exp == 1.0, sumexp_excl_max * inv_sumexp, 1.0 - exp * inv_sumexp)
-    a = a * tl.where(c == label, share + (1.0 - smoothing), share)
-    value, slope = softmax_focal((x - max_logit) - log_sumexp(sumexp_excl_max), q, a, tl.full((), gamma, T), FOCUS)
+    a = a * (share + (1.0 - smoothing) * t)
+    log_p = (x - max_logit) - log_sumexp(sumexp_excl_max)
+    log_p = tl.where((exp == 0.0) & (a == 0.0), 0.0, log_p)  # a class that is masked out, and no part of the target
+    value, slope = softmax_focal(log_p, q, a, tl.full((), gamma, T), FOCUS)
     return exp, tl.where(c < classes, value, 0.0), tl.where(c < classes, slope, 0.0)
 
 
 @triton.jit
 def softmax_focal_forward_kernel(
     logits, logits_strides, target, target_strides, class_alpha, alpha: tl.float64, gamma: tl.float64, smoothing: tl.float64,
-    ignore_index, out, out_strides, partials, tiles, classes, pixels, SMOOTH: tl.constexpr, FOCUS: tl.constexpr,
-    T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr,
+    ignore_index, out, out_strides, partials, tiles, classes, pixels, SOFT: tl.constexpr, PROBABILITIES: tl.constexpr,
+    FOCUS: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """`out` takes the loss of each pixel; or it is None, and `partials` takes sums and counts."""
     total = tl.zeros((), tl.float64)
@@ -241,14 +259,18 @@ def softmax_focal_forward_kernel(
     while tile < tiles:
         n, _c, p = tile_at(tile, classes, pixels, 1, BLOCK_C, BLOCK_P)
         inside = p < pixels
-        label, valid, bad = focal_labels(target, target_strides, n, p, inside, ignore_index, None, classes)
+        if PROBABILITIES:
+            label, valid, bad = soft_labels(inside, BLOCK_P)
+        else:
+            label, valid, bad = focal_labels(target, target_strides, n, p, inside, ignore_index, None, classes)
         max_logit, sumexp_excl_max = softmax_sums(logits, logits_strides, n, p, inside, valid, classes, BLOCK_C, BLOCKS, T)
-        if SMOOTH:
+        if SOFT:
             value = tl.zeros((1, BLOCK_P), tl.float64)  # thousands of terms, alike in size
             for k in range(BLOCKS):
                 c, x = load_block(logits, logits_strides, k, n, p, inside, valid, classes, BLOCK_C, T)
-                _exp, values, _slope = smooth_terms(
-                    x, c, label, class_alpha, alpha, gamma, smoothing, max_logit, sumexp_excl_max, classes, FOCUS, T
+                t = soft_target(target, target_strides, label, n, c, p, inside, classes, PROBABILITIES, T)
+                _exp, values, _slope = soft_terms(
+                    x, c, t, class_alpha, alpha, gamma, smoothing, max_logit, sumexp_excl_max, classes, FOCUS, T
                 )
                 value += tl.sum(values.to(tl.float64), 0)[None, :]
         else:
@@ -270,16 +292,19 @@ def softmax_focal_forward_kernel(
 def softmax_focal_backward_kernel(
     grad, grad_strides, scale, logits, logits_strides, target, target_strides, class_alpha, alpha: tl.float64,
     gamma: tl.float64, smoothing: tl.float64, ignore_index, out, out_strides, classes, pixels,
-    SMOOTH: tl.constexpr, FOCUS: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    SOFT: tl.constexpr, PROBABILITIES: tl.constexpr, FOCUS: tl.constexpr, T: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     n, _c, p = tile_at(tl.program_id(0), classes, pixels, 1, BLOCK_C, BLOCK_P)
     inside = p < pixels
-    label, valid, bad = focal_labels(target, target_strides, n, p, inside, ignore_index, None, classes)
+    if PROBABILITIES:
+        label, valid, bad = soft_labels(inside, BLOCK_P)
+    else:
+        label, valid, bad = focal_labels(target, target_strides, n, p, inside, ignore_index, None, classes)
     max_logit, sumexp_excl_max = softmax_sums(logits, logits_strides, n, p, inside, valid, classes, BLOCK_C, BLOCKS, T)
     inv_sumexp = 1.0 / (1.0 + sumexp_excl_max)
     g = tl.where(bad, float("nan"), incoming(grad, grad_strides, scale, n, 0, p, inside, T))
-    if SMOOTH:
+    if SOFT:
         # The gradient of class c is slope_c - p_c (sum of all slopes). A confident pixel has p near 1 and one slope that
         # counts: then slope - p slope is q slope, which keeps the digits that the subtraction loses. So the slopes of the most
         # probable classes (exponential 1) are added apart from the others.
@@ -287,8 +312,9 @@ def softmax_focal_backward_kernel(
         other_slopes = tl.zeros((1, BLOCK_P), tl.float64 if BLOCKS > 1 else T)
         for k in range(BLOCKS):
             c, x = load_block(logits, logits_strides, k, n, p, inside, valid, classes, BLOCK_C, T)
-            exp, _value, slope = smooth_terms(
-                x, c, label, class_alpha, alpha, gamma, smoothing, max_logit, sumexp_excl_max, classes, FOCUS, T
+            t = soft_target(target, target_strides, label, n, c, p, inside, classes, PROBABILITIES, T)
+            exp, _value, slope = soft_terms(
+                x, c, t, class_alpha, alpha, gamma, smoothing, max_logit, sumexp_excl_max, classes, FOCUS, T
             )
             max_slopes += tl.sum(tl.where(exp == 1.0, slope, 0.0), 0)[None, :]
             other_slopes += tl.sum(tl.where(exp == 1.0, 0.0, slope), 0)[None, :]
@@ -301,9 +327,10 @@ def softmax_focal_backward_kernel(
         g = g * slope
     for k in range(BLOCKS):
         c, x = load_block(logits, logits_strides, k, n, p, inside, valid, classes, BLOCK_C, T)
-        if SMOOTH:
-            exp, _value, slope = smooth_terms(
-                x, c, label, class_alpha, alpha, gamma, smoothing, max_logit, sumexp_excl_max, classes, FOCUS, T
+        if SOFT:
+            t = soft_target(target, target_strides, label, n, c, p, inside, classes, PROBABILITIES, T)
+            exp, _value, slope = soft_terms(
+                x, c, t, class_alpha, alpha, gamma, smoothing, max_logit, sumexp_excl_max, classes, FOCUS, T
             )
             alone = (exp == 1.0) & (slope == max_slopes)
             kept = tl.where(alone, slope * sumexp_excl_max * inv_sumexp, slope - exp * inv_sumexp * max_slopes)

@@ -77,7 +77,8 @@ def sigmoid_launch(
     class_tiles = triton.cdiv(logits.shape[1], arguments["BLOCK_C"])
     return tiles * class_tiles, {
         **arguments, **common_options(logits, class_alpha, gamma, ignore_index), "alpha": alpha or 0.0,
-        "background_index": background_index, "HAS_ALPHA": alpha is not None, "ONE_HOT": one_hot, "class_tiles": class_tiles, "num_warps": _tuning.SIGMOID_WARPS,
+        "background_index": background_index, "HAS_ALPHA": alpha is not None, "ONE_HOT": one_hot, "class_tiles": class_tiles,
+        "num_warps": _tuning.SIGMOID_WARPS,
     }  # fmt: skip
 
 
@@ -87,7 +88,8 @@ def softmax_launch(
     """As sigmoid_launch."""
     check_logits(logits)
     check(logits.shape[1] > 0, "logits", logits, "[N, C, P] with at least one class")
-    check_like("target", target, logits, channels=False)
+    probabilities = target.dim() == 3
+    check_like("target", target, logits, channels=probabilities)
     elements, max_classes = _tuning.SOFTMAX_TILE, _tuning.SOFTMAX_MAX_CLASSES
     if opmath_t(logits) == tl.float64:
         elements, max_classes = elements // 2, _tuning.SOFTMAX_MAX_CLASSES_F64
@@ -98,7 +100,8 @@ def softmax_launch(
     )  # fmt: skip
     return tiles, {
         **arguments, **common_options(logits, class_alpha, gamma, ignore_index), "alpha": alpha, "smoothing": label_smoothing,
-        "SMOOTH": label_smoothing > 0, "BLOCKS": triton.cdiv(classes, arguments["BLOCK_C"]), "num_warps": _tuning.SOFTMAX_WARPS,
+        "SOFT": probabilities or label_smoothing > 0, "PROBABILITIES": probabilities,
+        "BLOCKS": triton.cdiv(classes, arguments["BLOCK_C"]), "num_warps": _tuning.SOFTMAX_WARPS,
     }  # fmt: skip
 
 

@@ -136,29 +136,40 @@ struct FocalTiles {
     for (int64_t i = 0; i < n; ++i) out[i] = label[i] >= 0 ? alpha[label[i] * alpha_step] : T(0);
   }
 
-  // ---- softmax with label smoothing: the sum over classes of target_c * FL_c, target_c = smoothing / C + (1 - smoothing) [c =
-  // y]
+  // ---- softmax with a soft target: the sum over classes of target_c * FL_c. Label smoothing mixes the one-hot target, or
+  // class probabilities, with equal shares: target_c = smoothing / C + (1 - smoothing) t_c.
+
+  // Whether all of a row of class probabilities is finite and not negative.
+  template <class T>
+  static bool all_probabilities(const T* __restrict target, int64_t n) {
+    constexpr T largest = std::numeric_limits<T>::max();
+    int32_t outside = 0;
+    for (int64_t i = 0; i < n; ++i) outside += !((target[i] >= T(0)) & (target[i] <= largest));
+    return outside == 0;
+  }
 
   template <class T>
   static void log_sum(const T* __restrict sumexp_excl_max, int64_t n, T* __restrict out) {
     for (int64_t i = 0; i < n; ++i) out[i] = log_sumexp(sumexp_excl_max[i]);
   }
 
-  // The terms of class c; exps, logits and slope are its rows. `loss` adds up over the classes, in float64 because the label's
-  // term is far larger than the others; and so do the slopes, those of the most probable classes (exponential 1) in `top`, the
-  // others in `low`.
+  // The terms of one class; exps, logits, target and slope are its rows. `loss` adds up over the classes, in float64 because
+  // the label's term is far larger than the others; and so do the slopes, those of the most probable classes (exponential 1) in
+  // `top`, the others in `low`. A class that is masked out (exponential 0), and has no part of the target, adds nothing.
   template <class T, bool Square>
-  static void smooth_terms(const T* __restrict exps, const T* __restrict logits, int64_t n, const int32_t* __restrict label,
-                           int32_t c, T share, T smoothing, T alpha, T gamma, SoftmaxRows<T> r, const T* __restrict log_sumexp,
-                           double* __restrict loss, T* __restrict slope, T* __restrict top, T* __restrict low) {
+  static void soft_terms(const T* __restrict exps, const T* __restrict logits, const T* __restrict target, int64_t n, T share,
+                         T smoothing, T alpha, T gamma, SoftmaxRows<T> r, const T* __restrict log_sumexp,
+                         double* __restrict loss, T* __restrict slope, T* __restrict top, T* __restrict low) {
     const T* __restrict max_logit = r.max_logit;
     const T* __restrict sumexp_excl_max = r.sumexp_excl_max;
     const T* __restrict inv_sumexp = r.inv_sumexp;
     for (int64_t i = 0; i < n; ++i) {
       const T p = exps[i] * inv_sumexp[i];
       const T q = exps[i] == T(1) ? sumexp_excl_max[i] * inv_sumexp[i] : T(1) - p;
-      const T weight = alpha * (label[i] == c ? share + (T(1) - smoothing) : share);
-      const auto term = softmax_focal<VecMath<T>, Square>((logits[i] - max_logit[i]) - log_sumexp[i], q, weight, gamma);
+      const T weight = alpha * (share + (T(1) - smoothing) * target[i]);
+      const T log_p = (logits[i] - max_logit[i]) - log_sumexp[i];
+      const bool absent = (exps[i] == T(0)) & (weight == T(0));
+      const auto term = softmax_focal<VecMath<T>, Square>(absent ? T(0) : log_p, q, weight, gamma);
       loss[i] += static_cast<double>(term.value);
       slope[i] = term.slope;
       top[i] += exps[i] == T(1) ? term.slope : T(0);
@@ -169,8 +180,8 @@ struct FocalTiles {
   // The gradient of one class, slope - p (top + low). A confident pixel has p near 1 and slope = top: there slope - p top is
   // q slope, which keeps the digits that the subtraction loses. `out` may be `exps`.
   template <class T>
-  static void smooth_backward(const T* exps, const T* __restrict slope, const T* __restrict top, const T* __restrict low,
-                              SoftmaxRows<T> r, const int32_t* __restrict label, int64_t n, const T* __restrict grad, T* out) {
+  static void soft_backward(const T* exps, const T* __restrict slope, const T* __restrict top, const T* __restrict low,
+                            SoftmaxRows<T> r, const int32_t* __restrict label, int64_t n, const T* __restrict grad, T* out) {
     const T* __restrict sumexp_excl_max = r.sumexp_excl_max;
     const T* __restrict inv_sumexp = r.inv_sumexp;
     for (int64_t i = 0; i < n; ++i) {
