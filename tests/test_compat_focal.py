@@ -11,7 +11,19 @@ from grid import labels, logits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from veerloss.compat import apex, detectron2, fvcore, kornia, mmcv, mmseg, monai, pytorch_toolbelt, torchvision, transformers
+from veerloss.compat import (
+    _focal,
+    apex,
+    detectron2,
+    fvcore,
+    kornia,
+    mmcv,
+    mmseg,
+    monai,
+    pytorch_toolbelt,
+    torchvision,
+    transformers,
+)
 from veerloss.compat import segmentation_models_pytorch as smp
 
 SHAPE = (2, 5, 6, 7)
@@ -397,6 +409,23 @@ def test_a_label_that_is_no_class_is_an_error(name):
         index_losses(255)[name](logits(SHAPE), y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_soft_targets_are_found(chunk, dtype, monkeypatch):
+    monkeypatch.setitem(_focal._CHUNK, "cpu", chunk)
+    hard = some("hard")[1].to(dtype)
+    for layout in (hard, hard.to(memory_format=torch.channels_last), hard[:, 1:], hard[:0]):
+        assert _focal.is_hard(layout)
+    tiny = torch.finfo(dtype).tiny
+    for value in (0.5, 1 - torch.finfo(dtype).eps, 1 + torch.finfo(dtype).eps, tiny, -1.0, 255.0, math.nan):
+        soft = hard.clone()
+        soft[1, 4, 5, 6] = value
+        for layout in (soft, soft.to(memory_format=torch.channels_last), soft[:, 1:]):
+            assert not _focal.is_hard(layout)
+            assert _focal.is_hard(layout, 255) == (value == 255)
+    assert _focal.is_hard(torch.tensor([3, 7])) and _focal.is_hard(torch.tensor(True))
+
+
 class FullSize(TorchDispatchMode):
     """The operators that make a tensor of at least so many elements in storage of its own."""
 
@@ -446,7 +475,8 @@ def common_calls():
 
 
 @pytest.mark.parametrize("name", common_calls())
-def test_no_full_size_temporary(name):
+def test_no_full_size_temporary(name, monkeypatch):
+    monkeypatch.setitem(_focal._CHUNK, "cpu", 100)  # what is read to find soft targets
     loss, x, target = common_calls()[name]
     x.requires_grad_()
     with FullSize(x.numel()) as forward:

@@ -198,7 +198,7 @@ class FocalLoss(_Loss):
         x, t = (input[:, 1:], target[:, 1:]) if skip else (input, target)
         ignore_index = self.ignore_index if target.shape[1] == 1 else None
         if self.use_softmax:
-            fused = False
+            fused = t.dtype.is_floating_point and self.reduction != "none" and ignore_index is None
         else:
             fused = is_hard(t, ignore_index)
         if not fused or target.requires_grad:
