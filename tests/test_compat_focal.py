@@ -465,6 +465,7 @@ def common_calls():
         "monai labels": (monai.FocalLoss(to_onehot_y=True, alpha=0.25, ignore_index=255), x, y[:, None]),
         "monai labels, softmax": (monai.FocalLoss(to_onehot_y=True, use_softmax=True, ignore_index=255), x, y[:, None]),
         "monai labels, no background": (monai.FocalLoss(False, True, alpha=0.25, reduction="sum"), x, y[:, None].clamp(max=4)),
+        "monai softmax": (monai.FocalLoss(use_softmax=True, alpha=0.25, ignore_index=255), x, dense),
         "smp binary": (smp.FocalLoss("binary"), x, dense),
         "smp multiclass": (smp.FocalLoss("multiclass", ignore_index=255, class_weights=WEIGHT.tolist()), x, y),
         "smp multilabel": (smp.FocalLoss("multilabel", alpha=0.25), x, dense),
