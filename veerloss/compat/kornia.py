@@ -1,8 +1,14 @@
-"""``kornia.losses``: focal_loss, binary_focal_loss_with_logits, and their modules.
+"""``kornia.losses``: focal_loss, binary_focal_loss_with_logits, lovasz_softmax_loss, lovasz_hinge_loss; their modules.
 
-Values are kornia's: class 0 of the softmax has 1 - alpha and the others alpha; "mean" divides by every element of [B, C, \\*],
-ignored ones included; a soft binary target t has t times the loss of a positive and 1 - t times that of a negative. Errors are
-kornia's where kornia is imported. Different on purpose:
+The Lovász losses have kornia's values: each image by itself, all classes, present or not. Different on purpose:
+
+- the gradient keeps its digits on large images (and before kornia 0.9 the labels were sorted, not the class);
+- volumes, [B, C, P] and labels of any integer type work; a binary label that is not 0 or 1 is an error, where kornia goes on,
+  to a negative loss for -100; a ``weight`` that requires a gradient has one, at the price of a loss per image and class.
+
+The focal losses have kornia's values: class 0 of the softmax has 1 - alpha and the others alpha; "mean" divides by every
+element of [B, C, \\*], ignored ones included; a soft binary target t has t times the loss of a positive and 1 - t times that
+of a negative. Errors are kornia's where kornia is imported. Different on purpose:
 
 - a NaN or infinite logit of an ignored pixel is ignored too, in the binary loss as well;
 - "mean" of no elements is 0, not NaN;
@@ -22,6 +28,8 @@ from torch import Tensor, nn
 from .._arguments import REDUCTIONS, opmath_dtype
 from ..focal import sigmoid_focal_loss as _sigmoid
 from ..focal import softmax_focal_loss as _softmax
+from ..lovasz import lovasz_hinge_loss as _hinge
+from ..lovasz import lovasz_softmax_loss as _lovasz
 from ._focal import index_error_as, is_hard, peer_error, positive_and_negative, power, to_opmath
 
 PEER = "kornia"
@@ -32,9 +40,22 @@ REPLACES = {
     "kornia.losses.focal:FocalLoss": "FocalLoss",
     "kornia.losses.focal:binary_focal_loss_with_logits": "binary_focal_loss_with_logits",
     "kornia.losses.focal:BinaryFocalLossWithLogits": "BinaryFocalLossWithLogits",
+    "kornia.losses.lovasz_softmax:lovasz_softmax_loss": "lovasz_softmax_loss",
+    "kornia.losses.lovasz_softmax:LovaszSoftmaxLoss": "LovaszSoftmaxLoss",
+    "kornia.losses.lovasz_hinge:lovasz_hinge_loss": "lovasz_hinge_loss",
+    "kornia.losses.lovasz_hinge:LovaszHingeLoss": "LovaszHingeLoss",
 }
 
-__all__ = ["BinaryFocalLossWithLogits", "FocalLoss", "binary_focal_loss_with_logits", "focal_loss"]
+__all__ = [
+    "BinaryFocalLossWithLogits",
+    "FocalLoss",
+    "LovaszHingeLoss",
+    "LovaszSoftmaxLoss",
+    "binary_focal_loss_with_logits",
+    "focal_loss",
+    "lovasz_hinge_loss",
+    "lovasz_softmax_loss",
+]
 
 
 def focal_loss(
@@ -256,6 +277,81 @@ class BinaryFocalLossWithLogits(nn.Module):
         return binary_focal_loss_with_logits(
             pred, target, self.alpha, self.gamma, self.reduction, self.pos_weight, self.weight, self.ignore_index
         )
+
+
+def lovasz_softmax_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Lovász-Softmax loss of each image, over all classes; the mean over images and classes.
+
+    Args:
+        pred: logits [B, C, \\*], C > 1; or [1, C, \\*], which is scored against every target.
+        target: class indices [B, \\*].
+        weight: [C], factor of each class. The mean divides by the number of classes.
+
+    Raises:
+        ValueError: the shapes or devices do not fit.
+        kornia's BaseError (ValueError where kornia is not imported): weight is not as above.
+        RuntimeError: target holds another value (on a GPU only with VEERLOSS_CHECK=1 in the environment).
+    """
+    _require(pred.dim() >= 3, f"pred must have the shape [B, C, *], got {list(pred.shape)}", "ShapeError")
+    _require(target.dim() == pred.dim() - 1, f"target must have the shape [B, *], got {list(target.shape)}", "ShapeError")
+    if pred.size(1) < 2:
+        raise ValueError(f"Invalid pred shape: expected [B, C, *] with C > 1, got {list(pred.shape)}")
+    _check_pixels(pred, target, pred.size(0) == 1)
+    _check_per_class("weight", weight, pred)
+    if pred.size(0) != target.size(0):
+        pred = pred.expand(target.size(0), *pred.shape[1:])
+    if target.dtype.is_floating_point or target.dtype == torch.bool:
+        target = target.long()
+    options = {"classes": "all", "per_image": True}
+    with index_error_as(RuntimeError):
+        if weight is None or not weight.requires_grad:
+            loss = _lovasz(pred, target, class_weight=weight, **options)
+        else:
+            loss = (_lovasz(pred, target, reduction="none", **options) * weight).mean()
+    return loss if weight is None else loss.to(torch.promote_types(pred.dtype, weight.dtype))
+
+
+class LovaszSoftmaxLoss(nn.Module):
+    """Module of :func:`lovasz_softmax_loss`."""
+
+    def __init__(self, weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight: Tensor | None = weight
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return lovasz_softmax_loss(pred, target, self.weight)
+
+
+def lovasz_hinge_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """Binary Lovász hinge loss of each image; the mean over the images.
+
+    Args:
+        pred: logits [B, 1, \\*].
+        target: [B, \\*], 0 or 1 in any type.
+
+    Raises:
+        ValueError: the shapes or devices do not fit.
+        IndexError: target holds another value (on a GPU only with VEERLOSS_CHECK=1 in the environment).
+    """
+    fits = pred.dim() >= 3 and pred.size(1) == 1
+    _require(fits, f"pred must have the shape [B, 1, *], got {list(pred.shape)}", "ShapeError")
+    _require(target.dim() == pred.dim() - 1, f"target must have the shape [B, *], got {list(target.shape)}", "ShapeError")
+    _check_pixels(pred, target, False)
+    return _hinge(pred if pred.dtype.is_floating_point else pred.float(), target)
+
+
+class LovaszHingeLoss(nn.Module):
+    """Module of :func:`lovasz_hinge_loss`."""
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        return lovasz_hinge_loss(pred, target)
+
+
+def _check_pixels(pred: Tensor, target: Tensor, one_for_all: bool) -> None:
+    if pred.shape[2:] != target.shape[1:] or not (one_for_all or pred.size(0) == target.size(0)):
+        raise ValueError(f"pred and target shapes must be the same, got {list(pred.shape)} and {list(target.shape)}")
+    if pred.device != target.device:
+        raise ValueError(f"pred and target must be in the same device, got {pred.device} and {target.device}")
 
 
 def _require(condition: bool, message: str, error: str = "BaseError") -> None:

@@ -1,7 +1,9 @@
-"""``mmseg.models.losses.FocalLoss``.
+"""``mmseg.models.losses``: LovaszLoss and FocalLoss.
 
-Values are mmseg's of the CPU: "mean" divides by all elements, ignored ones included, or by ``avg_factor``. Different on
-purpose:
+LovaszLoss is that of :mod:`veerloss.compat.mmdet3d`, which tells what differs.
+
+FocalLoss has mmseg's values, of the CPU: "mean" divides by all elements, ignored ones included, or by ``avg_factor``. Different
+on purpose:
 
 - the same on a GPU, where mmseg takes the largest value of a target per logit for its class;
 - a NaN or infinite logit of an ignored pixel is ignored too; 0 < gamma < 1: no NaN in the gradient of a confident pixel;
@@ -21,13 +23,18 @@ from torch import Tensor, nn
 from .._arguments import REDUCTIONS
 from ..focal import sigmoid_focal_loss as _sigmoid
 from ._focal import index_error_as, index_sigmoid, require
+from ._mm import LovaszLoss
+from ._mm import register as _register
 
 PEER = "mmseg"
 DISTRIBUTION = "mmsegmentation"
 VERSIONS = ">=1.0,<2"
-REPLACES = {"mmseg.models.losses.focal_loss:FocalLoss": "FocalLoss"}
+REPLACES = {
+    "mmseg.models.losses.focal_loss:FocalLoss": "FocalLoss",
+    "mmseg.models.losses.lovasz_loss:LovaszLoss": "LovaszLoss",
+}
 
-__all__ = ["FocalLoss"]
+__all__ = ["FocalLoss", "LovaszLoss", "register"]
 
 _EPS = 1.1920929e-07  # of float32: mmseg adds it to avg_factor
 
@@ -150,3 +157,8 @@ class FocalLoss(nn.Module):
     @property
     def loss_name(self) -> str:
         return self._loss_name
+
+
+def register() -> None:
+    """Puts both into mmsegmentation's registry: ``dict(type="LovaszLoss", ...)`` in a config is then ours."""
+    _register("mmseg.registry", "MODELS", LovaszLoss, FocalLoss)

@@ -1,6 +1,12 @@
-"""``pytorch_toolbelt.losses``: BinaryFocalLoss, CrossEntropyFocalLoss, and the functions that they call.
+"""``pytorch_toolbelt.losses``: LovaszLoss, BinaryLovaszLoss, BinaryFocalLoss, CrossEntropyFocalLoss, and the functions that
+the last two call.
 
-Values are toolbelt's, and so is the type of the loss, float32; "mean" counts ignored elements. Different on purpose:
+The Lovász losses have toolbelt's values, which are Berman's: :mod:`veerloss.compat.lovasz_losses` tells where ours differ. What
+LovaszLoss calls logits are probabilities, there as here: it applies no softmax. (One that does is
+:func:`veerloss.lovasz_softmax_loss`.)
+
+Values of the focal losses are toolbelt's, and so is the type of the loss, float32; "mean" counts ignored elements. Different
+on purpose:
 
 - 0 < gamma < 1: no NaN in the gradient of a confident logit; a fractional gamma with ignore_index: none at all;
 - BinaryFocalLoss has a repr without class_weights too;
@@ -23,14 +29,18 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 
 from ..focal import sigmoid_focal_loss as _sigmoid
+from . import lovasz_losses
 from ._focal import check_same_shape, cross_entropy_elements, float32_loss, index_error_as, index_sigmoid, power, reduced
 
 PEER = "pytorch_toolbelt"
 DISTRIBUTION = "pytorch-toolbelt"
 VERSIONS = ">=0.8,<0.9"
 REPLACES = {
+    "pytorch_toolbelt.losses.lovasz:BinaryLovaszLoss": "BinaryLovaszLoss",
+    "pytorch_toolbelt.losses.lovasz:LovaszLoss": "LovaszLoss",
     "pytorch_toolbelt.losses.focal:BinaryFocalLoss": "BinaryFocalLoss",
     "pytorch_toolbelt.losses.focal:CrossEntropyFocalLoss": "CrossEntropyFocalLoss",
     "pytorch_toolbelt.losses.focal:FocalLoss": "FocalLoss",
@@ -42,13 +52,55 @@ REPLACES = {
 
 __all__ = [
     "BinaryFocalLoss",
+    "BinaryLovaszLoss",
     "CrossEntropyFocalLoss",
     "FocalLoss",
+    "LovaszLoss",
     "focal_loss_with_logits",
     "reduced_focal_loss",
     "sigmoid_focal_loss",
     "softmax_focal_loss_with_logits",
 ]
+
+
+class BinaryLovaszLoss(_Loss):
+    """Binary Lovász hinge loss of logits [N, \\*] or [N, 1, \\*]; target 0 or 1 of as many elements.
+
+    Args:
+        per_image: the mean of the images' losses instead of one loss of the batch.
+        ignore_index: target value that takes no part, a whole number.
+    """
+
+    def __init__(self, per_image: bool = False, ignore_index: float | None = None) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.per_image = per_image
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        ignored = self.ignore_index
+        if isinstance(ignored, float):
+            if not ignored.is_integer():
+                raise ValueError(f"ignore_index must be a whole number or None, got {ignored!r}")
+            ignored = int(ignored)
+        return lovasz_losses.lovasz_hinge(logits, target, self.per_image, ignored)
+
+
+class LovaszLoss(_Loss):
+    """Lovász-Softmax loss of probabilities [N, C, \\*] and class indices [N, \\*], over the classes present.
+
+    Args:
+        per_image: the mean of the images' losses instead of one loss of the batch.
+        ignore: target value that takes no part.
+    """
+
+    def __init__(self, per_image: bool = False, ignore: int | None = None) -> None:
+        super().__init__()
+        self.ignore = ignore
+        self.per_image = per_image
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return lovasz_losses.lovasz_softmax(logits, target, "present", self.per_image, self.ignore)
+
 
 _REDUCTIONS = ("none", "mean", "sum", "batchwise_mean", None)
 

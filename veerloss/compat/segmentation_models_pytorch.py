@@ -1,6 +1,15 @@
-"""``segmentation_models_pytorch.losses``: FocalLoss in its three modes, and the two functions of ``losses._functional``.
+"""``segmentation_models_pytorch.losses``: LovaszLoss and FocalLoss in their three modes, and the functions of
+``losses._functional`` that FocalLoss calls.
 
-Values are SMP's: "multiclass" is one class against the rest; soft targets have p_t = exp(-bce). Different on purpose:
+LovaszLoss has SMP's values, which are Berman's: "multiclass" is the softmax over the classes present, "binary" and "multilabel"
+the hinge, all channels of "multilabel" together. Different on purpose:
+
+- the gradient keeps its digits on large images; float64, half precision, one pixel and [N, C, P] work;
+- everything ignored: 0, where SMP returns a loss of shape [0, C];
+- ``from_logits=False``, which SMP does not look at, means probabilities: as they are in "multiclass", as logits in the others;
+- labels that are no class, which are background to SMP, are an error.
+
+FocalLoss has SMP's values: "multiclass" is one class against the rest; soft targets have p_t = exp(-bce). Different on purpose:
 
 - everything ignored: 0, not NaN; 0 < gamma < 1: no NaN in the gradient of a confident pixel;
 - reduction "none" of "multiclass" and "multilabel" is [N, C, \\*], where SMP returns the mean; its mean is the "mean";
@@ -26,21 +35,52 @@ from torch.nn.modules.loss import _Loss
 
 from ..focal import sigmoid_focal_loss as _sigmoid
 from ..focal import softmax_focal_loss as _softmax
+from ..lovasz import lovasz_hinge_loss, lovasz_softmax_loss
 from ._focal import check_same_shape, cross_entropy_elements, index_sigmoid, is_hard, power, reduced, require, to_opmath
 
 PEER = "segmentation_models_pytorch"
 DISTRIBUTION = "segmentation-models-pytorch"
 VERSIONS = ">=0.6,<0.7"
 REPLACES = {
+    "segmentation_models_pytorch.losses.lovasz:LovaszLoss": "LovaszLoss",
     "segmentation_models_pytorch.losses.focal:FocalLoss": "FocalLoss",
     "segmentation_models_pytorch.losses._functional:focal_loss_with_logits": "focal_loss_with_logits",
     "segmentation_models_pytorch.losses._functional:softmax_focal_loss_with_logits": "softmax_focal_loss_with_logits",
 }
 
-__all__ = ["FocalLoss", "focal_loss_with_logits", "softmax_focal_loss_with_logits"]
+__all__ = ["FocalLoss", "LovaszLoss", "focal_loss_with_logits", "softmax_focal_loss_with_logits"]
 
 _MODES = ("binary", "multiclass", "multilabel")
 _REDUCTIONS = ("none", "mean", "sum", "batchwise_mean", None)
+
+
+class LovaszLoss(_Loss):
+    """Lovász loss.
+
+    Args:
+        mode: "binary" (logits [N, \\*] or [N, 1, \\*] and a target of 0 and 1), "multiclass" (logits [N, C, \\*], class indices
+            [N, \\*]) or "multilabel" (both [N, C, \\*], all channels one segment).
+        per_image: the mean of the images' losses instead of one loss of the batch.
+        ignore_index: target value that takes no part.
+        from_logits: False: the prediction holds probabilities.
+    """
+
+    def __init__(self, mode: str, per_image: bool = False, ignore_index: int | None = None, from_logits: bool = True) -> None:
+        require(mode in _MODES, f"mode must be one of {_MODES}, got {mode!r}")
+        super().__init__()
+        self.mode = mode
+        self.ignore_index = ignore_index
+        self.per_image = per_image
+        self.from_logits = from_logits
+
+    def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        options = {"per_image": self.per_image, "ignore_index": self.ignore_index}
+        if self.mode == "multiclass":
+            y_true = y_true.long() if y_true.dtype.is_floating_point else y_true
+            return lovasz_softmax_loss(y_pred, y_true, from_logits=self.from_logits, **options)
+        if not self.from_logits:
+            y_pred = y_pred.clamp(1e-7, 1 - 1e-7).logit()
+        return lovasz_hinge_loss(y_pred, y_true, **options)
 
 
 class FocalLoss(_Loss):
