@@ -28,10 +28,14 @@ def test_sigmoid_focal(kind, gamma):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_softmax_focal(smoothing, gamma):
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_softmax_focal(kind, smoothing, gamma):
     x, target = double(2, 3, 5), labels((2, 3, 5), 3, ignore_index=-100)
-    alpha = torch.tensor([0.2, 0.5, 1.5], dtype=torch.float64)
-    loss = lambda x: reference.softmax_focal_loss(x, target, alpha=alpha, gamma=gamma, label_smoothing=smoothing)  # noqa: E731
+    alpha, weight = torch.tensor([0.2, 0.5, 1.5], dtype=torch.float64), torch.rand(2, 5, dtype=torch.float64)
+    if kind == "probabilities":
+        target = torch.rand(2, 3, 5, dtype=torch.float64)
+    options = {"alpha": alpha, "gamma": gamma, "weight": weight, "label_smoothing": smoothing}
+    loss = lambda x: reference.softmax_focal_loss(x, target, **options)  # noqa: E731
     assert gradcheck(loss, x)
     assert gradgradcheck(loss, x)
 

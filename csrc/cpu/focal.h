@@ -26,6 +26,19 @@ struct SoftmaxRows {
   T *label_logit, *log_p, *q;  // of the label: its logit - max_logit, log p, and 1 - p
 };
 
+// The target of a class, [n], of a softmax tile: from labels, or class probabilities.
+template <class T>
+struct OneHotRow {
+  const int32_t* label;
+  int32_t c;
+  VEERLOSS_HD T operator()(int64_t i) const { return label[i] == c ? T(1) : T(0); }
+};
+template <class T>
+struct ProbabilityRow {
+  const T* values;
+  VEERLOSS_HD T operator()(int64_t i) const { return values[i]; }
+};
+
 // What one tile adds to the loss, and to the number of valid elements.
 struct FocalPartial {
   double sum = 0;

@@ -139,9 +139,15 @@ class SoftmaxFocal {
       const int64_t row = c * tile;
       if (c > 0 && c % classes_per_sum == 0)
         for_each_sum(t, [&](T* sum, double* total) { VEERLOSS_DISPATCH(SoftmaxTiles::end_part(sum, total, n, c)); });
-      VEERLOSS_DISPATCH(FocalTiles::soft_terms<T, square>(t.exps + row, t.logits + row, load_target(c, run, t), n, share,
-                                                          smoothing_, alpha_[c * alpha_step_], gamma_, t.rows, t.log_sumexp,
-                                                          t.soft_loss.data(), t.slope + row, t.top, t.low));
+      const auto add = [&](auto target) {
+        VEERLOSS_DISPATCH(FocalTiles::soft_terms<T, square>(t.exps + row, t.logits + row, target, n, share, smoothing_,
+                                                            alpha_[c * alpha_step_], gamma_, t.rows, t.log_sumexp,
+                                                            t.soft_loss.data(), t.slope + row, t.top, t.low));
+      };
+      if (in_.class_probabilities)
+        add(ProbabilityRow<T>{load_probabilities(c, run, t)});
+      else
+        add(OneHotRow<T>{label, static_cast<int32_t>(c)});
     }
     if (g.channels > classes_per_sum)
       for_each_sum(t, [&](T* sum, double* total) { VEERLOSS_DISPATCH(SoftmaxTiles::end_sum(sum, total, n)); });
@@ -149,12 +155,8 @@ class SoftmaxFocal {
     return VEERLOSS_DISPATCH(FocalTiles::sum(t.loss, n));
   }
 
-  // The row of one class of the target.
-  const T* load_target(int64_t c, Run run, SoftmaxTile<T>& t) {
-    if (!in_.class_probabilities) {
-      VEERLOSS_DISPATCH(FocalTiles::one_hot(t.target, t.label.data(), run.count, static_cast<int32_t>(c)));
-      return t.target;
-    }
+  // A row of class probabilities.
+  const T* load_probabilities(int64_t c, Run run, SoftmaxTile<T>& t) {
     const T* const in_place = row_in_place<T>(in_.target, g, c, run);
     if (!in_place) load_row(t.target, in_.target, g, c, run);
     const T* const target = in_place ? in_place : t.target;

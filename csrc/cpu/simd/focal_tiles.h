@@ -156,17 +156,18 @@ struct FocalTiles {
   // The terms of one class; exps, logits, target and slope are its rows. `loss` adds up over the classes, in float64 because
   // the label's term is far larger than the others; and so do the slopes, those of the most probable classes (exponential 1) in
   // `top`, the others in `low`. A class that is masked out (exponential 0), and has no part of the target, adds nothing.
-  template <class T, bool Square>
-  static void soft_terms(const T* __restrict exps, const T* __restrict logits, const T* __restrict target, int64_t n, T share,
-                         T smoothing, T alpha, T gamma, SoftmaxRows<T> r, const T* __restrict log_sumexp,
-                         double* __restrict loss, T* __restrict slope, T* __restrict top, T* __restrict low) {
+  template <class T, bool Square, class Target>
+  static void soft_terms(const T* __restrict exps, const T* __restrict logits, Target target, int64_t n, T share, T smoothing,
+                         T alpha, T gamma, SoftmaxRows<T> r, const T* __restrict log_sumexp, double* __restrict loss,
+                         T* __restrict slope, T* __restrict top, T* __restrict low) {
     const T* __restrict max_logit = r.max_logit;
     const T* __restrict sumexp_excl_max = r.sumexp_excl_max;
     const T* __restrict inv_sumexp = r.inv_sumexp;
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       const T p = exps[i] * inv_sumexp[i];
       const T q = exps[i] == T(1) ? sumexp_excl_max[i] * inv_sumexp[i] : T(1) - p;
-      const T weight = alpha * (share + (T(1) - smoothing) * target[i]);
+      const T weight = alpha * (share + (T(1) - smoothing) * target(i));
       const T log_p = (logits[i] - max_logit[i]) - log_sumexp[i];
       const bool absent = (exps[i] == T(0)) & (weight == T(0));
       const auto term = softmax_focal<VecMath<T>, Square>(absent ? T(0) : log_p, q, weight, gamma);
