@@ -146,7 +146,7 @@ def losses():
         "softmax smoothed": lambda x: veerloss.softmax_focal_loss(x, y, label_smoothing=0.1, normalizer=3),
         "softmax probabilities": lambda x: veerloss.softmax_focal_loss(x, x.detach().sigmoid()),
         "softmax weighted": lambda x: veerloss.softmax_focal_loss(x, y, weight=torch.ones(5, 4), normalizer=torch.tensor(7.0)),
-        "sigmoid background": lambda x: veerloss.sigmoid_focal_loss(x[:, :2], y, background_index=2),
+        "sigmoid background": lambda x: veerloss.sigmoid_focal_loss(x, y + 1, background_index=3),
         "lovasz softmax": lambda x: veerloss.lovasz_softmax_loss(x, y, classes=[0, 2], per_image=True),
         "lovasz hinge": lambda x: veerloss.lovasz_hinge_loss(x[:, 0], y.clamp(max=1)),
         "lovasz softmax, histogram": lambda x: veerloss.lovasz_softmax_loss(x, y, classes="all", method="histogram"),

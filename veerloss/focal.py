@@ -246,7 +246,7 @@ def _weighted(losses: Tensor, weight: Tensor, valid: Tensor, reduction: str, nor
     losses = losses * torch.where(valid, weight, 0)
     if reduction == "none":
         return losses
-    total = losses.sum(dtype=torch.float64)
+    total = losses.sum()
     if reduction == "sum":
         return total
     divisor = valid.sum() if normalizer is None else normalizer
