@@ -68,7 +68,7 @@ def test_cross_entropy_focal_loss(shape, seed, gamma, reduction, normalized, thr
         "ignore_index": ignore,
         "class_weights": torch.linspace(0.2, 2, shape[1]) if weighted else None,
     }
-    x, target = logits_of(shape, seed).float(), labels_of(shape, seed, ignore)
+    x, target = logits_of(shape, seed).float(), labels_of(shape, seed, None if normalized else ignore)
     agree(ours.CrossEntropyFocalLoss(**options), peer.CrossEntropyFocalLoss(**options), x, target, **FLOAT32)
     both = ours.softmax_focal_loss_with_logits, functional.softmax_focal_loss_with_logits
     agree(*both, x, target, **options, **FLOAT32)
@@ -119,6 +119,15 @@ def test_an_unknown_reduction_is_none_there():
     assert functional.focal_loss_with_logits(x, x, reduction="average").shape == (4,)
     with pytest.raises(ValueError, match="reduction must be one of"):
         ours.focal_loss_with_logits(x, x, reduction="average")
+
+
+def test_ignored_pixels_are_part_of_the_normaliser_there():
+    x, target = logits_of((2, 3, 4), 0).float(), labels_of((2, 3, 4), 0)
+    target[0] = -100
+    loss = {module: module.CrossEntropyFocalLoss(normalized=True, reduction="sum") for module in (peer, ours)}
+    expected = loss[peer](x[1:], target[1:])
+    torch.testing.assert_close(loss[ours](x, target), expected)
+    assert loss[peer](x, target) < 0.9 * expected
 
 
 def test_no_elements_are_nan_there():

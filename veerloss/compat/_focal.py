@@ -27,11 +27,18 @@ def to_opmath(x: Tensor) -> Tensor:
 
 def power(q: Tensor, gamma: float) -> Tensor:
     """q^gamma of q in [0, 1], with a finite derivative at 0, where q^(gamma - 1) has none for gamma < 1."""
-    return torch.exp(gamma * torch.log(q.clamp_min(1.2e-38)))
+    return q.clamp_min(1.2e-38).pow(gamma)
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """[N, C, *], bool, of class indices [N, *]; all False for those that are no class."""
+    return labels.unsqueeze(1) == torch.arange(classes, device=labels.device).reshape([1, -1] + [1] * (labels.dim() - 1))
 
 
 def cross_entropy_elements(x: Tensor, t: Tensor) -> Tensor:
     """Binary cross-entropy of each logit."""
+    if t.dtype == torch.bool:
+        return -F.logsigmoid(torch.where(t, x, -x))
     return -(t * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x))
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._focal import cross_entropy_elements, float32_loss, index_sigmoid, power, to_opmath
+from ._focal import cross_entropy_elements, float32_loss, index_sigmoid, one_hot, power, to_opmath
 
 PEER = "apex"
 DISTRIBUTION = "apex"
@@ -69,7 +69,8 @@ def focal_loss(
     logits = cls_output.reshape(-1, cls_output.size(-1))[:, :num_real_classes]
     labels = cls_targets_at_level.reshape(-1)
     if label_smoothing > 0:
-        return _smoothed(logits, labels, alpha, gamma, label_smoothing / 2) / num_positives_sum.reshape(())
+        loss = _smoothed(logits, labels, alpha, gamma, label_smoothing / 2)
+        return loss / torch.where((labels != _IGNORED).any(), num_positives_sum.reshape(()), 1)
     with float32_loss(cls_output):
         return index_sigmoid(
             logits,
@@ -91,7 +92,7 @@ def _smoothed(logits: Tensor, labels: Tensor, alpha: float, gamma: float, off: f
     x = to_opmath(logits)
     valid = (labels != _IGNORED).unsqueeze(1)
     x = torch.where(valid, x, torch.zeros_like(x))
-    t = (labels.unsqueeze(1) == torch.arange(logits.size(1), device=labels.device)).to(x.dtype)
+    t = one_hot(labels, logits.size(1)).to(x.dtype)
     factor = (alpha * t + (1 - alpha) * (1 - t)) * power(torch.sigmoid(x) * (1 - t) + torch.sigmoid(-x) * t, gamma)
     loss = factor * cross_entropy_elements(x, off + t * (1 - 2 * off))
     return torch.where(valid, loss, torch.zeros_like(loss)).sum()

@@ -37,6 +37,7 @@ from ._focal import (
     float32_loss,
     index_sigmoid,
     is_hard,
+    one_hot,
     positive_and_negative,
     power,
     require,
@@ -292,7 +293,7 @@ def _plain(
         labels = target[:, 0].long()
         if mask is not None:
             labels = torch.where(mask[:, 0] > 0, labels, torch.zeros_like(labels))
-        target = F.one_hot(labels, channels).movedim(-1, 1)
+        target = one_hot(labels, channels)
     if not include_background and channels > 1:
         input, target = input[:, 1:], target[:, 1:]
     if target.shape != input.shape:

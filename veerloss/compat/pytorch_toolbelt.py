@@ -10,6 +10,7 @@ on purpose:
 
 - 0 < gamma < 1: no NaN in the gradient of a confident logit; a fractional gamma with ignore_index: none at all;
 - BinaryFocalLoss has a repr without class_weights too;
+- ``normalized`` counts the modulating factors of what is not ignored alone, in CrossEntropyFocalLoss too;
 - "mean" of no elements is 0, not NaN;
 - logits of half precision are not copied to float32; float64 ones are computed in float64, and the loss rounded;
 - an unknown reduction, which toolbelt takes for "none", alpha outside [0, 1], a negative gamma and a target outside [0, 1] are
@@ -31,9 +32,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from .._arguments import check_label_range
 from ..focal import sigmoid_focal_loss as _sigmoid
 from . import lovasz_losses
-from ._focal import check_same_shape, cross_entropy_elements, float32_loss, index_error_as, index_sigmoid, power, reduced
+from ._focal import (
+    check_same_shape,
+    cross_entropy_elements,
+    float32_loss,
+    index_error_as,
+    index_sigmoid,
+    one_hot,
+    power,
+    reduced,
+)
 
 PEER = "pytorch_toolbelt"
 DISTRIBUTION = "pytorch-toolbelt"
@@ -220,15 +231,21 @@ def softmax_focal_loss_with_logits(
     valid = target != ignore_index
     labels = torch.where(valid, target, torch.zeros_like(target)).long()
     x = output if output.dtype == torch.float64 else output.float()
-    t = F.one_hot(labels, x.size(1)).movedim(-1, 1).to(x.dtype)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        with index_error_as(RuntimeError):
+            check_label_range(labels, x.size(1), None)
+    x = torch.where(valid.unsqueeze(1), x, torch.zeros_like(x))
+    t = one_hot(labels, x.size(1))
     p = torch.softmax(x, 1)
-    q = p * (1 - t) + (1 - p) * t
+    q = torch.where(t, 1 - p, p)
     factor = _modulating(q, q, gamma, 1.0 if reduced_threshold is None else reduced_threshold, reduced_threshold)
     loss = factor * cross_entropy_elements(x, t)
     if class_weights is not None:
         loss = loss * class_weights.reshape(-1, *[1] * (loss.dim() - 2))
     loss = torch.where(valid, loss.sum(1), torch.zeros_like(x[:, 0]))
-    return _reduced(loss / factor.sum().clamp_min(eps) if normalized else loss, reduction)
+    if normalized:
+        loss = loss / (factor * valid.unsqueeze(1)).sum().clamp_min(eps)
+    return _reduced(loss, reduction)
 
 
 def sigmoid_focal_loss(*input, **kwargs) -> Tensor:

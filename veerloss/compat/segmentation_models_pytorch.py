@@ -33,10 +33,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
+from .._arguments import check_label_range
 from ..focal import sigmoid_focal_loss as _sigmoid
 from ..focal import softmax_focal_loss as _softmax
 from ..lovasz import lovasz_hinge_loss, lovasz_softmax_loss
-from ._focal import check_same_shape, cross_entropy_elements, index_sigmoid, is_hard, power, reduced, require, to_opmath
+from ._focal import (
+    check_same_shape,
+    cross_entropy_elements,
+    index_sigmoid,
+    is_hard,
+    one_hot,
+    power,
+    reduced,
+    require,
+    to_opmath,
+)
 
 PEER = "segmentation_models_pytorch"
 DISTRIBUTION = "segmentation-models-pytorch"
@@ -186,7 +197,9 @@ class FocalLoss(_Loss):
         valid = torch.ones_like(y_true, dtype=torch.bool) if self.ignore_index is None else y_true != self.ignore_index
         y_true = torch.where(valid, y_true, torch.zeros_like(y_true))
         if self.mode == "multiclass":
-            y_true = F.one_hot(y_true.long(), y_pred.size(1)).movedim(-1, 1)
+            if y_true.device.type == "cpu" and not torch.compiler.is_compiling():
+                check_label_range(y_true, y_pred.size(1), None)
+            y_true = one_hot(y_true, y_pred.size(1))
             valid = valid.unsqueeze(1).expand_as(y_pred)
         loss, factor = _elements(torch.where(valid, y_pred, torch.zeros_like(y_pred)), y_true, self.gamma, self.alpha,
                                  self.reduced_threshold)  # fmt: skip
@@ -254,10 +267,11 @@ def _elements(
 ) -> tuple[Tensor, Tensor]:
     """Of each logit the loss and its modulating factor, in which p_t is exp(-bce), for soft targets too."""
     x = to_opmath(x)
-    t = target.to(x.dtype)
+    t = target if target.dtype == torch.bool else target.to(x.dtype)
     loss = cross_entropy_elements(x, t)
     factor = _modulating(loss, gamma, reduced_threshold)
     loss = factor * loss
+    t = t.to(x.dtype)
     return loss if alpha is None else loss * (alpha * t + (1 - alpha) * (1 - t)), factor
 
 
