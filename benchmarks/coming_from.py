@@ -91,6 +91,10 @@ def through_one_hot(loss: Callable[[Tensor, Tensor], Tensor]) -> peers.Loss:
     return lambda x, t: loss(x, F.one_hot(t, x.size(-1) + 1)[..., :-1].to(x.dtype))
 
 
+def of_probabilities(loss: Callable[[Tensor, Tensor], Tensor]) -> peers.Loss:
+    return lambda x, t: loss(x.softmax(1), t)
+
+
 def with_channel(loss: Callable[[Tensor, Tensor], Tensor]) -> peers.Loss:
     return lambda x, t: loss(x, t[:, None])
 
@@ -135,7 +139,7 @@ CASES = [
         "monai", "FocalLoss, softmax", images, MONAI,
         lambda m: with_channel(m.FocalLoss(to_onehot_y=True, use_softmax=True)),
     ),
-    Case("pytorch_toolbelt", "LovaszLoss", images, "pytorch_toolbelt.losses", lambda m: m.LovaszLoss()),
+    Case("pytorch_toolbelt", "LovaszLoss", images, "pytorch_toolbelt.losses", lambda m: of_probabilities(m.LovaszLoss())),
     Case(
         "torchvision", "sigmoid_focal_loss", detection_one_hot, "torchvision.ops",
         lambda m: functools.partial(m.sigmoid_focal_loss, reduction="sum"),

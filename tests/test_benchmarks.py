@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import accuracy, gpu, gpu_report, gpu_timing, memory, peers, scaling, suite, timing
+from benchmarks import accuracy, coming_from, gpu, gpu_report, gpu_timing, memory, peers, scaling, suite, timing
 from benchmarks.__main__ import main
 from benchmarks.inputs import Inputs
 
@@ -33,6 +33,16 @@ def test_contestants_compute_one_loss(task, name):
         pytest.skip(str(missing))
     # 1e-3: the peers' float32 Jaccard differences are off by about 1e-5 at this size.
     torch.testing.assert_close(theirs / theirs.norm(), ours / ours.norm(), atol=1e-3, rtol=0)
+
+
+def test_coming_from_runs(capsys):
+    """Of what needs no peer."""
+    assert coming_from.main(["--quick", "--filter", "lovasz_losses"]) == 0
+    assert capsys.readouterr().out.count("| lovasz_losses | lovasz_softmax |") == 3
+    for case in coming_from.CASES[:3]:
+        logits, target = coming_from.made(case.inputs, True)
+        ours, theirs = (accuracy.gradient(case.loss(side), logits, target) for side in ("ours", "theirs"))
+        torch.testing.assert_close(ours, theirs, atol=1e-3 * ours.abs().max().item(), rtol=1e-2)
 
 
 def test_a_peer_that_cannot_run_is_a_result():

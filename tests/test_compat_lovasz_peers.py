@@ -11,9 +11,19 @@ import torch
 import torch.nn.functional as F
 from budget import evaluate
 from grid import labels, logits
+from test_compat_focal import FullSize
 from test_compat_lovasz import assert_is, hinge_formula, softmax_formula
 
-from veerloss.compat import kornia, mmdet3d, mmseg, pointcept, pytorch_toolbelt, segmentation_models_pytorch, torchsparse
+from veerloss.compat import (
+    kornia,
+    lovasz_losses,
+    mmdet3d,
+    mmseg,
+    pointcept,
+    pytorch_toolbelt,
+    segmentation_models_pytorch,
+    torchsparse,
+)
 
 SHAPE = (3, 5, 6, 7)
 X, Y = logits(SHAPE), labels(SHAPE, 4, ignore_index=255)  # class 4 is absent
@@ -226,3 +236,37 @@ def test_registries(module, path, name, losses, monkeypatch):
     module.register()
     assert registry.modules == {loss: getattr(module, loss) for loss in losses}
     assert importlib.import_module(path) is sys.modules[path]
+
+
+def common_calls():
+    """By name the common call of each loss: (loss, logits or probabilities, target)."""
+    p, y = X.softmax(1), Y
+    cloud, of_cloud = points(X).contiguous(), Y.flatten()
+    return {
+        "lovasz_losses": (lambda p, y: lovasz_losses.lovasz_softmax(p, y, ignore=255), p, y),
+        "lovasz_losses, points": (lambda p, y: lovasz_losses.lovasz_softmax(p, y, ignore=255), cloud.softmax(1), of_cloud),
+        "lovasz_losses, flat": (lovasz_losses.lovasz_softmax_flat, cloud.softmax(1), VALID.flatten()),
+        "lovasz_losses, hinge": (lambda x, y: lovasz_losses.lovasz_hinge(x, y, ignore=255), X[:, 0], B),
+        "lovasz_losses, hinge flat": (lovasz_losses.lovasz_hinge_flat, X[:, 0].flatten(), B.flatten().clamp(max=1)),
+        "smp": (segmentation_models_pytorch.LovaszLoss("multiclass", ignore_index=255), X, y),
+        "smp binary": (segmentation_models_pytorch.LovaszLoss("binary", ignore_index=255), X[:, :1], B),
+        "smp multilabel": (segmentation_models_pytorch.LovaszLoss("multilabel"), X, (X > 0).long()),
+        "kornia": (kornia.lovasz_softmax_loss, X, VALID),
+        "kornia hinge": (kornia.lovasz_hinge_loss, X[:, :1], B.clamp(max=1)),
+        "toolbelt": (pytorch_toolbelt.LovaszLoss(ignore=255), p, y),
+        "toolbelt binary": (pytorch_toolbelt.BinaryLovaszLoss(ignore_index=255), X[:, 0], B),
+        "mmseg": (mmseg.LovaszLoss(class_weight=[1.0, 2.0, 3.0, 4.0, 5.0]), X, y),
+        "mmseg per image": (mmseg.LovaszLoss(per_image=True), X, y),
+        "mmdet3d": (mmdet3d.LovaszLoss(), cloud, of_cloud),
+        "pointcept": (pointcept.LovaszLoss("multiclass", [0, 2], ignore_index=255), cloud, of_cloud),
+    }
+
+
+@pytest.mark.parametrize("name", common_calls())
+def test_no_one_hot_and_no_temporary(name):
+    """The sorted weights, which the histogram method has not, and the gradient are all that is as large as the logits."""
+    loss, x, target = common_calls()[name]
+    x = x.detach().requires_grad_()
+    with FullSize(x.numel() // 2) as made:
+        loss(x, target).backward()
+    assert [operator.split(".")[1] for operator in made.found] == ["lovasz_exact_forward", "lovasz_exact_backward"]

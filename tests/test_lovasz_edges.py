@@ -198,6 +198,19 @@ def test_without_gradient_nothing_is_kept(pixels, backend):
     torch.testing.assert_close([loss, scale], expected, rtol=0, atol=0)
 
 
+@over_lovasz
+def test_certificates_of_empty_segments_and_of_nan(backend):
+    """0 where there is no pixel, NaN where an error is not a number."""
+    x, target = logits((2, 3, 40)), labels((2, 3, 40), 3, ignore_index=255)
+    x[0, 1, 7], target[0, 7], target[1] = math.nan, 0, 255
+    options = {"ignore_index": 255, "per_image": True, "method": "histogram", "return_certificate": True, "backend": backend}
+    _, certificate = lovasz_softmax_loss(x, target, classes="all", **options)
+    assert certificate[0].isnan().all() and (certificate[1] == 0).all()
+    binary = target.where(target == 255, target % 2)
+    _, certificate = lovasz_hinge_loss(x[:, 1], binary, **options)
+    assert certificate[0].isnan() and certificate[1] == 0
+
+
 def test_modules_are_the_functions():
     x, target = logits((2, 3, 8)), labels((2, 3, 8), 3)
     module = veerloss.LovaszSoftmaxLoss(classes="all", per_image=True)

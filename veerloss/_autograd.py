@@ -43,6 +43,7 @@ class SavedByName:
         ctx.save_for_backward(*[values[i] for i in self._tensors])
         ctx.options = [values[i] for i in self._options]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else backward would be given zeros as large as the weights
 
     def backward(self, ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = (*ctx.saved_tensors, *ctx.options)
