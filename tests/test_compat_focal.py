@@ -18,6 +18,8 @@ from veerloss.compat import (
     fvcore,
     kornia,
     mmcv,
+    mmdet,
+    mmdet3d,
     mmseg,
     monai,
     pytorch_toolbelt,
@@ -260,6 +262,28 @@ def test_mmseg(reduction):
         torch.testing.assert_close(module(x, y, avg_factor=11.0), module(x, y, reduction_override="sum") / 11)
 
 
+@over_reductions
+def test_mmdet(reduction):
+    x, y = anchors(None, K)
+    weight = torch.rand(R, K, generator=torch.Generator().manual_seed(0))
+
+    def formula(x, w, t=None):
+        t = one_hot(y, K) if t is None else t
+        return 3 * reduced(sigmoid_elements(x, t, 1.5, 0.25) * w, reduction)
+
+    loss = mmdet3d.FocalLoss(gamma=1.5, reduction=reduction, loss_weight=3.0)
+    assert_is(lambda x: loss(x, y), lambda x: formula(x, 1), x)
+    assert_is(lambda x: loss(x, y, weight[:, 0]), lambda x: formula(x, weight[:, :1]), x)
+    for w in (weight, weight.flatten()):
+        assert_is(lambda x, w=w: loss(x, y, w), lambda x: formula(x, weight), x)
+    soft = torch.rand(R, K)
+    assert_is(lambda x: loss(x, soft), lambda x: formula(x, 1, soft), x)
+    activated = mmdet.FocalLoss(gamma=1.5, reduction=reduction, loss_weight=3.0, activated=True)
+    torch.testing.assert_close(activated(x.double().sigmoid(), y), loss(x.double(), y))
+    if reduction == "mean":
+        torch.testing.assert_close(loss(x, y, avg_factor=7.0), loss(x, y, reduction_override="sum") / 7)
+
+
 def test_mmseg_ignores_a_class_of_targets_per_logit():
     x, y = some("index")
     loss = mmseg.FocalLoss(reduction="sum")
@@ -461,6 +485,7 @@ def common_calls():
         "kornia": (lambda x, y: kornia.focal_loss(x, y, 0.25, reduction="mean", ignore_index=255), x, y),
         "kornia, weight": (kornia.FocalLoss(0.25, reduction="sum", weight=WEIGHT, ignore_index=255), x, y),
         "kornia binary": (kornia.BinaryFocalLossWithLogits(0.25, reduction="mean", pos_weight=WEIGHT), x, dense),
+        "mmdet": (lambda x, y: mmdet.FocalLoss()(x, y, torch.linspace(0, 1, R), 7.0), rows, detected.clamp(0)),
         "monai": (monai.FocalLoss(), x, dense),
         "monai labels": (monai.FocalLoss(to_onehot_y=True, alpha=0.25, ignore_index=255), x, y[:, None]),
         "monai labels, softmax": (monai.FocalLoss(to_onehot_y=True, use_softmax=True, ignore_index=255), x, y[:, None]),
@@ -577,6 +602,10 @@ X, DENSE, Y = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.l
         (lambda: pytorch_toolbelt.BinaryFocalLoss(reduction="x"), ValueError, "reduction must be one of.*got 'x'"),
         (lambda: pytorch_toolbelt.BinaryFocalLoss()(X, Y + 3), RuntimeError, "target holds 3"),
         (lambda: pytorch_toolbelt.focal_loss_with_logits(X, Y), ValueError, r"target must have the shape of output, \[2, 3\]"),
+        (lambda: mmdet.FocalLoss(use_sigmoid=False), AssertionError, "use_sigmoid must be True.*got False"),
+        (lambda: mmdet.FocalLoss()(X, Y + 4), RuntimeError, "target holds 4"),
+        (lambda: mmdet.FocalLoss()(X, Y, X[0]), AssertionError, "weight must hold one factor for each of 2 rows"),
+        (lambda: mmdet.FocalLoss(reduction="sum")(X, Y, avg_factor=2), ValueError, "avg_factor can not be used"),
         (lambda: mmseg.FocalLoss(use_sigmoid=False), AssertionError, "use_sigmoid must be True.*got False"),
         (lambda: mmseg.FocalLoss(gamma=2), AssertionError, "gamma must be a float, got 2"),
         (lambda: mmseg.FocalLoss()(X, Y[:1]), AssertionError, "target must have the shape of pred"),

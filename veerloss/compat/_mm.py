@@ -14,7 +14,7 @@ from .._arguments import REDUCTIONS
 from ..lovasz import lovasz_hinge_loss, lovasz_softmax_loss
 from ._focal import require
 
-_EPS = 1.1920929e-07  # of float32: added to avg_factor, as there
+EPS = 1.1920929e-07  # of float32: added to avg_factor, as there
 
 
 class LovaszLoss(nn.Module):
@@ -94,7 +94,7 @@ class LovaszLoss(nn.Module):
             each = [self._loss(cls_score[i : i + 1], label[i : i + 1], False, ignore_index) for i in range(len(cls_score))]
             return self.loss_weight * (torch.stack(each) if each else cls_score.sum().reshape(1)[:0])
         images = len(cls_score)
-        factor = images if reduction == "sum" else 1.0 if avg_factor is None else images / (avg_factor + _EPS)
+        factor = images if reduction == "sum" else 1.0 if avg_factor is None else images / (avg_factor + EPS)
         return self.loss_weight * factor * self._loss(cls_score, label, True, ignore_index)
 
     def _loss(self, logits: Tensor, label: Tensor, per_image: bool, ignore_index: int | None) -> Tensor:

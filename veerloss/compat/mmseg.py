@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .._arguments import REDUCTIONS
 from ..focal import sigmoid_focal_loss as _sigmoid
 from ._focal import index_error_as, index_sigmoid, require
-from ._mm import LovaszLoss
+from ._mm import EPS, LovaszLoss
 from ._mm import register as _register
 
 PEER = "mmseg"
@@ -35,8 +35,6 @@ REPLACES = {
 }
 
 __all__ = ["FocalLoss", "LovaszLoss", "register"]
-
-_EPS = 1.1920929e-07  # of float32: mmseg adds it to avg_factor
 
 
 class FocalLoss(nn.Module):
@@ -123,7 +121,7 @@ class FocalLoss(nn.Module):
         alpha = torch.tensor(self.alpha, device=pred.device) if isinstance(self.alpha, list) else self.alpha
         normalizer = None
         if reduction == "mean":
-            normalizer = max(pred.numel(), 1) if avg_factor is None else avg_factor + _EPS
+            normalizer = max(pred.numel(), 1) if avg_factor is None else avg_factor + EPS
         options = {"alpha": alpha, "gamma": self.gamma, "weight": weight, "reduction": reduction, "normalizer": normalizer}
         with index_error_as(RuntimeError):
             if per_logit:
