@@ -132,8 +132,9 @@ def test_toolbelt():
         binary = pytorch_toolbelt.BinaryLovaszLoss(ignore_index=ignored)
         assert_is(lambda x, loss=binary: loss(x, B), lambda x: hinge_formula(x, B, 255), X[:, 0])
     assert_is(lambda x: pytorch_toolbelt.BinaryLovaszLoss(True, 255)(x, B), lambda x: hinge_by_image(x).mean(), X[:, 0])
-    with pytest.raises(ValueError, match="ignore_index must be a whole number"):
-        pytorch_toolbelt.BinaryLovaszLoss(ignore_index=0.5)(X[:, 0], B)
+    halves = B.where(B != 255, 0.5)
+    loss = pytorch_toolbelt.BinaryLovaszLoss(ignore_index=0.5)
+    assert_is(lambda x: loss(x, halves), lambda x: hinge_formula(x, B, 255), X[:, 0])
 
 
 @pytest.mark.parametrize("module", [mmseg, mmdet3d])
@@ -160,8 +161,11 @@ def test_mm(module, tmp_path):
     assert_is(lambda x: loss("binary")(x, B), lambda x: hinge_formula(x, B, 255), X[:, 0])
     assert_is(lambda x: loss("binary", per_image=True)(x, B), lambda x: hinge_by_image(x).mean(), X[:, :1])
     assert loss(loss_name="loss_x").loss_name == "loss_x" and loss().loss_name == "loss_lovasz"
-    with pytest.warns(UserWarning, match="weight is not used"):
-        loss()(X, Y, torch.ones(3, 6, 7))
+    if module is mmseg:
+        with pytest.warns(UserWarning, match="weight is not used"):
+            loss()(X, Y, torch.ones(3, 6, 7))
+    else:  # its third argument is another
+        assert_is(lambda x: per_image(x, Y, 4.0), lambda x: by_image(x).sum() / 4, X)
     for bad in ({"loss_type": "multi"}, {"classes": "some"}, {"classes": [0.5]}, {"reduction": "avg"}):
         with pytest.raises(AssertionError, match=next(iter(bad))):
             loss(**bad)

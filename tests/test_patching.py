@@ -12,7 +12,7 @@ from grid import labels, logits
 
 import veerloss
 from veerloss import patching
-from veerloss.compat import lovasz_losses
+from veerloss.compat import lovasz_losses, torchsparse
 
 BERMAN = """
 def lovasz_softmax(probas, labels, classes="present", per_image=False, ignore=None):
@@ -135,6 +135,19 @@ def test_a_top_level_file(files):
     files({"lovasz_losses.py": BERMAN})
     with veerloss.patch("lovasz_losses") as names:
         assert "lovasz_losses.lovasz_hinge" in names
+
+
+def test_a_peer_whose_losses_are_imported_under_another_name(files):
+    loss = "class MixLovaszCrossEntropy: pass"
+    files({"core/__init__.py": "", "core/criterions.py": loss, "core/builder.py": "from .criterions import *"})
+    builder = importlib.import_module("core.builder")
+    theirs = builder.MixLovaszCrossEntropy
+    with veerloss.patch("torchsparse") as names:
+        assert names == ["core.builder.MixLovaszCrossEntropy", "core.criterions.MixLovaszCrossEntropy"]
+        assert builder.MixLovaszCrossEntropy is torchsparse.MixLovaszCrossEntropy
+    assert builder.MixLovaszCrossEntropy is theirs
+    with pytest.raises(RuntimeError, match="peer 'torchsparse' is not patched"):
+        veerloss.unpatch("torchsparse")
 
 
 def test_errors(files, monkeypatch):

@@ -71,7 +71,7 @@ def patch(peer: str, *, at: str | None = None) -> Patch:
     reason = _not_patchable(module, at)
     if reason is not None:
         raise reason
-    key = peer if at is None else at
+    key = module.PEER if at is None else at
     with _lock:
         outermost = key not in _patched
         pairs = _patched[key] if not outermost else _pairs(module, at)
@@ -90,10 +90,10 @@ def unpatch(peer: str, *, at: str | None = None) -> list[str]:
         ValueError: an unknown peer.
         RuntimeError: the peer is not patched.
     """
-    _module(peer)
-    key = peer if at is None else at
+    module = _module(peer)
+    key = module.PEER if at is None else at
     if key not in _patched:
-        raise RuntimeError(f"peer {key!r} is not patched")
+        raise RuntimeError(f"peer {peer if at is None else at!r} is not patched")
     return _restore(key)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import REDUCTIONS
-from ..lovasz import lovasz_hinge_loss, lovasz_softmax_loss
+from . import _lovasz
 from ._focal import require
 
 EPS = 1.1920929e-07  # of float32: added to avg_factor, as there
@@ -76,7 +76,8 @@ class LovaszLoss(nn.Module):
 
         Raises:
             AssertionError: an option is not as above.
-            ValueError: avg_factor with reduction "sum"; a shape does not fit.
+            ValueError: avg_factor with reduction "sum"; "multi_class" with one channel.
+            RuntimeError: label has another number of elements; with ignore_index, as by default, an IndexError.
             IndexError: label holds another value (on a GPU only with VEERLOSS_CHECK=1 in the environment).
         """
         require(
@@ -100,9 +101,9 @@ class LovaszLoss(nn.Module):
     def _loss(self, logits: Tensor, label: Tensor, per_image: bool, ignore_index: int | None) -> Tensor:
         options = {"per_image": per_image, "ignore_index": ignore_index}
         if self.loss_type == "binary":
-            return lovasz_hinge_loss(logits, label, **options)
+            return _lovasz.hinge(logits, label, **options)
         weight = None if self.class_weight is None else torch.tensor(self.class_weight, device=logits.device)
-        return lovasz_softmax_loss(logits, label, classes=self.classes, class_weight=weight, **options)
+        return _lovasz.softmax(logits, label, classes=self.classes, class_weight=weight, **options)
 
     @property
     def loss_name(self) -> str:

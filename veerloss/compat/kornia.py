@@ -316,7 +316,7 @@ class LovaszSoftmaxLoss(nn.Module):
 
     def __init__(self, weight: Tensor | None = None) -> None:
         super().__init__()
-        self.weight: Tensor | None = weight
+        _keep(self, "weight", weight)
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         return lovasz_softmax_loss(pred, target, self.weight)

@@ -12,7 +12,9 @@ Slower: ``per_image`` with reduction "none" takes one call of the kernel for eac
 
 from __future__ import annotations
 
-from ._mm import LovaszLoss
+from torch import Tensor
+
+from . import _mm
 from ._mm import register as _register
 from .mmdet import FocalLoss
 
@@ -25,6 +27,21 @@ REPLACES = {
 }
 
 __all__ = ["FocalLoss", "LovaszLoss", "register"]
+
+
+class LovaszLoss(_mm.LovaszLoss):
+    __doc__ = _mm.LovaszLoss.__doc__
+
+    def forward(
+        self,
+        cls_score: Tensor,
+        label: Tensor,
+        avg_factor: float | None = None,
+        reduction_override: str | None = None,
+        ignore_index: int | None = 255,
+    ) -> Tensor:
+        """As of :class:`veerloss.compat.mmseg.LovaszLoss`, without its ``weight``."""
+        return super().forward(cls_score, label, None, avg_factor, reduction_override, ignore_index)
 
 
 def register() -> None:

@@ -1,8 +1,11 @@
 """``pointcept.models.losses.LovaszLoss``: logits of points [P, C], labels [P].
 
 Values are Pointcept's, which are Berman's over the classes present: :mod:`veerloss.compat.lovasz_losses` tells where ours
-differ. Besides: where none of ``class_seen`` is present the loss is a 0 that has a gradient, not the int 0; logits [N, C, P]
-are that, not a sigmoid map [B, H, W].
+differ. Besides:
+
+- where none of ``class_seen`` is present the loss is a 0 that has a gradient, not the int 0; ``class_seen`` holds with
+  ``per_image`` too, where Pointcept forgets it;
+- logits [N, C, P] are that, not a sigmoid map [B, H, W]; with ``per_image`` the points of [P, C] or [P] are one image, not P.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from ..lovasz import lovasz_hinge_loss, lovasz_softmax_loss
+from . import _lovasz
 from ._focal import require
 from ._mm import register as _register
 
@@ -55,13 +58,22 @@ class LovaszLoss(_Loss):
         self.loss_weight = loss_weight
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """The loss.
+
+        Raises:
+            ValueError: "multiclass" with one channel, or with no class of ``class_seen``.
+            RuntimeError: y_true has another number of elements; an IndexError with ignore_index.
+            IndexError: y_true holds another value (on a GPU only with VEERLOSS_CHECK=1 in the environment).
+        """
         options = {"per_image": self.per_image, "ignore_index": self.ignore_index}
         if self.mode != "multiclass":
-            return self.loss_weight * lovasz_hinge_loss(y_pred, y_true, **options)
+            return self.loss_weight * _lovasz.hinge(y_pred, y_true, **options)
         if self.class_seen is not None:
-            seen = [int(c) for c in self.class_seen]
-            options |= {"classes": [c for c in dict.fromkeys(seen) if c < y_pred.size(1)], "present_only": True}
-        return self.loss_weight * lovasz_softmax_loss(y_pred, y_true, **options)
+            seen = {int(c) for c in self.class_seen}.intersection(range(y_pred.shape[1]))
+            if not seen:
+                raise ValueError(f"class_seen must hold a class in [0, {y_pred.shape[1]}), got {self.class_seen!r}")
+            options |= {"classes": sorted(seen), "present_only": True}
+        return self.loss_weight * _lovasz.softmax(y_pred, y_true, **options)
 
 
 def register() -> None:

@@ -34,7 +34,7 @@ from torch.nn.modules.loss import _Loss
 
 from .._arguments import check_label_range
 from ..focal import sigmoid_focal_loss as _sigmoid
-from . import lovasz_losses
+from . import _lovasz
 from ._focal import (
     check_same_shape,
     cross_entropy_elements,
@@ -79,7 +79,7 @@ class BinaryLovaszLoss(_Loss):
 
     Args:
         per_image: the mean of the images' losses instead of one loss of the batch.
-        ignore_index: target value that takes no part, a whole number.
+        ignore_index: target value that takes no part; a fraction of a float target too, for which it is copied.
     """
 
     def __init__(self, per_image: bool = False, ignore_index: float | None = None) -> None:
@@ -88,12 +88,7 @@ class BinaryLovaszLoss(_Loss):
         self.per_image = per_image
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        ignored = self.ignore_index
-        if isinstance(ignored, float):
-            if not ignored.is_integer():
-                raise ValueError(f"ignore_index must be a whole number or None, got {ignored!r}")
-            ignored = int(ignored)
-        return lovasz_losses.lovasz_hinge(logits, target, self.per_image, ignored)
+        return _lovasz.hinge(logits, target, self.per_image, self.ignore_index)
 
 
 class LovaszLoss(_Loss):
@@ -110,7 +105,7 @@ class LovaszLoss(_Loss):
         self.per_image = per_image
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return lovasz_losses.lovasz_softmax(logits, target, "present", self.per_image, self.ignore)
+        return _lovasz.softmax(logits, target, self.per_image, self.ignore, from_logits=False)
 
 
 _REDUCTIONS = ("none", "mean", "sum", "batchwise_mean", None)

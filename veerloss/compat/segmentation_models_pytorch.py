@@ -4,10 +4,12 @@
 LovaszLoss has SMP's values, which are Berman's: "multiclass" is the softmax over the classes present, "binary" and "multilabel"
 the hinge, all channels of "multilabel" together. Different on purpose:
 
-- the gradient keeps its digits on large images; float64, half precision, one pixel and [N, C, P] work;
-- everything ignored: 0, where SMP returns a loss of shape [0, C];
+- the gradient keeps its digits on large images; float64, half precision in "multiclass", and [N, C, P] work;
+- everything ignored, or an image of a batch with ``per_image``, and no image at all: 0 with a gradient of 0, where SMP returns
+  a loss of shape [0, C], or the int 0;
 - ``from_logits=False``, which SMP does not look at, means probabilities: as they are in "multiclass", as logits in the others;
-- labels that are no class, which are background to SMP, are an error.
+- with ``per_image`` the points of [P, C] or [P] are one image, not P images;
+- labels that are no class, which are background to SMP, and binary targets that are not 0 or 1 are an error.
 
 FocalLoss has SMP's values: "multiclass" is one class against the rest; soft targets have p_t = exp(-bce). Different on purpose:
 
@@ -36,7 +38,7 @@ from torch.nn.modules.loss import _Loss
 from .._arguments import check_label_range
 from ..focal import sigmoid_focal_loss as _sigmoid
 from ..focal import softmax_focal_loss as _softmax
-from ..lovasz import lovasz_hinge_loss, lovasz_softmax_loss
+from . import _lovasz
 from ._focal import (
     check_same_shape,
     cross_entropy_elements,
@@ -85,13 +87,20 @@ class LovaszLoss(_Loss):
         self.from_logits = from_logits
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        """The loss.
+
+        Raises:
+            ValueError: "multiclass" with one channel.
+            RuntimeError: y_true has another number of elements; an IndexError with ignore_index.
+            IndexError: y_true holds another value (on a GPU only with VEERLOSS_CHECK=1 in the environment).
+        """
         options = {"per_image": self.per_image, "ignore_index": self.ignore_index}
         if self.mode == "multiclass":
-            y_true = y_true.long() if y_true.dtype.is_floating_point else y_true
-            return lovasz_softmax_loss(y_pred, y_true, from_logits=self.from_logits, **options)
-        if not self.from_logits:
-            y_pred = y_pred.clamp(1e-7, 1 - 1e-7).logit()
-        return lovasz_hinge_loss(y_pred, y_true, **options)
+            return _lovasz.softmax(y_pred, y_true, from_logits=self.from_logits, **options)
+        if self.from_logits:
+            return _lovasz.hinge(y_pred, y_true, **options)
+        logits = to_opmath(y_pred).clamp(1e-7, 1 - 1e-7).logit()  # half precision has no number between 1 - 1e-7 and 1
+        return _lovasz.hinge(logits, y_true, **options)
 
 
 class FocalLoss(_Loss):
