@@ -62,6 +62,24 @@ def test_all_ignored_is_zero_with_zero_gradient(reduction, backend):
 
 
 @over_focal
+def test_gradient_of_ignored_pixels_is_zero_whatever_comes_in(backend):
+    """NaN, where the caller divides by a number of positives that is 0."""
+    x, target = logits((2, 3, 40)), labels((2, 3, 40), 3, ignore_index=255)
+    dense = torch.where((target == 255).unsqueeze(1), 255.0, torch.rand(2, 3, 40))
+    for function, t, options in (
+        (softmax_focal_loss, target, {}),
+        (softmax_focal_loss, target, {"label_smoothing": 0.1}),
+        (sigmoid_focal_loss, target, {}),
+        (sigmoid_focal_loss, dense, {}),
+    ):
+        leaf = x.detach().requires_grad_()
+        loss = function(leaf, t, ignore_index=255, reduction="none", backend=backend, **options)
+        ignored = target == 255 if loss.dim() == 2 else (target == 255).unsqueeze(1).expand(x.shape)
+        gradient = torch.autograd.grad(loss, leaf, torch.where(ignored, math.nan, 1.0))[0]
+        assert torch.equal(gradient == 0, (target == 255).unsqueeze(1).expand(x.shape))
+
+
+@over_focal
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0, 3, 0, 2)], ids=str)
 def test_no_pixels(shape, backend):
     x, target = torch.zeros(shape), torch.zeros(shape[:1] + shape[2:], dtype=torch.long)

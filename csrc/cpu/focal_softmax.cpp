@@ -72,10 +72,10 @@ class SoftmaxFocal {
 
   template <bool square>
   void backward(Run run, SoftmaxTile<T>& t, const IncomingGradient<T>& incoming, const View& grad_logits) {
-    compute<square>(run, t);
-    incoming.load(t.grad, g, 0, run);
-    const int64_t n = run.count;
+    const int64_t n = run.count, valid = compute<square>(run, t).valid;
     const int32_t* label = t.label.data();
+    incoming.load(t.grad, g, 0, run);
+    if (valid < n) VEERLOSS_DISPATCH(FocalTiles::keep_valid(t.grad, label, n));  // NaN, perhaps, of what does not count
     const SoftmaxRows<T>& r = t.rows;
     T* const in_place = row_in_place<T>(grad_logits, g, 0, run);
     T* const result = in_place ? in_place : t.exps;

@@ -24,7 +24,8 @@ struct FocalTiles {
     for (int64_t i = 0; i < n; ++i) {
       const T slope =
           sigmoid_focal<VecMath<T>, Square>(logits[i], target[i], p.alpha_positive, p.alpha_negative, p.gamma).slope;
-      out[i] = (Plain ? scale : weight[i] * grad[i]) * slope;
+      const T weighted = Plain ? scale : weight[i] * grad[i];
+      out[i] = (Plain || weight[i] != T(0) ? weighted : T(0)) * slope;  // a NaN, perhaps, of what does not count
     }
   }
 
