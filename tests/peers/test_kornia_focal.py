@@ -82,6 +82,12 @@ def test_scripted(weighted, reduction):
     torch.testing.assert_close(torch.jit.script(module)(x, soft), module(x, soft))
 
 
+def test_alpha_as_a_tensor():
+    x, labels, hard = logits_of((2, 3, 4), 0), labels_of((2, 3, 4), 0), hard_of((2, 3, 4), 0)
+    agree(ours.focal_loss, peer.focal_loss, x, labels, torch.tensor(0.25))
+    agree(ours.binary_focal_loss_with_logits, peer.binary_focal_loss_with_logits, x, hard, torch.tensor(0.25))
+
+
 def test_gradcheck():
     x = logits_of((2, 3, 4), 0).requires_grad_()
     assert torch.autograd.gradcheck(ours.focal_loss, (x, labels_of((2, 3, 4), 0, -100), 0.25))

@@ -100,6 +100,7 @@ def _focal_loss(pred, target, alpha, gamma, reduction, weight, ignore_index):
     classes = pred.size(1)
     factor = None
     if alpha is not None:
+        alpha = float(alpha)  # of a tensor kornia takes the value, too
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
         factor = pred.new_full((classes,), alpha, dtype=opmath_dtype(pred))
@@ -200,6 +201,7 @@ def binary_focal_loss_with_logits(
         _check_per_class("pos_weight", pos_weight, pred)
         _check_per_class("weight", weight, pred)
         constant = not any(t is not None and t.requires_grad for t in (target, pos_weight, weight))
+        constant = constant and not isinstance(alpha, Tensor)
         if constant and is_hard(target, ignore_index):
             return _binary_focal_loss(pred, target, alpha, gamma, reduction, pos_weight, weight, ignore_index)
     return _plain_binary_focal_loss(pred, target, alpha, gamma, reduction, pos_weight, weight, ignore_index)

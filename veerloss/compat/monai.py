@@ -15,7 +15,8 @@ channels; soft targets are weighted as MONAI weights them. Different on purpose:
 One call of the kernel: ``to_onehot_y``, whose labels stay indices, and targets per channel of 0 and 1. Targets per channel of a
 float type are read to find out whether they are, which waits for a GPU; torch.compile takes the plain formula for them, and
 fuses it. Slower, in plain PyTorch: soft targets with the sigmoid; targets per channel with the softmax and reduction "none" or
-a type that is not float; targets that require a gradient; a module compiled by ``torch.jit.script``.
+a type that is not float; targets that require a gradient; a module compiled by ``torch.jit.script``. Targets per channel with
+ignore_index and one weight or alpha per class take a weight of the size of the logits.
 """
 
 from __future__ import annotations
@@ -120,9 +121,9 @@ class FocalLoss(_Loss):
         channels = input.shape[1]
         as_index = self.to_onehot_y and channels > 1
         if channels == 1 and self.to_onehot_y:
-            warnings.warn("single channel prediction, `to_onehot_y=True` ignored.", stacklevel=4)
+            warnings.warn("single channel prediction, `to_onehot_y=True` ignored.", stacklevel=5)
         if channels == 1 and not self.include_background:
-            warnings.warn("single channel prediction, `include_background=False` ignored.", stacklevel=4)
+            warnings.warn("single channel prediction, `include_background=False` ignored.", stacklevel=5)
         if as_index:
             require(target.shape[1] == 1, f"target must have one channel of class indices, got {list(target.shape)}")
         expected = input.shape[:1] + target.shape[1:2] + input.shape[2:] if as_index else input.shape
@@ -137,7 +138,7 @@ class FocalLoss(_Loss):
         if alpha is not None and alpha.dim() > 0 and alpha.numel() != classes:
             raise ValueError(f"alpha must have one value for each of {classes} classes, got {alpha.numel()}")
         if alpha is not None and alpha.dim() == 0 and self.use_softmax and skip:
-            warnings.warn("`include_background=False`, scalar `alpha` ignored when using softmax.", stacklevel=4)
+            warnings.warn("`include_background=False`, scalar `alpha` ignored when using softmax.", stacklevel=5)
             alpha = None
         weight = None if self.class_weight is None else self.class_weight.to(device=input.device)
         if weight is not None and weight.dim() > 0 and (weight.numel() != classes or classes == 1):
@@ -207,20 +208,20 @@ class FocalLoss(_Loss):
                 input, target, self.include_background, False, float(self.gamma), self._alpha, self.class_weight,
                 self.reduction, self.use_softmax, self.ignore_index,
             )  # fmt: skip
-        reduction, normalizer, pixel_weight = self.reduction, None, None
-        volume = max(math.prod(input.shape[2:]), 1)
-        if ignore_index is not None:
-            pixel_weight = None  # the kernel leaves these out itself
-        elif mask is not None:
-            pixel_weight = mask
-        if reduction == "sum":
-            if mask is None:
-                reduction, normalizer = "mean", volume
-            else:
-                counts = mask.flatten(1).sum(1).clamp(min=1.2e-7).reshape(-1, *[1] * (mask.dim() - 1))
-                pixel_weight = (mask if pixel_weight is not None else 1) / counts
-        elif reduction == "mean" and not (mask is not None and ignore_index is not None):
-            normalizer = max(x.numel(), 1) if mask is None else (mask.sum() * classes).clamp(min=1.2e-7)
+        reduction, normalizer = self.reduction, None
+        pixel_weight = (
+            mask if ignore_index is None else None
+        )  # of one channel the kernel leaves ignored voxels out, and uncounted
+        if mask is None:
+            if reduction == "sum":
+                reduction, normalizer = "mean", max(math.prod(x.shape[2:]), 1)
+        elif reduction == "sum":
+            counts = mask.flatten(1).sum(1).clamp(min=1.2e-7).reshape(-1, *[1] * (mask.dim() - 1))
+            pixel_weight = (1 if pixel_weight is None else pixel_weight) / counts
+        elif reduction == "mean" and ignore_index is None:
+            normalizer = (mask.sum() * classes).clamp(min=1.2e-7)
+        if self.use_softmax and reduction == "mean" and normalizer is None:
+            normalizer = max(x.numel(), 1)
         with float32_loss(input):
             if self.use_softmax:
                 pixel_weight = None if pixel_weight is None else pixel_weight[:, 0]

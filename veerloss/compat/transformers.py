@@ -8,6 +8,8 @@ Different on purpose:
 - no queries: 0, not NaN;
 - alpha > 1, a target outside [0, 1] and a negative gamma are errors.
 
+The functions of this name in MaskFormer and Grounding DINO, which transformers has besides, are not replaced.
+
 Slower, in plain PyTorch: targets that require a gradient.
 """
 
