@@ -4,7 +4,9 @@ The Lovász losses have kornia's values: each image by itself, all classes, pres
 
 - the gradient keeps its digits on large images (and before kornia 0.9 the labels were sorted, not the class);
 - volumes, [B, C, P] and labels of any integer type work; a binary label that is not 0 or 1 is an error, where kornia goes on,
-  to a negative loss for -100; a ``weight`` that requires a gradient has one, at the price of a loss per image and class.
+  to a negative loss for -100; no image in the batch: 0, on which kornia fails.
+
+One call of the kernel; a function or module compiled by ``torch.jit.script`` is plain PyTorch.
 
 The focal losses have kornia's values: class 0 of the softmax has 1 - alpha and the others alpha; "mean" divides by every
 element of [B, C, \\*], ignored ones included; a soft binary target t has t times the loss of a positive and 1 - t times that
@@ -294,6 +296,18 @@ def lovasz_softmax_loss(pred: Tensor, target: Tensor, weight: Tensor | None = No
         kornia's BaseError (ValueError where kornia is not imported): weight is not as above.
         RuntimeError: target holds another value (on a GPU only with VEERLOSS_CHECK=1 in the environment).
     """
+    if not torch.jit.is_scripting():
+        return _lovasz_softmax_loss(pred, target, weight)
+    x = to_opmath(pred).flatten(2)
+    classes = torch.arange(pred.size(1), device=pred.device).unsqueeze(-1)
+    foreground = target.flatten(1).unsqueeze(1) == classes
+    loss = _plain_lovasz((x.softmax(1) - foreground.to(x.dtype)).abs(), foreground).mean(0)
+    if weight is None:
+        return loss.mean().to(pred.dtype)
+    return (loss * weight).mean().to(torch.promote_types(pred.dtype, weight.dtype))
+
+
+def _lovasz_softmax_loss(pred, target, weight):
     _require(pred.dim() >= 3, f"pred must have the shape [B, C, *], got {list(pred.shape)}", "ShapeError")
     _require(target.dim() == pred.dim() - 1, f"target must have the shape [B, *], got {list(target.shape)}", "ShapeError")
     if pred.size(1) < 2:
@@ -311,6 +325,16 @@ def lovasz_softmax_loss(pred: Tensor, target: Tensor, weight: Tensor | None = No
         else:
             loss = (_lovasz(pred, target, reduction="none", **options) * weight).mean()
     return loss if weight is None else loss.to(torch.promote_types(pred.dtype, weight.dtype))
+
+
+def _plain_lovasz(errors: Tensor, foreground: Tensor) -> Tensor:
+    """The Lovász extension of the Jaccard loss, [...] of errors [..., P]."""
+    errors, order = torch.sort(errors, dim=-1, descending=True)
+    fg = foreground.gather(-1, order).long()
+    total = fg.sum(-1, keepdim=True)
+    jaccard = 1 - (total - fg.cumsum(-1)).double() / (total + (1 - fg).cumsum(-1)).double()
+    steps = torch.cat([jaccard[..., :1], jaccard[..., 1:] - jaccard[..., :-1]], -1)
+    return (errors * steps.to(errors.dtype)).sum(-1)
 
 
 class LovaszSoftmaxLoss(nn.Module):
@@ -335,11 +359,20 @@ def lovasz_hinge_loss(pred: Tensor, target: Tensor) -> Tensor:
         ValueError: the shapes or devices do not fit.
         IndexError: target holds another value (on a GPU only with VEERLOSS_CHECK=1 in the environment).
     """
+    pred = pred if pred.is_floating_point() else pred.float()
+    if torch.jit.is_scripting():
+        x, t = to_opmath(pred).flatten(1), target.flatten(1)
+        errors = torch.relu(1 - x * (2 * t.to(x.dtype) - 1))
+        return _plain_lovasz(errors, t != 0).mean().to(pred.dtype)
+    return _lovasz_hinge_loss(pred, target)
+
+
+def _lovasz_hinge_loss(pred, target):
     fits = pred.dim() >= 3 and pred.size(1) == 1
     _require(fits, f"pred must have the shape [B, 1, *], got {list(pred.shape)}", "ShapeError")
     _require(target.dim() == pred.dim() - 1, f"target must have the shape [B, *], got {list(target.shape)}", "ShapeError")
     _check_pixels(pred, target, False)
-    return _hinge(pred if pred.dtype.is_floating_point else pred.float(), target)
+    return _hinge(pred, target)
 
 
 class LovaszHingeLoss(nn.Module):
