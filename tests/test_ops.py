@@ -138,13 +138,13 @@ def test_a_table_of_entries_past_the_bins(backend):
 
 def losses():
     image = (2, 3, 5, 4)
-    y = labels(image, 3)
+    y, soft = labels(image, 3), logits(image, seed=5).sigmoid()
     return {
         "sigmoid dense": lambda x: veerloss.sigmoid_focal_loss(x, torch.ones_like(x), alpha=0.25),
         "sigmoid index": lambda x: veerloss.sigmoid_focal_loss(x, y, alpha=torch.tensor([0.2, 0.3, 0.5]), reduction="sum"),
         "softmax focal": lambda x: veerloss.softmax_focal_loss(x, y, alpha=torch.tensor(0.5), normalizer=torch.tensor(7.0)),
         "softmax smoothed": lambda x: veerloss.softmax_focal_loss(x, y, label_smoothing=0.1, normalizer=3),
-        "softmax probabilities": lambda x: veerloss.softmax_focal_loss(x, x.detach().sigmoid()),
+        "softmax probabilities": lambda x: veerloss.softmax_focal_loss(x, soft),
         "softmax weighted": lambda x: veerloss.softmax_focal_loss(x, y, weight=torch.ones(5, 4), normalizer=torch.tensor(7.0)),
         "sigmoid background": lambda x: veerloss.sigmoid_focal_loss(x, y + 1, background_index=3),
         "lovasz softmax": lambda x: veerloss.lovasz_softmax_loss(x, y, classes=[0, 2], per_image=True),
@@ -192,6 +192,17 @@ def test_compile_whole_graph_of_the_reference(loss, monkeypatch):
     function = losses()[loss]
     x = logits((2, 3, 5, 4))
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
+
+
+@over_losses
+def test_gradcheck(loss):
+    """PyTorch's, with a gradient of the loss that is undefined too, as an unused branch has it."""
+    x = logits((2, 3, 5, 4), torch.float64).requires_grad_()
+    if "histogram" in loss:  # which bins the errors: an undefined gradient alone
+        undefined = torch._C._functions.UndefinedGrad()(losses()[loss](x))
+        assert torch.autograd.grad(undefined, x, torch.ones_like(undefined), allow_unused=True) == (None,)
+    else:
+        assert torch.autograd.gradcheck(losses()[loss], x)
 
 
 @over_losses

@@ -45,9 +45,9 @@ class SavedByName:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else backward would be given zeros as large as the weights
 
-    def backward(self, ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(self, ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = (*ctx.saved_tensors, *ctx.options)
-        grad_logits = self._backward(grad, *[saved[i] for i in self._saved])
+        grad_logits = None if grad is None else self._backward(grad, *[saved[i] for i in self._saved])
         return *(None,) * self._before, grad_logits, *(None,) * self._after
 
 
