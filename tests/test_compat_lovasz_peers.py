@@ -17,6 +17,7 @@ from test_compat_lovasz import assert_is, hinge_formula, softmax_formula
 from veerloss.compat import (
     kornia,
     lovasz_losses,
+    mmdet,
     mmdet3d,
     mmseg,
     pointcept,
@@ -227,6 +228,7 @@ class Registry:
     [
         (mmseg, "mmseg.registry", "MODELS", ["LovaszLoss", "FocalLoss"]),
         (mmdet3d, "mmdet3d.registry", "MODELS", ["LovaszLoss"]),
+        (mmdet, "mmdet.registry", "MODELS", ["FocalLoss"]),
         (pointcept, "pointcept.models.losses.builder", "LOSSES", ["LovaszLoss"]),
     ],
 )
