@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import veerloss
+
 from . import memory, peers, report, timing
 from .throughput import forward_backward
 
@@ -45,11 +47,11 @@ def points(small: bool) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 20), labels((count,), 20)
 
 
-def voxels(small: bool) -> tuple[Tensor, Tensor]:
-    """2% valid."""
+def voxels(small: bool, valid: float = 0.02) -> tuple[Tensor, Tensor]:
+    """Of which 2% are valid."""
     shape = (1, 16, 16, 32) if small else (1, 256, 256, 32)
     target = labels(shape, 20)
-    target[torch.rand(shape, generator=torch.Generator().manual_seed(2)) > 0.02] = 255
+    target[torch.rand(shape, generator=torch.Generator().manual_seed(2)) >= valid] = 255
     return torch.randn(1, 20, *shape[1:]), target
 
 
@@ -158,6 +160,7 @@ CASES = [
         lambda m: through_one_hot(functools.partial(m.sigmoid_focal_loss_jit, alpha=0.25, gamma=2.0, reduction="sum")),
     ),
 ]  # fmt: skip
+VOXELS = 2  # of CASES: Berman's formula on voxels
 
 
 # ------------------------------------------------------------------ rows
@@ -186,6 +189,25 @@ def measure(case: Case, quick: bool) -> dict:
     return row
 
 
+def bars(quick: bool) -> list[dict]:
+    """What is asked of lovasz_softmax_loss where 3D projects use it, each against what runs in the same rounds."""
+    loss = functools.partial(veerloss.lovasz_softmax_loss, ignore_index=255)
+    formula = CASES[VOXELS].loss("theirs")
+    (x, y), (_, whole), (p, q) = made(voxels, quick), made(functools.partial(voxels, valid=1.0), quick), made(points, quick)
+    steps = {
+        "2%": forward_backward(loss, x, y), "all": forward_backward(loss, x, whole), "Berman": forward_backward(formula, x, y),
+        "points": forward_backward(loss, p, q), "cross_entropy": forward_backward(F.cross_entropy, p, q),
+    }  # fmt: skip
+    timed = timing.interleave(steps, min_rounds=2 if quick else 7, budget=0.0)
+    ms = {name: timing.summary(seconds)["median_ms"] for name, seconds in timed.items()}
+    on_voxels, on_points = f"voxels {list(x.shape)} with 2% valid", f"points {list(p.shape)}"
+    return [
+        report.bar(f"{on_voxels}: Berman's formula takes >= 8x", ms["Berman"] / ms["2%"], 8.0, "{:.1f}x", at_least=True),
+        report.bar(f"{on_voxels}: <= 0.6x of the time of all valid", ms["2%"] / ms["all"], 0.6, "{:.2f}x"),
+        report.bar(f"{on_points}: <= 2.5x of cross_entropy", ms["points"] / ms["cross_entropy"], 2.5, "{:.2f}x"),
+    ]
+
+
 def ratio(row: dict) -> str:
     return f"{row['theirs median_ms'] / row['ours median_ms']:.1f}x"
 
@@ -211,7 +233,7 @@ def markdown(results: dict) -> str:
         return [row["peer"], row["loss"], row["inputs"], *found]
 
     table = report.table(("peer", "loss", "inputs", *COLUMNS), [line(row) for row in results["rows"]])
-    return "\n".join([report.heading(results["machine"]), "", TEXT, "", *table])
+    return "\n".join([report.heading(results["machine"]), "", TEXT, "", *table, *report.bar_table(results["bars"])])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -235,8 +257,9 @@ def main(arguments: list[str] | None = None) -> int:
             report.log(case.name)
             rows.append(measure(case, options.quick))
             gc.collect()
+    found = [] if options.filter else bars(options.quick)
     about["seconds"] = round(time.perf_counter() - start)
-    results = {"machine": about, "rows": rows}
+    results = {"machine": about, "rows": rows, "bars": found}
     output = options.output or (None if options.quick or options.filter else RESULTS)
     report.save(results, markdown(results), output)
     return 0
