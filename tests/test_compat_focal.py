@@ -389,6 +389,206 @@ def test_apex(real, smoothing, dtype):
     assert half.dtype == torch.float32
 
 
+# ---- slower paths
+
+
+def modulated(q, gamma, scale, threshold, compared):
+    """The reduced modulating factor: 1 where ``compared`` is below the threshold."""
+    return torch.where(compared < threshold, 1.0, (q / scale) ** gamma)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_smp_normalized_and_reduced(threshold, normalized):
+    x, y = some("index", torch.float64, ignore_index=255)
+    valid = (y != 255).unsqueeze(1)
+
+    def formula(x, t=None):
+        bce = F.binary_cross_entropy_with_logits(x, (one_hot(y) if t is None else t).double(), reduction="none")
+        p = (-bce).exp()
+        factor = (1 - p) ** 3 if threshold is None else modulated(1 - p, 3, threshold, threshold, p)
+        loss, dims = factor * bce * (valid if t is None else 1), [0, 2, 3] if t is None else [0, 1, 2, 3]
+        if normalized:
+            loss = loss / (factor * (valid if t is None else 1)).sum(dims, keepdim=True)
+        return loss.sum() / (valid.sum() * CLASSES if t is None else t.numel())
+
+    options = {"gamma": 3, "normalized": normalized, "reduced_threshold": threshold}
+    loss = smp.FocalLoss("multiclass", ignore_index=255, **options)
+    assert_is(lambda x: loss(x, y), formula, x)
+    soft = some("soft")[1].double()
+    loss = smp.FocalLoss("binary", **options)
+    assert_is(lambda x: loss(x, soft), lambda x: formula(x, soft), x)
+    assert_is(lambda x: smp.focal_loss_with_logits(x, soft, alpha=None, **options), lambda x: formula(x, soft), x)
+    with pytest.raises(IndexError, match="target holds 77"):
+        smp.FocalLoss("multiclass", **{**options, "normalized": True})(x, torch.full_like(y, 77))
+
+
+def test_smp_softmax():
+    x, y = some("index", torch.float64, ignore_index=-100)
+    for reduction in ("none", "mean", "sum"):
+        expected = reduced(softmax_pixels(x, y), reduction)
+        torch.testing.assert_close(smp.softmax_focal_loss_with_logits(x, y, reduction=reduction), expected)
+    log_p = -F.cross_entropy(x, y, reduction="none")
+    factor = modulated(1 - log_p.exp(), 2, 0.5, 0.5, log_p.exp())
+    expected = (-factor * log_p / factor.sum()).mean()
+    torch.testing.assert_close(smp.softmax_focal_loss_with_logits(x, y, normalized=True, reduced_threshold=0.5), expected)
+    both = (smp.softmax_focal_loss_with_logits(x, y, reduction=r) for r in ("batchwise_mean", "none"))
+    torch.testing.assert_close(next(both), next(both).sum(0))
+
+
+def test_smp_probabilities():
+    x, y = some("index", torch.float64, ignore_index=255)
+    binary, multiclass = (smp.FocalLoss(mode, ignore_index=255, from_logits=False) for mode in ("binary", "multiclass"))
+    hard = some("hard")[1]
+    torch.testing.assert_close(binary(x.sigmoid(), hard), sigmoid_elements(x, hard).mean())
+    log_p = x.log_softmax(1)
+    torch.testing.assert_close(multiclass(x.softmax(1), y), smp.FocalLoss("multiclass", ignore_index=255)(log_p, y))
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.4])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_toolbelt_normalized_and_reduced(activation, threshold, normalized):
+    x, y = some("index", ignore_index=255)
+    valid = (y != 255).unsqueeze(1)
+    per_channel = WEIGHT.reshape(-1, 1, 1)
+
+    def formula(x):
+        t = one_hot(y).double()
+        p = x.sigmoid() if activation == "sigmoid" else x.softmax(1)
+        q = p * (1 - t) + (1 - p) * t
+        factor = q**3 if threshold is None else modulated(q, 3, 1 - threshold, threshold, 1 - q)
+        bce = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+        loss = factor * bce * (0.3 * t + 0.7 * (1 - t)) * per_channel * valid
+        return (loss / (factor * valid).sum() if normalized else loss).mean()
+
+    module = pytorch_toolbelt.BinaryFocalLoss(
+        0.3,
+        3,
+        255,
+        normalized=normalized,
+        reduced_threshold=threshold,
+        activation=activation,
+        softmax_dim=1,
+        class_weights=WEIGHT,
+    )
+    assert_is(lambda x: module(x, y), formula, x)
+    target = one_hot(y)
+    target[~valid.expand_as(target)] = 255
+    assert_is(lambda x: module(x, target), formula, x)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_toolbelt_cross_entropy(threshold, normalized):
+    x, y = some("index", ignore_index=-100)
+    valid = y != -100
+
+    def formula(x):
+        t, p = one_hot(y).double(), x.softmax(1)
+        q = p * (1 - t) + (1 - p) * t
+        factor = q**2 if threshold is None else modulated(q, 2, threshold, threshold, q)
+        loss = factor * F.binary_cross_entropy_with_logits(x, t, reduction="none") * WEIGHT.reshape(-1, 1, 1)
+        loss = loss.sum(1) * valid
+        return (loss / (factor * valid.unsqueeze(1)).sum() if normalized else loss).mean()
+
+    options = {"class_weights": WEIGHT, "normalized": normalized, "reduced_threshold": threshold}
+    assert_is(lambda x: pytorch_toolbelt.CrossEntropyFocalLoss(**options)(x, y), formula, x)
+    with pytest.raises(RuntimeError, match="target holds 77"):
+        pytorch_toolbelt.CrossEntropyFocalLoss()(x, torch.full_like(y, 77))
+
+
+def test_monai_without_reduction():
+    x, y = some("index")
+    dense = one_hot(y).float()
+    loss = monai.FocalLoss(use_softmax=True, alpha=0.3, weight=2.0, reduction="none")
+    factor = torch.tensor([0.7, 0.3, 0.3, 0.3, 0.3]).reshape(-1, 1, 1) * 2
+    assert_is(lambda x: loss(x, dense), lambda x: dense * softmax_pixels(x, y).unsqueeze(1) * factor, x)
+    labelled = monai.FocalLoss(to_onehot_y=True, use_softmax=True, alpha=0.3, weight=2.0, reduction="none")
+    torch.testing.assert_close(labelled(x, y[:, None]), loss(x, dense))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("softmax", [False, True])
+def test_monai_ignores_voxels_of_targets_per_channel(softmax, reduction):
+    """Those without a channel, or of an ignored one."""
+    x, y = some("index", ignore_index=255)
+    options = {"use_softmax": softmax, "reduction": reduction, "weight": WEIGHT.tolist()}
+    for ignore_index in (255, 2):
+        target = y if ignore_index == 255 else y.clamp(max=4)
+        expected = monai.FocalLoss(to_onehot_y=True, ignore_index=ignore_index, **options)(x, target[:, None])
+        found = monai.FocalLoss(ignore_index=ignore_index, **options)(x, one_hot(target).float())
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_monai_one_channel(reduction):
+    x, t = (tensor[:, :1] for tensor in some("hard", ignore_index=255))
+    valid = t != 255
+
+    def formula(x):
+        loss = torch.where(valid, sigmoid_elements(x, t.clamp(max=1), alpha=0.3), 0.0)
+        if reduction == "sum":
+            return (loss.flatten(1).sum(1) / valid.flatten(1).sum(1)).sum()
+        return reduced(loss, reduction, valid.sum())
+
+    loss = monai.FocalLoss(alpha=0.3, ignore_index=255, reduction=reduction)
+    assert_is(lambda x: loss(x, t), formula, x)
+    with pytest.warns(UserWarning, match="single channel prediction"):
+        torch.testing.assert_close(
+            monai.FocalLoss(False, True, alpha=0.3, ignore_index=255, reduction=reduction)(x, t), loss(x, t)
+        )
+
+
+def test_targets_and_weights_that_require_a_gradient():
+    x, t = some("soft", torch.float64)
+    weight = torch.nn.Parameter(WEIGHT.double())
+    y = labels(SHAPE, CLASSES)
+
+    def gradient(loss, wanted):
+        return torch.autograd.grad(loss, wanted)[0]
+
+    t.requires_grad_()
+    t64 = t.double()
+    expected = gradient(sigmoid_elements(x, t64, 2, 0.25).mean(), t)
+    for loss in (
+        torchvision.sigmoid_focal_loss(x, t, reduction="mean"),
+        fvcore.sigmoid_focal_loss(x, t, 0.25, reduction="mean"),
+        transformers.sigmoid_focal_loss(x, t, x[:, 0].numel()),
+        pytorch_toolbelt.focal_loss_with_logits(x, t),
+    ):
+        torch.testing.assert_close(gradient(loss, t), expected, rtol=1e-4, atol=1e-7)
+    loss = kornia.FocalLoss(0.25, reduction="sum", weight=weight)
+    assert loss.weight is weight
+    pixels = softmax_pixels(x, y) * torch.where(y == 0, 0.75, 0.25)
+    expected = torch.stack([pixels[y == c].sum() for c in range(CLASSES)])
+    torch.testing.assert_close(gradient(loss(x, y), weight), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning", "ignore:.*torch.jit.script:DeprecationWarning")
+@over_reductions
+def test_scripted(reduction):
+    """TorchScript knows no kernel of ours: the plain formulas."""
+    x, soft = some("soft")
+    y = labels(SHAPE, CLASSES, ignore_index=-100)
+    modules = [
+        (kornia.FocalLoss(0.25, 2.0, reduction, WEIGHT), y),
+        (kornia.BinaryFocalLossWithLogits(0.25, 2.0, reduction, WEIGHT, WEIGHT), soft),
+        (monai.FocalLoss(alpha=0.25, reduction=reduction), soft.round()),
+        (monai.FocalLoss(False, True, 0, [0.1, 0.2, 0.3, 0.4], WEIGHT[1:], reduction, True, -100), y[:, None]),
+        (monai.FocalLoss(True, True, 1.0, 0.3, 2, reduction, True), y[:, None].clamp(0)),
+        (monai.FocalLoss(True, True, 1.0, WEIGHT, None, reduction, False, 255), y[:, None].clamp(0)),
+    ]
+    for module, target in modules:
+        torch.testing.assert_close(torch.jit.script(module)(x, target), module(x, target))
+    for function in (
+        torchvision.sigmoid_focal_loss, fvcore.sigmoid_focal_loss, fvcore.sigmoid_focal_loss_jit,
+        fvcore.sigmoid_focal_loss_star, fvcore.sigmoid_focal_loss_star_jit,
+    ):  # fmt: skip
+        options = {"alpha": 0.25, "gamma": 2.0, "reduction": reduction}
+        torch.testing.assert_close(torch.jit.script(function)(x, soft, **options), function(x, soft, **options))
+
+
 # ---- what every one must do
 
 
