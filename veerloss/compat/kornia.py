@@ -378,6 +378,9 @@ def _lovasz_hinge_loss(pred, target):
 class LovaszHingeLoss(nn.Module):
     """Module of :func:`lovasz_hinge_loss`."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         return lovasz_hinge_loss(pred, target)
 
