@@ -212,6 +212,64 @@ def test_torchsparse(weighted):
     assert torchsparse.MixLovaszCrossEntropy(weight)(x, torch.full_like(y, -100)) == 0
 
 
+#: The losses that flatten before they compare shapes, for an ignore_index: (multiclass, binary).
+FLATTENING = {
+    "smp": lambda i: [segmentation_models_pytorch.LovaszLoss(m, ignore_index=i) for m in ("multiclass", "binary")],
+    "toolbelt": lambda i: [pytorch_toolbelt.LovaszLoss(ignore=i), pytorch_toolbelt.BinaryLovaszLoss(ignore_index=i)],
+    "pointcept": lambda i: [pointcept.LovaszLoss(m, ignore_index=i) for m in ("multiclass", "binary")],
+    "mmseg": lambda i: [lambda x, y, m=m: mmseg.LovaszLoss(m)(x, y, ignore_index=i) for m in ("multi_class", "binary")],
+    "mmdet3d": lambda i: [lambda x, y, m=m: mmdet3d.LovaszLoss(m)(x, y, ignore_index=i) for m in ("multi_class", "binary")],
+}
+
+
+@pytest.mark.parametrize("peer", FLATTENING)
+def test_targets_of_another_shape(peer):
+    multiclass, binary = FLATTENING[peer](255)
+    for y in (Y.unsqueeze(1), Y.flatten(), Y.float()):
+        assert multiclass(X, y) == multiclass(X, Y)
+    for x, y in ((X[:, :1], B), (X[:, 0], B.unsqueeze(1)), (X[:, 0], B.flatten()), (X[:, 0].flatten(), B)):
+        torch.testing.assert_close(binary(x, y), binary(X[:, 0], B))
+
+
+@pytest.mark.parametrize("peer", FLATTENING)
+def test_the_errors_that_flattening_ends_in(peer):
+    for ignore, error in ((None, RuntimeError), (255, IndexError)):
+        multiclass, binary = FLATTENING[peer](ignore)
+        for loss, x, y in ((multiclass, X, VALID[1:]), (binary, X[:, 0], VALID[1:]), (binary, X, VALID)):
+            with pytest.raises(error, match="the target must have as many elements as"):
+                loss(x, y)
+        for x in (X[:, :1], X[:, 0]):
+            with pytest.raises(ValueError, match=r"multiclass logits must have the shape \[N, C, \*\] with C > 1"):
+                multiclass(x, VALID)
+
+
+@pytest.mark.parametrize("peer", FLATTENING)
+def test_the_hinge_of_half_precision_is_float32(peer):
+    """As there."""
+    _, binary = FLATTENING[peer](255)
+    x = X[:, 0].half()
+    found = binary(x, B)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, binary(x.float(), B))
+
+
+def test_pointcept_class_seen():
+    seen = pointcept.LovaszLoss("multiclass", [0, 2], per_image=True, ignore_index=255)  # Pointcept forgets it here
+    assert_is(lambda x: seen(x, Y), lambda x: by_image(x, classes=[0, 2]).mean(), X)
+    assert all((Y[i] == c).any() for i in range(3) for c in (0, 2))
+    with pytest.raises(ValueError, match=r"class_seen must hold a class in \[0, 5\), got \[-1, 30\]"):
+        pointcept.LovaszLoss("multiclass", [-1, 30], ignore_index=255)(X, Y)
+
+
+def test_points_are_one_image():
+    """In the peers each of them is one."""
+    cloud, of_cloud, binary = points(X), Y.flatten(), B.flatten()
+    for module in (segmentation_models_pytorch, pointcept):
+        for mode, x, y in (("multiclass", cloud, of_cloud), ("binary", cloud[:, 0], binary)):
+            one, each = (module.LovaszLoss(mode, per_image=per_image, ignore_index=255) for per_image in (False, True))
+            assert one(x, y) == each(x, y)
+
+
 class Registry:
     """As of OpenMMLab."""
 
