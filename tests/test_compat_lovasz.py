@@ -115,6 +115,43 @@ def test_labels_of_any_integer_type_and_strides():
     assert L.lovasz_softmax(p, target.float(), ignore=255) == expected
 
 
+@pytest.mark.parametrize("ignore", [None, 255, 255.0])
+def test_labels_of_another_shape(ignore):
+    """The original flattens them without a look."""
+    p, target = logits((2, 3, 6, 7)).softmax(1), labels((2, 3, 6, 7), 3, ignore_index=None if ignore is None else 255)
+    expected = L.lovasz_softmax(p, target, ignore=ignore)
+    assert expected == L.lovasz_softmax(p, target, ignore=None if ignore is None else 255)
+    cloud = p.movedim(1, -1).reshape(-1, 3)
+    for x, y in ((p, target[:, None]), (p, target.flatten()), (cloud, target), (cloud, target.reshape(-1, 1))):
+        assert L.lovasz_softmax(x, y, ignore=ignore) == expected
+    assert L.lovasz_softmax(p, target[:, None], per_image=True, ignore=ignore) == L.lovasz_softmax(
+        p, target, "present", True, ignore
+    )
+    binary = target.where(target == 255, target % 2)
+    x = logits((2, 6, 7))
+    for y in (binary[:, None], binary.flatten(1)):
+        assert L.lovasz_hinge(x, y, ignore=ignore) == L.lovasz_hinge(x, binary, ignore=ignore)
+    one_class = L.lovasz_softmax(x.sigmoid(), binary, [1], ignore=ignore)
+    for y in (binary[:, None], binary.flatten()):
+        assert L.lovasz_softmax(x.sigmoid(), y, [1], ignore=ignore) == one_class
+        assert L.lovasz_softmax(x.sigmoid()[:, None], y, [1], ignore=ignore) == one_class
+
+
+@pytest.mark.parametrize("ignore", [None, 255])
+def test_labels_of_another_number(ignore):
+    """The errors that the original ends in, of a subtraction or a mask; with ``per_image`` it drops what has no counterpart."""
+    p, target, x = logits((2, 3, 6, 7)).softmax(1), labels((2, 3, 6, 7), 2), logits((2, 6, 7))
+    for call in (
+        lambda: L.lovasz_softmax(p, target[:, 1:], ignore=ignore),
+        lambda: L.lovasz_softmax(p, target[:1], per_image=True, ignore=ignore),
+        lambda: L.lovasz_softmax(x.sigmoid(), target[:, 1:], [1], ignore=ignore),
+        lambda: L.lovasz_hinge(x, target[:1], ignore=ignore),
+        lambda: L.lovasz_hinge(x, target[:, 1:], False, ignore=ignore),
+    ):
+        with pytest.raises(RuntimeError if ignore is None else IndexError, match="the target must have as many elements as"):
+            call()
+
+
 # ---- where the original fails, or is wrong
 
 
@@ -169,10 +206,20 @@ def test_the_gradient_keeps_its_digits():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype):
-    """The original loses a class of more pixels than the type counts to."""
+    """A float32 loss, as the original's, but counted: not rounded anywhere on the way."""
     p, target = logits((1, 3, 400, 400)).softmax(1).to(dtype), labels((1, 3, 400, 400), 3)
-    found = L.lovasz_softmax(p, target)
-    torch.testing.assert_close(found.double(), softmax_formula(p[0].flatten(1).t(), target.flatten()), rtol=2e-2, atol=0)
+    found, gradient = evaluate(lambda p: L.lovasz_softmax(p, target), p)
+    assert found.dtype == torch.float32 and gradient.dtype == dtype
+    torch.testing.assert_close(found.double(), softmax_formula(p[0].flatten(1).t(), target.flatten()), rtol=1e-5, atol=0)
+    x, binary = logits((1, 400, 400), dtype), target % 2
+    for loss in (L.lovasz_hinge, lambda x, y: L.lovasz_hinge_flat(x.flatten(), y.flatten())):
+        found = loss(x, binary)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), hinge_formula(x, binary), rtol=1e-5, atol=0)
+    found = L.lovasz_softmax(x.sigmoid(), target, [2])
+    assert found.dtype == torch.float32
+    expected = softmax_formula(x.sigmoid().reshape(-1, 1), target.flatten(), [2])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 # ---- the rest of the file

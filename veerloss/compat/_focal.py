@@ -111,7 +111,7 @@ def positive_and_negative(positive: Tensor, negative: Tensor) -> tuple[Tensor, T
 
 def float32_loss(logits: Tensor) -> contextlib.AbstractContextManager:
     """Within it the loss of half-precision logits is float32, without a float32 copy of them: the rule of autocast."""
-    half = logits.dtype in (torch.float16, torch.bfloat16)
+    half = logits.dtype in (torch.float16, torch.bfloat16) and not logits.is_meta  # which autocast does not know
     return torch.autocast(logits.device.type) if half else contextlib.nullcontext()
 
 

@@ -11,7 +11,7 @@ Different on purpose:
 - one valid pixel, on which the original fails with an IndexError; labels of any integer type;
 - labels that are neither a class nor ``ignore`` are an IndexError: there they are background to every class, without a word,
   which is how a forgotten ``ignore=255`` went unnoticed. Of a sigmoid map other labels are background, as it is meant;
-- float16 and bfloat16: arithmetic in float32; float64 as it is.
+- float64, on which the original fails. Of float16 and bfloat16 the loss is float32, as there.
 
 ``lovasz_softmax`` and ``lovasz_hinge``, and their ``_flat`` forms, are one call of a kernel, which leaves ignored pixels out.
 The measures ``iou`` and ``iou_binary``, ``lovasz_grad``, ``xloss`` and ``binary_xloss`` are plain PyTorch, as there.
@@ -28,7 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._arguments import widened
-from ..lovasz import lovasz_hinge_loss, lovasz_softmax_loss
+from ..lovasz import lovasz_softmax_loss
+from . import _lovasz
+from ._focal import float32_loss
 
 PEER = "lovasz_losses"
 DISTRIBUTION = None
@@ -64,18 +66,20 @@ def lovasz_hinge(logits: Tensor, labels: Tensor, per_image: bool = True, ignore:
 
     Args:
         logits: [B, H, W], or [B, \\*] and [P]: of [P] all points are one image.
-        labels: the shape of ``logits``, 0 or 1 in any type.
+        labels: as many as ``logits``, 0 or 1 in any type.
         per_image: the mean of the images' losses instead of one loss of the batch.
         ignore: label of pixels that take no part.
+
+    Raises:
+        RuntimeError: labels are not as many; an IndexError with ``ignore``.
+        IndexError: labels hold another value (on a GPU only with VEERLOSS_CHECK=1 in the environment).
     """
-    if logits.dim() == 1:
-        per_image = False
-    return lovasz_hinge_loss(logits, labels, per_image=bool(per_image), ignore_index=ignore)
+    return _lovasz.hinge(logits, labels, per_image, ignore)
 
 
 def lovasz_hinge_flat(logits: Tensor, labels: Tensor) -> Tensor:
     """Binary Lovász hinge loss of logits [P] and labels [P], 0 or 1."""
-    return lovasz_hinge_loss(logits, labels, per_image=False)
+    return _lovasz.hinge(logits, labels, False, None)
 
 
 def flatten_binary_scores(scores: Tensor, labels: Tensor, ignore: int | None = None) -> tuple[Tensor, Tensor]:
@@ -111,22 +115,20 @@ def lovasz_softmax(
     """Multiclass Lovász-Softmax loss of probabilities.
 
     Args:
-        probas: [B, C, H, W], [B, C, \\*] or [P, C], between 0 and 1: those of a softmax over C. Or [B, H, W], with labels of
-            the same shape: of a sigmoid, with ``classes=[c]`` those of class c.
-        labels: class indices [B, H, W], [B, \\*] or [P].
+        probas: [B, C, H, W], [B, C, \\*] or [P, C], between 0 and 1: those of a softmax over C. Or [B, H, W], with a label for
+            each: of a sigmoid, with ``classes=[c]`` those of class c.
+        labels: class indices [B, H, W], [B, \\*] or [P], or as many in another shape.
         classes: "present": those in the labels; "all"; or a list of class ids, which all count, present or not.
         per_image: the mean of the images' losses instead of one loss of the batch.
         ignore: label of pixels that take no part.
 
     Raises:
-        ValueError: the shapes do not fit, or ``classes`` is not one class for the probabilities of one.
-        IndexError: labels hold a value that is neither a class nor ``ignore``.
+        ValueError: ``classes`` is not one class for the probabilities of one.
+        RuntimeError: labels are not as many as pixels; an IndexError with ``ignore``.
+        IndexError: labels hold a value that is neither a class nor ``ignore`` (on a GPU only with VEERLOSS_CHECK=1 in the
+            environment).
     """
-    if probas.dim() > 1 and probas.shape == labels.shape:
-        probas = probas.unsqueeze(1)
-    if per_image and labels.dim() == 1:
-        per_image = False  # points are one image
-    return _softmax(probas, labels, classes, bool(per_image), ignore)
+    return _softmax(_with_channel(probas, labels), labels, classes, per_image, ignore)
 
 
 def lovasz_softmax_flat(probas: Tensor, labels: Tensor, classes: str | Sequence[int] = "present") -> Tensor:
@@ -135,29 +137,32 @@ def lovasz_softmax_flat(probas: Tensor, labels: Tensor, classes: str | Sequence[
 
 
 def _softmax(probas: Tensor, labels: Tensor, classes, per_image: bool, ignore: int | None) -> Tensor:
-    labels = labels if labels.dtype in _INDEX_TYPES else labels.long()
-    if not isinstance(classes, str):
-        classes = list(classes)
-    options = {"per_image": per_image, "ignore_index": ignore, "from_logits": False}
-    if probas.dim() > 1 and probas.size(1) == 1:
-        # One class, whose label need not be 0: it becomes 0, all others 1, background.
-        if isinstance(classes, str) or len(classes) != 1:
-            raise ValueError(f"classes must be one class, such as [1], for the probabilities of one class, got {classes!r}")
-        labels = widened(labels)
-        binary = torch.where(labels == classes[0], 0, 1)
-        if ignore is not None:
-            binary, options["ignore_index"] = binary.masked_fill(labels == ignore, -1), -1
-        return lovasz_softmax_loss(probas, binary, classes="all", background_index=1, **options)
-    return lovasz_softmax_loss(probas, labels, classes=classes, **options)
+    classes = classes if isinstance(classes, str) else list(classes)
+    per_image = bool(per_image) and probas.dim() > 2  # points are one image
+    if probas.dim() < 2 or probas.size(1) != 1:
+        return _lovasz.softmax(probas, labels, per_image, ignore, classes=classes, from_logits=False)
+    # One class, whose label need not be 0: it becomes 0, all others 1, background.
+    if isinstance(classes, str) or len(classes) != 1:
+        raise ValueError(f"classes must be one class, such as [1], for the probabilities of one class, got {classes!r}")
+    labels = widened(_lovasz.in_shape(labels, probas.shape[:1] + probas.shape[2:], per_image, ignore))
+    binary = torch.where(labels == classes[0], 0, 1)
+    if ignore is not None:
+        binary, ignore = binary.masked_fill(labels == ignore, -1), -1
+    with float32_loss(probas):
+        return lovasz_softmax_loss(
+            probas, binary, classes="all", background_index=1, per_image=per_image, ignore_index=ignore, from_logits=False
+        )
 
 
-_INDEX_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+def _with_channel(probas: Tensor, labels: Tensor) -> Tensor:
+    """[B, H, W] as [B, 1, H, W]. Copies for points have [B, C, N] too: with a label [B, N] for each pixel."""
+    for_each = probas.dim() == 3 and labels.dim() != 2 and labels.numel() == probas.numel() > 0
+    return probas.unsqueeze(1) if for_each or (probas.dim() > 1 and probas.shape == labels.shape) else probas
 
 
 def flatten_probas(probas: Tensor, labels: Tensor, ignore: int | None = None) -> tuple[Tensor, Tensor]:
     """Probabilities as [P, C] and labels as [P], without the pixels whose label is ``ignore``. (No loss here needs that.)"""
-    if probas.dim() > 1 and probas.shape == labels.shape:
-        probas = probas.unsqueeze(1)
+    probas = _with_channel(probas, labels)
     probas = probas.movedim(1, -1).reshape(-1, probas.size(1)) if probas.dim() > 1 else probas.reshape(-1, 1)
     return _without_ignored(probas, labels.reshape(-1), ignore)
 
