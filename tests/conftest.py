@@ -12,6 +12,7 @@ from emulator import library
 from filelock import FileLock
 from grid import INTERPRETED_TILES, runs
 from hypothesis import HealthCheck, settings
+from peers.installed import MISSING
 
 from veerloss import ops
 from veerloss._arguments import missing_reason
@@ -27,6 +28,10 @@ settings.load_profile("veerloss")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
     torch.set_num_threads(1)
+
+
+def pytest_report_header() -> str:
+    return f"tests/peers: {'left out, for want of ' + ', '.join(MISSING) if MISSING else 'collected'}"
 
 
 def pytest_collection_modifyitems(config, items):

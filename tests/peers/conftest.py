@@ -1,27 +1,5 @@
 """The tests of this folder compare with installed peers: all of the extra `peers`, or none of these tests is collected."""
 
-import importlib
-import importlib.util
+from peers.installed import MISSING
 
-PEERS = ("fvcore", "kornia", "monai", "pytorch_toolbelt", "segmentation_models_pytorch", "torchvision", "transformers")
-
-
-def missing() -> list[str]:
-    """The peers that are not installed, or that cannot be imported and why."""
-    found = [name for name in PEERS if importlib.util.find_spec(name) is None]
-    if found:
-        return found
-    for name in PEERS:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # torchvision beside a build of torch that it was not made for: a RuntimeError
-            found.append(f"{name} ({type(error).__name__})")
-    return found
-
-
-MISSING = missing()
 collect_ignore_glob = ["test_*.py"] if MISSING else []
-
-
-def pytest_report_header() -> str:
-    return f"tests/peers: {'left out, for want of ' + ', '.join(MISSING) if MISSING else 'collected'}"
