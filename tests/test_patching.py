@@ -13,6 +13,7 @@ from grid import labels, logits
 import veerloss
 from veerloss import patching
 from veerloss.compat import lovasz_losses, torchsparse
+from veerloss.compat import mmseg as compat_mmseg
 
 BERMAN = """
 def lovasz_softmax(probas, labels, classes="present", per_image=False, ignore=None):
@@ -131,6 +132,61 @@ def test_many_threads(peer):
     assert train.lovasz(None, None) == "theirs"
 
 
+REGISTRY = """
+class Registry:
+    def __init__(self):
+        self.module_dict = {}
+
+MODELS = Registry()
+"""
+
+
+@pytest.fixture
+def mmseg(files, monkeypatch):
+    """The part of it that matters here."""
+    loss = "from mmseg.registry import MODELS\nclass LovaszLoss: pass\nMODELS.module_dict['LovaszLoss'] = LovaszLoss"
+    empty = dict.fromkeys(("mmseg/__init__.py", "mmseg/models/__init__.py", "mmseg/models/losses/__init__.py"), "")
+    files(empty | {"mmseg/registry.py": REGISTRY, "mmseg/models/losses/lovasz_loss.py": loss})
+    monkeypatch.setattr(compat_mmseg, "DISTRIBUTION", None)
+    monkeypatch.setattr(compat_mmseg, "VERSIONS", None)
+    return importlib.import_module("mmseg.registry")
+
+
+def test_a_registry(mmseg):
+    with veerloss.patch("mmseg") as names:
+        assert names == ["mmseg.models.losses.lovasz_loss.LovaszLoss", "mmseg.registry.MODELS.LovaszLoss"]
+        assert mmseg.MODELS.module_dict == {"LovaszLoss": compat_mmseg.LovaszLoss}
+    theirs = sys.modules["mmseg.models.losses.lovasz_loss"].LovaszLoss
+    assert mmseg.MODELS.module_dict == {"LovaszLoss": theirs} and theirs is not compat_mmseg.LovaszLoss
+
+
+def test_what_was_ours_before_stays(peer, files):
+    files({"project/new.py": "from veerloss.compat.lovasz_losses import lovasz_softmax"})
+    new, train = importlib.import_module("project.new"), importlib.import_module("project.train")
+    with veerloss.patch(**peer) as names:
+        assert sorted(names) == NAMES
+    assert new.lovasz_softmax is lovasz_losses.lovasz_softmax and train.lovasz(None, None) == "theirs"
+
+
+def test_blocks_that_overlap(peer):
+    """As those of two threads do: the last to end restores."""
+    train = importlib.import_module("project.train")
+    first, second = veerloss.patch(**peer), veerloss.patch(**peer)
+    for block in (first, first, second):
+        assert train.lovasz is lovasz_losses.lovasz_softmax
+        block.__exit__(None, None, None)
+    assert train.lovasz(None, None) == "theirs"
+    veerloss.patch(**peer)
+    second.__exit__(None, None, None)  # of the patch before
+    with veerloss.patch(**peer):
+        pass
+    assert train.lovasz is lovasz_losses.lovasz_softmax  # until it is undone
+    with veerloss.patch(**peer):
+        veerloss.unpatch(**peer)
+        assert train.lovasz(None, None) == "theirs"
+    assert train.lovasz(None, None) == "theirs"
+
+
 def test_a_top_level_file(files):
     files({"lovasz_losses.py": BERMAN})
     with veerloss.patch("lovasz_losses") as names:
@@ -199,6 +255,8 @@ def test_every_peer_is_declared(peer):
     for place, name in module.REPLACES.items():
         path, _, original = place.partition(":")
         assert path.partition(".")[0] == module.PEER and original and callable(getattr(module, name))
+    replaced = [getattr(module, name) for name in module.REPLACES.values()]
+    assert len(set(replaced)) == len(replaced)  # for each to be restored as what it was
     if module.VERSIONS is not None:
         patching._within("1.0", module.VERSIONS)
     imported = f"import sys, veerloss.compat.{peer} as m; print(m.PEER in sys.modules)"

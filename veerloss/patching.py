@@ -10,31 +10,72 @@ import pkgutil
 import re
 import sys
 import threading
+from collections.abc import Iterator
 from types import ModuleType, TracebackType
 
 from . import compat
 
 logger = logging.getLogger("veerloss")
 
-#: Of the peers that are patched now: what stands in whose place.
-_patched: dict[str, list[tuple[object, object]]] = {}
-_lock = threading.RLock()
-
 
 class Patch(list):
-    """The names that :func:`patch` replaced, "module.name". As a context manager it restores them at the end, unless the peer
-    was patched already when it was made."""
+    """The names that :func:`patch` replaced, "module.name". As a context manager it restores them at the end, or leaves that to
+    the last of those, of any thread, that patched the same peer; and to :func:`unpatch`, if one is no context manager."""
 
-    def __init__(self, names: list[str], key: str, outermost: bool) -> None:
+    def __init__(self, names: list[str], peer: _Peer) -> None:
         super().__init__(names)
-        self._key, self._outermost = key, outermost
+        self._peer, self._hold = peer, object()
+        peer.holds.add(self._hold)
 
     def __enter__(self) -> Patch:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self._outermost:
-            _restore(self._key)
+        with _lock:
+            self._peer.holds.discard(self._hold)
+            if not self._peer.holds and _patched.get(self._peer.key) is self._peer:
+                _restore(self._peer.key)
+
+
+class _Peer:
+    """One that is patched now."""
+
+    def __init__(self, key: str, pairs: list[tuple[object, object]], registry: str | None) -> None:
+        self.key = key
+        self.pairs = pairs  # (its loss, ours)
+        self.registry = registry
+        self.holds: set[object] = set()  # one of each Patch that is not at its end
+        ours = [new for _, new in pairs]  # which code may have had before
+        self.kept = {
+            f"{path}.{n}" for path, held in self.namespaces() for n, v in list(held.items()) if any(v is o for o in ours)
+        }
+
+    def namespaces(self) -> Iterator[tuple[str, dict[str, object]]]:
+        """Of its loaded modules, and of its registry; each with its own name."""
+        package = self.key.partition(".")[0]
+        for path, module in sorted(sys.modules.items()):
+            if path == package or path.startswith(f"{package}."):
+                yield path, getattr(module, "__dict__", {})
+        if self.registry is not None:
+            path, _, name = self.registry.partition(":")
+            registry = getattr(sys.modules.get(path), name, None)
+            if registry is not None:
+                yield f"{path}.{name}", registry.module_dict
+
+    def swap(self, pairs: list[tuple[object, object]]) -> list[str]:
+        """Puts the second of each pair wherever there is the first, but where ours were before."""
+        changed = []
+        for path, held in self.namespaces():
+            for name, value in list(held.items()):
+                new = next((new for old, new in pairs if value is old), None)
+                if new is not None and f"{path}.{name}" not in self.kept:
+                    held[name] = new
+                    changed.append(f"{path}.{name}")
+        return changed
+
+
+_patched: dict[str, _Peer] = {}
+_lock = threading.RLock()
 
 
 def peers() -> list[str]:
@@ -43,10 +84,12 @@ def peers() -> list[str]:
 
 
 def patch(peer: str, *, at: str | None = None) -> Patch:
-    """Replaces the losses of an installed peer by those of ``veerloss.compat.<peer>``, in every module of it that holds them.
+    """Replaces the losses of an installed peer by those of ``veerloss.compat.<peer>``, in place.
 
+    They are replaced in every module of the peer that holds them, and in the registry from which it builds losses by name.
     Modules of the peer that are imported later get the new ones too. What other code has imported before, ``from peer import
-    loss``, and objects that it has made, stay as they are: patch first. Patching twice is patching once.
+    loss``, and objects that it has made, stay as they are: patch first. Patching twice is patching once: one :func:`unpatch`
+    undoes it.
 
     Args:
         peer: a module of ``veerloss.compat``, such as "kornia", "monai" or "segmentation_models_pytorch".
@@ -73,14 +116,13 @@ def patch(peer: str, *, at: str | None = None) -> Patch:
         raise reason
     key = module.PEER if at is None else at
     with _lock:
-        outermost = key not in _patched
-        pairs = _patched[key] if not outermost else _pairs(module, at)
-        if not pairs:
+        found = _patched.get(key) or _Peer(key, _pairs(module, at), None if at else getattr(module, "REGISTRY", None))
+        if not found.pairs:
             raise RuntimeError(f"peer {peer!r} has none of {sorted(module.REPLACES)}: another version than its metadata says?")
-        _patched[key] = pairs
-        names = _swap(key, pairs)
-    logger.info("veerloss: patched %s: %s", key, ", ".join(names) or "nothing new")
-    return Patch(names, key, outermost)
+        _patched[key] = found
+        replaced = Patch(found.swap(found.pairs), found)
+    logger.info("veerloss: patched %s: %s", key, ", ".join(replaced) or "nothing new")
+    return replaced
 
 
 def unpatch(peer: str, *, at: str | None = None) -> list[str]:
@@ -92,9 +134,10 @@ def unpatch(peer: str, *, at: str | None = None) -> list[str]:
     """
     module = _module(peer)
     key = module.PEER if at is None else at
-    if key not in _patched:
-        raise RuntimeError(f"peer {peer if at is None else at!r} is not patched")
-    return _restore(key)
+    with _lock:
+        if key not in _patched:
+            raise RuntimeError(f"peer {peer if at is None else at!r} is not patched")
+        return _restore(key)
 
 
 def status(peer: str) -> tuple[str | None, str | None]:
@@ -174,24 +217,8 @@ def _pairs(module: ModuleType, at: str | None) -> list[tuple[object, object]]:
     return pairs
 
 
-def _swap(key: str, pairs: list[tuple[object, object]]) -> list[str]:
-    """Puts the second of each pair wherever a loaded module of the peer has the first."""
-    package, changed = key.partition(".")[0], []
-    for path, module in sorted(sys.modules.items()):
-        if module is None or not (path == package or path.startswith(f"{package}.")):
-            continue
-        for name, value in list(getattr(module, "__dict__", {}).items()):
-            for old, new in pairs:
-                if value is old:
-                    setattr(module, name, new)
-                    changed.append(f"{path}.{name}")
-                    break
-    return changed
-
-
 def _restore(key: str) -> list[str]:
-    with _lock:
-        pairs = _patched.pop(key, [])
-        names = _swap(key, [(ours, original) for original, ours in pairs])
+    peer = _patched.pop(key)
+    names = peer.swap([(ours, original) for original, ours in peer.pairs])
     logger.info("veerloss: restored %s: %s", key, ", ".join(names))
     return names

@@ -8,4 +8,5 @@ a kernel; and says for :func:`veerloss.patch`:
     DISTRIBUTION  its name on PyPI, or None for a file that projects copy
     VERSIONS      the versions whose losses are as the module has them, such as ">=0.6,<0.10"
     REPLACES      "module.path:name" in the peer to the name in the module
+    REGISTRY      "module.path:name" of what the peer builds losses by name from, if it does
 """

@@ -122,10 +122,11 @@ def _loaded(class_weight: list[float] | str | None) -> list[float] | None:
     raise ValueError(f"class_weight must be a list of numbers, or a .npy or .json file of it, got {class_weight!r}")
 
 
-def register(module: str, registry: str, *losses: type[nn.Module]) -> None:
-    """Puts the losses into a registry, in the place of those that have their names there."""
+def register(registry: str, *losses: type[nn.Module]) -> None:
+    """Puts the losses into a registry, "module.path:name", in the place of those that have their names there."""
+    module, _, name = registry.partition(":")
     try:
-        found = getattr(importlib.import_module(module), registry)
+        found = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise ImportError(f"register() needs {module}, which cannot be imported: {error}") from error
     for loss in losses:

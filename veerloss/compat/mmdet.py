@@ -24,6 +24,7 @@ PEER = "mmdet"
 DISTRIBUTION = "mmdet"
 VERSIONS = ">=3.0,<4"
 REPLACES = {"mmdet.models.losses.focal_loss:FocalLoss": "FocalLoss"}
+REGISTRY = "mmdet.registry:MODELS"
 
 __all__ = ["FocalLoss", "register"]
 
@@ -112,4 +113,4 @@ class FocalLoss(nn.Module):
 
 def register() -> None:
     """Puts FocalLoss into mmdetection's registry: ``dict(type="FocalLoss", ...)`` in a config is then ours."""
-    _register("mmdet.registry", "MODELS", FocalLoss)
+    _register(REGISTRY, FocalLoss)

@@ -25,6 +25,7 @@ REPLACES = {
     "mmdet3d.models.losses.lovasz_loss:LovaszLoss": "LovaszLoss",
     "mmdet3d.models.losses:FocalLoss": "FocalLoss",
 }
+REGISTRY = "mmdet3d.registry:MODELS"
 
 __all__ = ["FocalLoss", "LovaszLoss", "register"]
 
@@ -46,4 +47,4 @@ class LovaszLoss(_mm.LovaszLoss):
 
 def register() -> None:
     """Puts LovaszLoss into mmdetection3d's registry: ``dict(type="LovaszLoss", ...)`` in a config is then ours."""
-    _register("mmdet3d.registry", "MODELS", LovaszLoss)
+    _register(REGISTRY, LovaszLoss)

@@ -33,6 +33,7 @@ REPLACES = {
     "mmseg.models.losses.focal_loss:FocalLoss": "FocalLoss",
     "mmseg.models.losses.lovasz_loss:LovaszLoss": "LovaszLoss",
 }
+REGISTRY = "mmseg.registry:MODELS"
 
 __all__ = ["FocalLoss", "LovaszLoss", "register"]
 
@@ -159,4 +160,4 @@ class FocalLoss(nn.Module):
 
 def register() -> None:
     """Puts both into mmsegmentation's registry: ``dict(type="LovaszLoss", ...)`` in a config is then ours."""
-    _register("mmseg.registry", "MODELS", LovaszLoss, FocalLoss)
+    _register(REGISTRY, LovaszLoss, FocalLoss)

@@ -23,6 +23,7 @@ PEER = "pointcept"
 DISTRIBUTION = None  # used from its repository
 VERSIONS = None
 REPLACES = {"pointcept.models.losses.lovasz:LovaszLoss": "LovaszLoss"}
+REGISTRY = "pointcept.models.losses.builder:LOSSES"
 
 __all__ = ["LovaszLoss", "register"]
 
@@ -78,4 +79,4 @@ class LovaszLoss(_Loss):
 
 def register() -> None:
     """Puts LovaszLoss into Pointcept's registry: ``dict(type="LovaszLoss", ...)`` in a config is then ours."""
-    _register("pointcept.models.losses.builder", "LOSSES", LovaszLoss)
+    _register(REGISTRY, LovaszLoss)
