@@ -326,6 +326,14 @@ def common_calls():
     }
 
 
+def test_labels_of_a_sigmoid_map_are_copied_as_bytes():
+    p, target = X[:, 0].sigmoid().requires_grad_(), B
+    with FullSize(p.numel()) as made:
+        lovasz_losses.lovasz_softmax(p, target, [1], ignore=255).backward()
+    copies = [operator for operator in made.found if operator.startswith("aten")]
+    assert copies == ["aten.ne.Scalar", "aten.eq.Scalar", "aten.masked_fill.Scalar"]  # bool, bool, uint8
+
+
 @pytest.mark.parametrize("name", common_calls())
 def test_no_one_hot_and_no_temporary(name):
     """The sorted weights, which the histogram method has not, and the gradient are all that is as large as the logits."""

@@ -13,7 +13,8 @@ Different on purpose:
   which is how a forgotten ``ignore=255`` went unnoticed. Of a sigmoid map other labels are background, as it is meant;
 - float64, on which the original fails. Of float16 and bfloat16 the loss is float32, as there.
 
-``lovasz_softmax`` and ``lovasz_hinge``, and their ``_flat`` forms, are one call of a kernel, which leaves ignored pixels out.
+``lovasz_softmax`` and ``lovasz_hinge``, and their ``_flat`` forms, are one call of a kernel, which leaves ignored pixels out;
+for the sigmoid map of one class the labels are copied first, as bytes.
 The measures ``iou`` and ``iou_binary``, ``lovasz_grad``, ``xloss`` and ``binary_xloss`` are plain PyTorch, as there.
 """
 
@@ -145,9 +146,9 @@ def _softmax(probas: Tensor, labels: Tensor, classes, per_image: bool, ignore: i
     if isinstance(classes, str) or len(classes) != 1:
         raise ValueError(f"classes must be one class, such as [1], for the probabilities of one class, got {classes!r}")
     labels = widened(_lovasz.in_shape(labels, probas.shape[:1] + probas.shape[2:], per_image, ignore))
-    binary = torch.where(labels == classes[0], 0, 1)
+    binary = (labels != classes[0]).view(torch.uint8)
     if ignore is not None:
-        binary, ignore = binary.masked_fill(labels == ignore, -1), -1
+        binary, ignore = binary.masked_fill(labels == ignore, 2), 2
     with float32_loss(probas):
         return lovasz_softmax_loss(
             probas, binary, classes="all", background_index=1, per_image=per_image, ignore_index=ignore, from_logits=False
