@@ -138,12 +138,13 @@ def lovasz_softmax_flat(probas: Tensor, labels: Tensor, classes: str | Sequence[
 
 
 def _softmax(probas: Tensor, labels: Tensor, classes, per_image: bool, ignore: int | None) -> Tensor:
-    classes = classes if isinstance(classes, str) else list(classes)
+    if isinstance(classes, Iterable) and not isinstance(classes, str):
+        classes = list(classes)
     per_image = bool(per_image) and probas.dim() > 2  # points are one image
     if probas.dim() < 2 or probas.size(1) != 1:
         return _lovasz.softmax(probas, labels, per_image, ignore, classes=classes, from_logits=False)
     # One class, whose label need not be 0: it becomes 0, all others 1, background.
-    if isinstance(classes, str) or len(classes) != 1:
+    if not isinstance(classes, list) or len(classes) != 1:
         raise ValueError(f"classes must be one class, such as [1], for the probabilities of one class, got {classes!r}")
     labels = widened(_lovasz.in_shape(labels, probas.shape[:1] + probas.shape[2:], per_image, ignore))
     binary = (labels != classes[0]).view(torch.uint8)
