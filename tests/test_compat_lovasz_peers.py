@@ -101,7 +101,9 @@ def test_kornia_hinge():
     assert_is(lambda x: kornia.LovaszHingeLoss()(x, target), lambda x: hinge_by_image(x, target).mean(), X[:, :1])
 
 
-def test_kornia_errors():
+def test_kornia_errors(monkeypatch):
+    """Of a process that has not imported kornia, whose own they are otherwise."""
+    monkeypatch.delitem(sys.modules, "kornia.core.exceptions", raising=False)
     for function, x, y in ((kornia.lovasz_softmax_loss, X, VALID), (kornia.lovasz_hinge_loss, X[:, :1], B.clamp(max=1))):
         for bad_x, bad_y in ((x[0, 0], y), (x, y[0]), (x[..., 1:], y), (x[1:], y[:1])):
             with pytest.raises(ValueError, match="must"):

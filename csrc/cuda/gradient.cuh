@@ -51,9 +51,10 @@ struct SoftmaxGradient {
 };
 
 // One thread for each pixel. max_classes: registers for so many classes; 0 for any number of classes, whose logits are read
-// four times, all but the first from the caches.
+// four times, all but the first from the caches. (One block at the least: without it ptxas holds the last to 32 registers, and
+// spills some.)
 template <class In, int max_classes, class Weights>
-__global__ void __launch_bounds__(Tuning::Gradient::threads)
+__global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
     softmax_gradient_kernel(LovaszBatch batch, Weights weights, LovaszGradient out, PixelGrid grid) {
   using T = opmath_t<In>;
   const auto [images, classes, pixels] = batch.geometry;
