@@ -39,7 +39,7 @@ def test_coming_from_runs(capsys):
     """Of what needs no peer."""
     assert coming_from.main(["--quick", "--filter", "lovasz_losses"]) == 0
     assert capsys.readouterr().out.count("| lovasz_losses | lovasz_softmax |") == 3
-    assert len(coming_from.bars(True)) == 3
+    assert len(coming_from.bars(True)) == 5
     for case in coming_from.CASES[:3]:
         logits, target = coming_from.made(case.inputs, True)
         ours, theirs = (accuracy.gradient(case.loss(side), logits, target) for side in ("ours", "theirs"))

@@ -156,7 +156,7 @@ def test_classes_that_are_none():
     p, target = logits((2, 3, 6, 7)).softmax(1), labels((2, 3, 6, 7), 3)
     assert L.lovasz_softmax(p, target, range(3)) == L.lovasz_softmax(p, target, {0, 1, 2}) == L.lovasz_softmax(p, target, "all")
     for classes, error in ((1, TypeError), (None, TypeError), ("absent", ValueError), ([], ValueError), ([3], IndexError)):
-        with pytest.raises(error, match="classes (must|holds)"):
+        with pytest.raises(error, match=r"classes (must|holds)"):
             L.lovasz_softmax(p, target, classes)
     with pytest.raises(ValueError, match="classes must be one class, such as"):
         L.lovasz_softmax(p[:, 0], target, 1)
