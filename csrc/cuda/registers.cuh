@@ -1,0 +1,147 @@
+// The softmax of a pixel in registers: one thread has all classes of a pixel, and reads each logit once.
+//
+// On sm_90 a class of float32 takes 10 instructions all told: the load, two to step the pointer, one for the maximum, three for
+// the exponential (subtract, multiply, ex2), three for the sum. bfloat16 and float16 take one more, the conversion.
+//
+// Coalescing. Where pixels are contiguous (NCHW), a warp reads a class of 32 pixels, 128 bytes of float32, at a time. Where
+// classes are (channels_last, points [P, C]), each of its loads touches 32 rows; the other classes of the same sectors come
+// from L1, so that memory still sees one read, but L1 takes some 20 cycles for a load of 19 classes where it took one.
+#pragma once
+
+#include "softmax.cuh"
+
+namespace veerloss {
+
+// The numbers of classes [least, most] that a kernel template is compiled for. Only classes from `least` on may be missing.
+template <int least_, int most_>
+struct ClassRange {
+  static constexpr int least = least_, most = most_;
+  // Whether a pixel of `classes` has class c < most: known to the compiler for all but a few.
+  __device__ static bool has(int c, int classes) { return c < least || c < classes; }
+};
+
+// More classes than registers hold: kernels read them from memory in every pass.
+using ManyClasses = ClassRange<0, 0>;
+
+// Calls f with the ClassRange of a number of classes > 0. At most 7 of 32 registers and 3 of 24 are for no class. Twice as many
+// registers for each class of float64: 8 classes.
+template <class In, class F>
+void with_class_range(int64_t classes, const F& f) {
+  if (classes <= 4) return f(ClassRange<1, 4>{});
+  if (classes <= 8) return f(ClassRange<5, 8>{});
+  if constexpr (!std::is_same_v<In, double>) {
+    if (classes <= 12) return f(ClassRange<9, 12>{});
+    if (classes <= 16) return f(ClassRange<13, 16>{});
+    if (classes <= 20) return f(ClassRange<17, 20>{});
+    if (classes <= 24) return f(ClassRange<21, 24>{});
+    if (classes <= 32) return f(ClassRange<25, 32>{});
+  }
+  f(ManyClasses{});
+}
+
+// The classes of a pixel in memory: points to the first, and steps to the next by bytes. An addition for each class takes the
+// place of the three 64-bit multiplications of an index.
+template <class In>
+class ClassPointer {
+ public:
+  __device__ ClassPointer(const View& view, int64_t image, int64_t pixel)
+      : at_(view.data + ptr_offset(view, image, 0, pixel) * static_cast<int64_t>(sizeof(In))),
+        step_(view.stride_channel * static_cast<int64_t>(sizeof(In))) {}
+
+  __device__ void operator++() { at_ += step_; }
+  // What kernels read does not change while they run: it may come by the read-only path.
+  __device__ opmath_t<In> load() const {
+#if defined(VEERLOSS_EMULATED)
+    return convert<opmath_t<In>>(*reinterpret_cast<const In*>(at_));
+#else
+    return convert<opmath_t<In>>(__ldg(reinterpret_cast<const In*>(at_)));
+#endif
+  }
+  __device__ void store(opmath_t<In> value) const { *reinterpret_cast<In*>(at_) = convert<In>(value); }
+
+ private:
+  char* at_;
+  int64_t step_;
+};
+
+// All loads of a pixel are under way at once. Classes that are missing get the value `missing`: of logits -infinity, whose
+// exponential is 0, so that no later step has to ask.
+template <class Range, class In>
+__device__ inline void load_classes(opmath_t<In> (&values)[Range::most], ClassPointer<In> pixel, int classes,
+                                    opmath_t<In> missing = -std::numeric_limits<opmath_t<In>>::infinity()) {
+#pragma unroll
+  for (int c = 0; c < Range::most; ++c, ++pixel) values[c] = Range::has(c, classes) ? pixel.load() : missing;
+}
+
+// ---- the softmax
+
+// The smaller and the larger of two numbers; NaN if either is. One instruction in float32.
+__device__ inline float min_or_nan(float a, float b) {
+#if defined(VEERLOSS_EMULATED)
+  return b != b || b < a ? b : a;
+#else
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#endif
+}
+__device__ inline float max_or_nan(float a, float b) {
+#if defined(VEERLOSS_EMULATED)
+  return b != b || b > a ? b : a;
+#else
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#endif
+}
+__device__ inline double min_or_nan(double a, double b) {
+  return b != b || b < a ? b : a;
+}
+__device__ inline double max_or_nan(double a, double b) {
+  return b != b || b > a ? b : a;
+}
+
+// exp(x) for x <= 0; exactly 1 for 0. In float32 two instructions, accurate to the rounding of x log2(e), some |x| / 2^24;
+// results below the smallest normal number are 0.
+__device__ inline float exp_neg(float x) {
+  constexpr float log2_e = 1.44269504f;
+#if defined(VEERLOSS_EMULATED)
+  return exp2f(x * log2_e);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * log2_e));
+  return result;
+#endif
+}
+__device__ inline double exp_neg(double x) {
+  return exp(x);
+}
+
+// The sum of exponentials without one of the largest: of each new one and the largest so far, the smaller is added. NaN if one
+// is NaN.
+template <class T>
+struct SumExclMax {
+  T largest = T(0), sum = T(0);
+
+  __device__ void add(T exp) {
+    sum = add_rn(sum, min_or_nan(largest, exp));
+    largest = max_or_nan(largest, exp);
+  }
+};
+
+// Turns the logits of a pixel, -infinity where a class is missing, into exponentials exp(logit - max_logit).
+template <int most, class T>
+__device__ inline Softmax<T> softmax_in_place(T (&values)[most]) {
+  T max_logit = values[0];
+#pragma unroll
+  for (int c = 1; c < most; ++c) max_logit = max_or_nan(max_logit, values[c]);
+  SumExclMax<T> sum;
+#pragma unroll
+  for (int c = 0; c < most; ++c) {
+    values[c] = exp_neg(values[c] - max_logit);
+    sum.add(values[c]);
+  }
+  return {max_logit, sum.sum};
+}
+
+}  // namespace veerloss
