@@ -1,5 +1,5 @@
 // The kernels of a device, as the operators (ops/) call them: plain pointers, no torch headers. cpu/ implements all of them,
-// cuda/ those of the Lovász losses. Every launcher takes one struct; a stream is ignored on the CPU.
+// cuda/ all but those of the sigmoid focal loss. Every launcher takes one struct; a stream is ignored on the CPU.
 #pragma once
 
 #include <optional>
@@ -42,6 +42,7 @@ struct FocalLoss {
   View normalizer;  // one element, data null for none
   View loss;        // one element, or without reduction one for each element of the loss
   View scale;       // one element, opmath type
+  void* scratch;    // softmax_focal_scratch_bytes()
 };
 
 struct FocalGradient {
@@ -54,6 +55,7 @@ struct FocalGradient {
 namespace kernels {
 void sigmoid_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out, Stream stream);
 void sigmoid_focal_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream stream);
+int64_t softmax_focal_scratch_bytes(const SoftmaxFocalInput& input);
 void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream stream);
 void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream);
 }  // namespace kernels

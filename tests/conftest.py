@@ -69,7 +69,7 @@ def backend(request, monkeypatch):
         monkeypatch.setitem(ops.NAMESPACES, "native", library.NAMESPACE)
         return "native"
     if request.param == "triton":
-        reason = missing_reason("triton", torch.device("cpu"), "focal")
+        reason = missing_reason("triton", torch.device("cpu"), "lovasz")
         if reason is not None:
             pytest.skip(reason)
         for name, value in INTERPRETED_TILES.items():

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from grid import over_focal
+from grid import over_sigmoid_focal
 
 import veerloss
 from veerloss import _arguments as arguments
@@ -240,7 +240,7 @@ def test_two_class_logits_in_the_hinge():
         lovasz_hinge_loss(torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
 
 
-@over_focal
+@over_sigmoid_focal
 def test_all_real_numbers_are_numbers(backend):
     for number in (Fraction(1, 2), np.float16(0.5), np.float32(0.5), np.float64(0.5)):
         for function, more in ((softmax_focal_loss, {"label_smoothing": number}), (sigmoid_focal_loss, {})):
@@ -296,20 +296,23 @@ def test_triton_on_a_cpu_is_refused(monkeypatch):
 
 
 def test_backends_of_a_gpu(monkeypatch):
-    """Lovász has compiled kernels there, where they are loaded; the focal losses are Triton's."""
+    """All but the sigmoid focal loss, which is Triton's, have compiled kernels there, where they are loaded."""
     gpu = torch.device("cuda")
     monkeypatch.setitem(arguments.native_missing, "cuda", None)
     monkeypatch.setattr(arguments, "triton_missing", lambda _: None)
-    assert arguments.choose_backend("auto", gpu, "lovasz") == "native"
-    assert arguments.choose_backend("auto", gpu, "focal") == "triton"
-    with pytest.raises(RuntimeError, match="on a GPU the focal losses are Triton kernels"):
-        arguments.choose_backend("native", gpu, "focal")
+    for loss in ("lovasz", "softmax focal"):
+        assert arguments.choose_backend("auto", gpu, loss) == "native"
+    assert arguments.choose_backend("auto", gpu, "sigmoid focal") == "triton"
+    with pytest.raises(RuntimeError, match="on a GPU the sigmoid focal loss is a Triton kernel"):
+        arguments.choose_backend("native", gpu, "sigmoid focal")
     monkeypatch.setitem(arguments.native_missing, "cuda", "no library")
-    assert arguments.choose_backend("auto", gpu, "lovasz") == "triton"
+    for loss in arguments.LOSSES:
+        assert arguments.choose_backend("auto", gpu, loss) == "triton"
     with pytest.raises(RuntimeError, match="backend='native' cannot run on device 'cuda': no library"):
         arguments.choose_backend("native", gpu, "lovasz")
     monkeypatch.setattr(arguments, "triton_missing", lambda _: "no triton")
-    assert arguments.choose_backend("auto", gpu, "lovasz") == arguments.choose_backend("auto", gpu, "focal") == "reference"
+    for loss in arguments.LOSSES:
+        assert arguments.choose_backend("auto", gpu, loss) == "reference"
 
 
 def test_values_are_checked_on_a_gpu_if_asked_for(monkeypatch):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from budget import check_loss, evaluate
-from grid import DTYPES, labels, logits, over_focal, over_focal_kernels
+from grid import DTYPES, labels, logits, over_focal, over_focal_kernels, over_sigmoid_focal
 
 import veerloss
 from veerloss import sigmoid_focal_loss, softmax_focal_loss
@@ -23,6 +23,8 @@ def softmax(x, **options):
     return softmax_focal_loss(x, labels(x.shape, 3), **options)
 
 
+#: The public functions, where a test calls them with targets of its own.
+over_functions = pytest.mark.parametrize("loss", [softmax_focal_loss, sigmoid_focal_loss], ids=lambda f: f.__name__)
 over_losses = pytest.mark.parametrize("loss", [sigmoid_dense, sigmoid_index, softmax], ids=lambda f: f.__name__)
 
 
@@ -38,68 +40,66 @@ def test_nan_and_infinity_give_nan(bad, loss, backend):
 
 
 @over_focal
+@over_functions
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_all_ignored_is_zero_with_zero_gradient(reduction, backend):
+def test_all_ignored_is_zero_with_zero_gradient(reduction, loss, backend):
     x, target = logits((2, 3, 40)), torch.full((2, 40), 255)
     x[0, 0, 0] = math.nan  # what is ignored may hold anything
     options = {"ignore_index": 255, "reduction": reduction, "backend": backend}
-    cases = [
-        (softmax_focal_loss, target, {}),
-        (softmax_focal_loss, target, {"label_smoothing": 0.1}),
-        (sigmoid_focal_loss, target, {}),
-        (sigmoid_focal_loss, torch.full((2, 3, 40), 255), {}),
-    ]
-    if backend != "reference":  # which multiplies
-        cases.append((sigmoid_focal_loss, torch.full((2, 3, 40), 255.0), {"weight": torch.full((3,), math.inf)}))
-    for function, t, more in cases:
-        loss, gradient = evaluate(function, x, t, **options, **more)
-        assert (loss == 0).all() and (gradient == 0).all()
+    cases = [(target, {})]
+    if loss is softmax_focal_loss:
+        cases.append((target, {"label_smoothing": 0.1}))
+    else:
+        cases.append((torch.full((2, 3, 40), 255), {}))
+    if loss is sigmoid_focal_loss and backend != "reference":  # which multiplies
+        cases.append((torch.full((2, 3, 40), 255.0), {"weight": torch.full((3,), math.inf)}))
+    for t, more in cases:
+        value, gradient = evaluate(loss, x, t, **options, **more)
+        assert (value == 0).all() and (gradient == 0).all()
     if reduction == "mean":  # divided by the number of positives, 0, perhaps
         for normalizer in (torch.zeros(()), torch.tensor(0), torch.tensor(math.nan)):
-            for function, t, more in cases:
-                loss, gradient = evaluate(function, x, t, normalizer=normalizer, **options, **more)
-                assert loss == 0 and (gradient == 0).all()
+            for t, more in cases:
+                value, gradient = evaluate(loss, x, t, normalizer=normalizer, **options, **more)
+                assert value == 0 and (gradient == 0).all()
 
 
 @over_focal
-def test_gradient_of_ignored_pixels_is_zero_whatever_comes_in(backend):
+@over_functions
+def test_gradient_of_ignored_pixels_is_zero_whatever_comes_in(loss, backend):
     """NaN, where the caller divides by a number of positives that is 0."""
     x, target = logits((2, 3, 40)), labels((2, 3, 40), 3, ignore_index=255)
     dense = torch.where((target == 255).unsqueeze(1), 255.0, torch.rand(2, 3, 40))
-    for function, t, options in (
-        (softmax_focal_loss, target, {}),
-        (softmax_focal_loss, target, {"label_smoothing": 0.1}),
-        (sigmoid_focal_loss, target, {}),
-        (sigmoid_focal_loss, dense, {}),
-    ):
+    softmax_cases = ((target, {}), (target, {"label_smoothing": 0.1}))
+    for t, options in softmax_cases if loss is softmax_focal_loss else ((target, {}), (dense, {})):
         leaf = x.detach().requires_grad_()
-        loss = function(leaf, t, ignore_index=255, reduction="none", backend=backend, **options)
-        ignored = target == 255 if loss.dim() == 2 else (target == 255).unsqueeze(1).expand(x.shape)
-        gradient = torch.autograd.grad(loss, leaf, torch.where(ignored, math.nan, 1.0))[0]
+        value = loss(leaf, t, ignore_index=255, reduction="none", backend=backend, **options)
+        ignored = target == 255 if value.dim() == 2 else (target == 255).unsqueeze(1).expand(x.shape)
+        gradient = torch.autograd.grad(value, leaf, torch.where(ignored, math.nan, 1.0))[0]
         assert torch.equal(gradient == 0, (target == 255).unsqueeze(1).expand(x.shape))
 
 
 @over_focal
+@over_functions
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0), (0, 3, 0, 2)], ids=str)
-def test_no_pixels(shape, backend):
+def test_no_pixels(shape, loss, backend):
     x, target = torch.zeros(shape), torch.zeros(shape[:1] + shape[2:], dtype=torch.long)
-    for function, t in ((softmax_focal_loss, target), (sigmoid_focal_loss, target), (sigmoid_focal_loss, torch.zeros(shape))):
+    for t in (target, torch.zeros(shape)):  # for softmax class probabilities
         for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"normalizer": 3}):
-            loss, gradient = evaluate(function, x, t, backend=backend, **options)
-            assert loss.sum() == 0 and gradient.shape == x.shape
+            value, gradient = evaluate(loss, x, t, backend=backend, **options)
+            assert value.sum() == 0 and gradient.shape == x.shape
 
 
 @over_focal_kernels
+@over_functions
 @pytest.mark.parametrize("target_type", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
-def test_target_types_and_strides(target_type, backend):
+def test_target_types_and_strides(target_type, loss, backend):
     x, target = logits((2, 3, 6, 8)), labels((2, 3, 6, 8), 3)
     strided = target.to(target_type).repeat_interleave(2, -1)[..., ::2]
     assert not strided.is_contiguous()
-    for function in (softmax_focal_loss, sigmoid_focal_loss):
-        check_loss(function, x, strided, ignore_index=2, backend=backend)
+    check_loss(loss, x, strided, ignore_index=2, backend=backend)
 
 
-@over_focal
+@over_sigmoid_focal
 @pytest.mark.parametrize("ignore_index", [-1, 255, 511, -(2**40)])
 @pytest.mark.parametrize("target_type", [torch.uint8, torch.int32], ids=str)
 def test_ignore_index_is_not_wrapped_to_the_type_of_the_target(target_type, ignore_index, backend):
@@ -118,13 +118,13 @@ def test_ignore_index_is_not_wrapped_to_the_type_of_the_target(target_type, igno
                 function(x, wrapped, ignore_index=ignore_index, backend=backend)
 
 
-@over_focal
+@over_sigmoid_focal
 def test_values_are_ignored_before_they_are_rounded(backend):
     almost = torch.full((4,), 1 - 1e-11, dtype=torch.float64)
     assert sigmoid_focal_loss(torch.zeros(4), almost, ignore_index=1, backend=backend) > 0
 
 
-@over_focal
+@over_sigmoid_focal
 @pytest.mark.parametrize(
     ("dtype", "ignore_index"),
     [(torch.float16, 2049), (torch.float16, 70000), (torch.bfloat16, 257), (torch.float32, 2**24 + 1)],
@@ -143,7 +143,7 @@ def test_ignore_index_is_not_rounded_to_the_type_of_the_target(dtype, ignore_ind
             sigmoid_focal_loss(x, target, ignore_index=ignore_index, backend=backend)
 
 
-@over_focal
+@over_sigmoid_focal
 def test_one_logit_of_no_dimension(backend):
     x, target = torch.tensor(0.3), torch.tensor(1.0)
     expected = sigmoid_focal_loss(x[None], target[None], alpha=0.25, reduction="none", backend=backend)[0]
@@ -152,27 +152,41 @@ def test_one_logit_of_no_dimension(backend):
         torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)  # kernels on the CPU raise: test_arguments.py
+@pytest.mark.parametrize("backend", ["triton", "emulated"], indirect=True)  # kernels on the CPU raise: test_arguments.py
+@over_functions
 @pytest.mark.parametrize("wrong", [-1, 3, 2**40])
-def test_a_target_out_of_range_is_nan_and_nothing_else(wrong, backend):
+def test_a_target_out_of_range_is_nan_and_nothing_else(wrong, loss, backend):
     x, target = logits((2, 3, 40)), labels((2, 3, 40), 3, ignore_index=-100)
     target[1, 7] = wrong
     dense = torch.rand(2, 3, 40)
     dense[1, 2, 7] = wrong
     pixel, element = (1, slice(None), 7), (1, 2, 7)
-    for function, t, options, nan in (
-        (softmax_focal_loss, target, {}, pixel),
-        (softmax_focal_loss, target, {"label_smoothing": 0.1, "alpha": torch.ones(3)}, pixel),
-        (softmax_focal_loss, target, {"weight": torch.ones(2, 40)}, pixel),
-        (sigmoid_focal_loss, target, {"ignore_index": -100, "gamma": 0.0}, pixel),
-        (sigmoid_focal_loss, dense, {"gamma": 0.5}, element),
-    ):
-        assert function(x, t, backend=backend, **options).isnan()
-        loss, gradient = evaluate(function, x, t, reduction="none", backend=backend, **options)
+    softmax_cases = (
+        (target, {}, pixel),
+        (target, {"label_smoothing": 0.1, "alpha": torch.ones(3)}, pixel),
+        (target, {"weight": torch.ones(2, 40)}, pixel),
+    )
+    sigmoid_cases = ((target, {"ignore_index": -100, "gamma": 0.0}, pixel), (dense, {"gamma": 0.5}, element))
+    for t, options, nan in softmax_cases if loss is softmax_focal_loss else sigmoid_cases:
+        assert loss(x, t, backend=backend, **options).isnan()
+        values, gradient = evaluate(loss, x, t, reduction="none", backend=backend, **options)
         expected = torch.zeros(x.shape, dtype=torch.bool)
         expected[nan] = True
         assert torch.equal(gradient.isnan(), expected)
-        assert torch.equal(loss.isnan(), expected[:, 0] if loss.dim() == 2 else expected)
+        assert torch.equal(values.isnan(), expected[:, 0] if values.dim() == 2 else expected)
+
+
+@pytest.mark.parametrize("backend", ["triton", "emulated"], indirect=True)
+@pytest.mark.parametrize("wrong", [-1e-3, math.inf, math.nan])
+def test_no_probability_is_nan_and_nothing_else(wrong, backend):
+    x, target = logits((2, 3, 40)), torch.rand(2, 3, 40)
+    target[1, 2, 7] = wrong
+    assert softmax_focal_loss(x, target, backend=backend).isnan()
+    values, gradient = evaluate(softmax_focal_loss, x, target, reduction="none", backend=backend)
+    expected = torch.zeros(2, 40, dtype=torch.bool)
+    expected[1, 7] = True
+    assert torch.equal(values.isnan(), expected)
+    assert torch.equal(gradient.isnan(), expected.unsqueeze(1).expand(x.shape))
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)

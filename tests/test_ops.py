@@ -15,6 +15,7 @@ from veerloss._layout import Errors
 # (backend, operator family)
 OPERATORS = [(b, stem) for b in ("native", "triton") for stem in FOCAL]
 OPERATORS += [(b, stem) for b in ("native", "triton", "emulated") for stem in LOVASZ]
+OPERATORS += [("emulated", "softmax_focal")]
 over_samples = pytest.mark.parametrize(
     ("backend", "stem", "case"), [(b, stem, i) for b, stem in OPERATORS for i in range(len(samples()[stem]))],
     indirect=["backend"],

@@ -21,7 +21,7 @@ def main() -> None:
             if device == "cuda" and reason is None and not torch.cuda.is_available():
                 reason = "no CUDA device"
             if device == "cuda" and backend == "native" and reason is None:
-                backend = "native (Lovász)"  # the focal losses are Triton kernels there
+                backend = "native, but for the sigmoid focal loss"  # which is a Triton kernel there
             print(f"  {device:5} {backend:10} {'available' if reason is None else f'not available: {reason}'}")
     found = {peer: patching.status(peer) for peer in patching.peers()}
     installed = {peer: status for peer, status in found.items() if status[0] is not None}

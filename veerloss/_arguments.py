@@ -16,26 +16,28 @@ from torch.autograd import forward_ad
 from ._extension import native_missing, triton_missing
 
 REDUCTIONS = ("none", "mean", "sum")
+#: What backends are chosen for.
+LOSSES = ("sigmoid focal", "softmax focal", "lovasz")
 BACKENDS = ("auto", "native", "triton", "reference")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def missing_reason(backend: str, device: torch.device, loss: str) -> str | None:
-    """None where ``backend`` can run ``loss``, "focal" or "lovasz", on ``device``, else why not."""
+    """None where ``backend`` can run ``loss``, one of LOSSES, on ``device``, else why not."""
     if backend == "reference":
         return None
     if backend == "triton":
         return triton_missing(device.type)
     if device.type in ("meta", "cpu"):
         return native_missing["cpu"]
-    if device.type == "cuda" and loss == "focal":
-        return "on a GPU the focal losses are Triton kernels"
+    if device.type == "cuda" and loss == "sigmoid focal":
+        return "on a GPU the sigmoid focal loss is a Triton kernel"
     return native_missing.get(device.type, f"there is no compiled library for device type {device.type!r}")
 
 
 def choose_backend(backend: str, device: torch.device, loss: str) -> str:
-    """The backend that runs ``loss``, "focal" or "lovasz"; an explicit name never falls back."""
+    """The backend that runs ``loss``, one of LOSSES; an explicit name never falls back."""
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":
         fast = ("native", "triton") if device.type == "cuda" else ("native",)

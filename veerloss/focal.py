@@ -93,7 +93,7 @@ def sigmoid_focal_loss(
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     normalizer = arguments.as_normalizer(normalizer, reduction, logits)
 
-    backend = arguments.choose_backend(backend, logits.device, "focal")
+    backend = arguments.choose_backend(backend, logits.device, "sigmoid focal")
     if arguments.checks_values(backend, logits.device):
         if one_vs_rest:
             arguments.check_label_range(target, logits.size(1), ignore_index, background_index)
@@ -181,7 +181,7 @@ def softmax_focal_loss(
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     normalizer = arguments.as_normalizer(normalizer, reduction, logits)
 
-    backend = arguments.choose_backend(backend, logits.device, "focal")
+    backend = arguments.choose_backend(backend, logits.device, "softmax focal")
     if arguments.checks_values(backend, logits.device):
         if probabilities:
             arguments.check_probabilities(target)

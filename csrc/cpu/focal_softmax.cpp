@@ -187,6 +187,10 @@ class SoftmaxFocal {
 
 }  // namespace
 
+int64_t kernels::softmax_focal_scratch_bytes(const SoftmaxFocalInput&) {
+  return 0;
+}
+
 void kernels::softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream) {
   focal_forward<SoftmaxFocal>(input, out);
 }

@@ -47,16 +47,23 @@ __device__ inline To convert(From value) {
     return static_cast<To>(value);
 }
 
-// Element i of a tensor of any float type, where a kernel template per type is not worth it.
-__device__ inline double load_element(const void* data, DType dtype, int64_t i) {
+// Element i of a tensor of any type, where a kernel template per type is not worth it.
+template <class T = double>
+__device__ inline T load_element(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
-    case DType::f64: return static_cast<const double*>(data)[i];
-    case DType::bf16: return convert<double>(static_cast<const __nv_bfloat16*>(data)[i]);
-    case DType::f16: return convert<double>(static_cast<const __half*>(data)[i]);
-    default: return static_cast<const float*>(data)[i];
+    case DType::f64: return convert<T>(static_cast<const double*>(data)[i]);
+    case DType::bf16: return convert<T>(static_cast<const __nv_bfloat16*>(data)[i]);
+    case DType::f16: return convert<T>(static_cast<const __half*>(data)[i]);
+    case DType::i64: return static_cast<T>(static_cast<const int64_t*>(data)[i]);
+    case DType::i32: return static_cast<T>(static_cast<const int32_t*>(data)[i]);
+    case DType::i16: return static_cast<T>(static_cast<const int16_t*>(data)[i]);
+    case DType::i8: return static_cast<T>(static_cast<const int8_t*>(data)[i]);
+    case DType::u8: return static_cast<T>(static_cast<const uint8_t*>(data)[i]);
+    default: return convert<T>(static_cast<const float*>(data)[i]);
   }
 }
 
+// The same of a float type.
 __device__ inline void store_element(void* data, DType dtype, int64_t i, double value) {
   switch (dtype) {
     case DType::f64: static_cast<double*>(data)[i] = value; break;

@@ -16,9 +16,9 @@ struct ImagePart {
   int64_t image, part, channel;
 };
 
-__device__ inline ImagePart image_part(int64_t parts, int64_t channels = 1) {
-  const auto p = static_cast<uint32_t>(parts), c = static_cast<uint32_t>(channels), block_of_channel = blockIdx.x / c;
-  return {block_of_channel / p, block_of_channel % p, blockIdx.x % c};
+__device__ inline ImagePart image_part(int64_t parts, int64_t channels = 1, uint32_t block = blockIdx.x) {
+  const auto p = static_cast<uint32_t>(parts), c = static_cast<uint32_t>(channels), block_of_channel = block / c;
+  return {block_of_channel / p, block_of_channel % p, block % c};
 }
 
 // The blocks of a kernel with one thread for each pixel. A block keeps to one image, unless images are small: then the pixels
@@ -43,8 +43,9 @@ struct ThreadPixel {
 };
 
 template <int threads>
-__device__ inline ThreadPixel thread_pixel(const PixelGrid& grid, int64_t images, int64_t pixels, int64_t channels = 1) {
-  const auto [image, part, channel] = image_part(grid.parts, channels);
+__device__ inline ThreadPixel thread_pixel(const PixelGrid& grid, int64_t images, int64_t pixels, int64_t channels = 1,
+                                           uint32_t block = blockIdx.x) {
+  const auto [image, part, channel] = image_part(grid.parts, channels, block);
   const int64_t i = part * threads + threadIdx.x;
   if (!grid.flat) return {image, i < pixels ? i : -1, channel};
   if (i >= images * pixels) return {0, -1, channel};

@@ -20,8 +20,10 @@ struct ClassRange {
   __device__ static bool has(int c, int classes) { return c < least || c < classes; }
 };
 
-// More classes than registers hold: kernels read them from memory in every pass.
+// More classes than registers hold: kernels read SomeClasses at a time.
 using ManyClasses = ClassRange<0, 0>;
+template <class In>
+using SomeClasses = ClassRange<0, std::is_same_v<In, double> ? 8 : 16>;
 
 // Calls f with the ClassRange of a number of classes > 0. At most 7 of 32 registers and 3 of 24 are for no class. Twice as many
 // registers for each class of float64: 8 classes.
@@ -49,6 +51,7 @@ class ClassPointer {
         step_(view.stride_channel * static_cast<int64_t>(sizeof(In))) {}
 
   __device__ void operator++() { at_ += step_; }
+  __device__ void skip(int classes) { at_ += classes * step_; }
   // What kernels read does not change while they run: it may come by the read-only path.
   __device__ opmath_t<In> load() const {
 #if defined(VEERLOSS_EMULATED)
@@ -101,8 +104,8 @@ __device__ inline double max_or_nan(double a, double b) {
   return b != b || b > a ? b : a;
 }
 
-// exp(x) for x <= 0; exactly 1 for 0. In float32 two instructions, accurate to the rounding of x log2(e), some |x| / 2^24;
-// results below the smallest normal number are 0.
+// exp(x) for x <= 0; exactly 1 for 0, and 0 below the smallest normal number. In float32 two instructions, accurate to the
+// rounding of x log2(e), some |x| / 2^24: no more than rounding a logit, or x - log(sum), to float32 costs.
 __device__ inline float exp_neg(float x) {
   constexpr float log2_e = 1.44269504f;
 #if defined(VEERLOSS_EMULATED)
@@ -129,19 +132,53 @@ struct SumExclMax {
   }
 };
 
-// Turns the logits of a pixel, -infinity where a class is missing, into exponentials exp(logit - max_logit).
 template <int most, class T>
-__device__ inline Softmax<T> softmax_in_place(T (&values)[most]) {
-  T max_logit = values[0];
+__device__ inline T max_of(const T (&values)[most]) {
+  T largest = values[0];
 #pragma unroll
-  for (int c = 1; c < most; ++c) max_logit = max_or_nan(max_logit, values[c]);
+  for (int c = 1; c < most; ++c) largest = max_or_nan(largest, values[c]);
+  return largest;
+}
+
+// Turns logits into exponentials exp(logit - max_logit). Returns their sum without one of the largest.
+template <int most, class T>
+__device__ inline T exponentials_in_place(T (&values)[most], T max_logit) {
   SumExclMax<T> sum;
 #pragma unroll
   for (int c = 0; c < most; ++c) {
     values[c] = exp_neg(values[c] - max_logit);
     sum.add(values[c]);
   }
-  return {max_logit, sum.sum};
+  return sum.sum;
+}
+
+// Turns the logits of a pixel, -infinity where a class is missing, into exponentials.
+template <int most, class T>
+__device__ inline Softmax<T> softmax_in_place(T (&values)[most]) {
+  const T max_logit = max_of(values);
+  return {max_logit, exponentials_in_place(values, max_logit)};
+}
+
+// The softmax of any number of classes, in one read: those of some classes at a time, put together.
+template <class In>
+__device__ inline Softmax<opmath_t<In>> softmax_of_many(ClassPointer<In> pixel, int classes) {
+  using T = opmath_t<In>;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  const auto finite = [](T max_logit) { return max_logit == -infinity ? T(0) : max_logit; };  // all classes are masked out
+  T max_logit = -infinity;
+  double sum = 0;  // of thousands of parts, perhaps
+  constexpr int most = SomeClasses<In>::most;
+  for (int left = classes; left > 0; left -= most, pixel.skip(most)) {
+    T values[most];
+    load_classes<SomeClasses<In>>(values, pixel, left);
+    const T part_max = max_of(values);
+    const double part = exponentials_in_place(values, finite(part_max));
+    const bool above = part_max > max_logit;
+    const T low = above ? max_logit : part_max;
+    max_logit = above ? part_max : max_logit;
+    sum = (above ? part : sum) + (1.0 + (above ? sum : part)) * static_cast<double>(exp_neg(low - finite(max_logit)));
+  }
+  return {max_logit, static_cast<T>(sum) + (max_logit - max_logit)};  // NaN of an infinity
 }
 
 }  // namespace veerloss

@@ -21,6 +21,19 @@ struct Sm80 {
     static constexpr int small_image_blocks = 4;
   };
 
+  // Softmax focal loss.
+  struct Focal {
+    static constexpr int threads = 256;
+    // Blocks of a forward pass, each of which leaves one partial sum. Each takes every max_blocks-th tile, in order: the sums,
+    // and so the bits of the loss, do not depend on the GPU. Two waves or more of the largest, 8 blocks on each of 192
+    // multiprocessors; at [8, 19, 512, 1024] four tiles share the sum over a block, of some 100 instructions.
+#if defined(VEERLOSS_EMULATED)
+    static constexpr int64_t max_blocks = 2;  // tests of moderate size then have several tiles to a block
+#else
+    static constexpr int64_t max_blocks = 4096;
+#endif
+  };
+
   struct Gradient {
     static constexpr int threads = 256;
     // The softmax of up to this many classes stays in registers: one read of the logits in place of four. Compiled for two

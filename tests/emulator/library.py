@@ -1,5 +1,5 @@
-"""The CUDA kernels of csrc/cuda for the CPU (emulator.h), compiled: a library that registers the operators of the Lovász losses
-in a namespace of its own. The fixture `backend` of conftest.py has tests run them."""
+"""The CUDA kernels of csrc/cuda for the CPU (emulator.h), compiled: a library that registers their operators in a namespace of
+its own. The fixture `backend` of conftest.py has tests run them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ CSRC = ROOT / "csrc"
 #: The longest to compile first. The emulator has a sort of its own in place of sort.cu.
 SOURCES = (
     *(CSRC / "cuda/lovasz" / name for name in ("histogram_pixels.cu", "exact.cu", "histogram_bins.cu")),
-    *(CSRC / "ops" / name for name in ("lovasz_exact.cpp", "lovasz_histogram.cpp")),
+    CSRC / "cuda/focal_softmax.cu",
+    *(CSRC / "ops" / name for name in ("focal_softmax.cpp", "lovasz_exact.cpp", "lovasz_histogram.cpp")),
     HERE / "emulator.cpp",
 )
 #: Where the library is built; git ignores it.

@@ -33,13 +33,14 @@ TRITON_GRID = [(s, torch.float32) for s in SHAPES] + [(s, d) for s in SHAPES[::3
 
 
 def of_backend(backend: str, loss: str, *values):
-    """pytest.param(*values), which `loss`, "focal" or "lovasz", runs on a backend."""
+    """pytest.param(*values), which `loss`, as choose_backend knows it, runs on a backend."""
     reason = missing_reason(backend, torch.device("cuda"), loss)
     return pytest.param(*values, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
 
 
 BACKENDS = ("native", "triton")
 LOVASZ = [(backend, method) for backend in BACKENDS for method in METHODS]
+over_softmax_focal_backends = pytest.mark.parametrize("backend", [of_backend(b, "softmax focal", b) for b in BACKENDS])
 over_lovasz = pytest.mark.parametrize(("backend", "method"), [of_backend(b, "lovasz", b, m) for b, m in LOVASZ])
 over_lovasz_backends = pytest.mark.parametrize("backend", [of_backend(b, "lovasz", b) for b in BACKENDS])
 
@@ -59,17 +60,24 @@ def hinge(x: Tensor, y: Tensor, **options) -> Tensor:
 CASES = {
     "focal-sigmoid-dense-triton": functools.partial(sigmoid_dense, backend="triton"),
     "focal-sigmoid-index-triton": functools.partial(sigmoid_focal_loss, alpha=0.25, backend="triton"),
-    "focal-softmax-triton": functools.partial(softmax_focal_loss, label_smoothing=0.1, backend="triton"),
 }
+for _backend in BACKENDS:
+    CASES[f"focal-softmax-{_backend}"] = functools.partial(softmax_focal_loss, backend=_backend)
+    CASES[f"focal-softmax-smoothed-{_backend}"] = functools.partial(softmax_focal_loss, label_smoothing=0.1, backend=_backend)
 for _backend, _method in LOVASZ:
     for _name, _loss in (("softmax", lovasz_softmax_loss), ("hinge", hinge)):
         CASES[f"lovasz-{_name}-{_backend}-{_method}"] = functools.partial(_loss, backend=_backend, method=_method)
 
 
+def loss_of(name: str) -> str:
+    """What choose_backend calls the loss of a case or an operator."""
+    return "lovasz" if "lovasz" in name else "softmax focal" if "softmax" in name else "sigmoid focal"
+
+
 def over_cases(*words: str, but: str = "no such word"):
     """The cases that have all these words in their names, and not `but`."""
     found = [name for name in CASES if all(word in name for word in words) and but not in name]
-    params = [of_backend(CASES[name].keywords["backend"], name.split("-")[0], name) for name in found]
+    params = [of_backend(CASES[name].keywords["backend"], loss_of(name), name) for name in found]
     return pytest.mark.parametrize("case", params)
 
 

@@ -21,6 +21,7 @@ from gpu_cases import (
     over_cases,
     over_lovasz,
     over_sizes,
+    over_softmax_focal_backends,
 )
 from grid import DTYPES, METHODS, SHAPES, labels, layouts, logits
 from torch import Tensor
@@ -31,7 +32,8 @@ from veerloss._extension import native_missing
 
 pytestmark = needs_gpu
 
-LOVASZ_GRID = [(b, m, s, d) for b, m in LOVASZ for s in SHAPES for d in DTYPES if b == "native" or (s, d) in TRITON_GRID]
+GRID = {"native": [(s, d) for s in SHAPES for d in DTYPES], "triton": TRITON_GRID}
+LOVASZ_GRID = [(b, m, s, d) for b, m in LOVASZ for s, d in GRID[b]]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
@@ -39,10 +41,12 @@ def test_native_is_built():
     assert native_missing["cuda"] is None
 
 
-@pytest.mark.parametrize(("shape", "dtype"), TRITON_GRID, ids=str)
-def test_focal_softmax_grid(shape, dtype):
+@pytest.mark.parametrize(
+    ("backend", "shape", "dtype"), [of_backend(b, "softmax focal", b, s, d) for b in GRID for s, d in GRID[b]], ids=str
+)
+def test_focal_softmax_grid(backend, shape, dtype):
     target = labels(shape, shape[1], ignore_index=-100).cuda()
-    check(softmax_focal_loss, layouts(logits(shape, dtype).cuda()), target, backend="triton")
+    check(softmax_focal_loss, layouts(logits(shape, dtype).cuda()), target, backend=backend)
 
 
 def dense_targets(shape) -> list[Tensor]:
@@ -62,16 +66,31 @@ def test_focal_sigmoid_grid(shape, dtype):
         check(sigmoid_focal_loss, layouts(logits(shape, dtype).cuda()), target, alpha=0.25, backend="triton")
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
-def test_focal_options(gamma, reduction):
+over_reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+over_gammas = pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
+
+
+@over_softmax_focal_backends
+@over_reductions
+@over_gammas
+def test_focal_softmax_options(gamma, reduction, backend):
     shape = (2, 5, 9, 7)
     x, target = logits(shape).cuda(), labels(shape, 5, ignore_index=255).cuda()
     per_class = torch.rand(5, generator=torch.Generator().manual_seed(2)).cuda()
-    options = {"gamma": gamma, "reduction": reduction, "backend": "triton"}
+    options = {"gamma": gamma, "reduction": reduction, "backend": backend}
     for alpha in (None, 0.3, per_class):
         for smoothing in (0.0, 0.1):
             check(softmax_focal_loss, x, target, alpha=alpha, label_smoothing=smoothing, ignore_index=255, **options)
+            check(softmax_focal_loss, x, x.softmax(1), alpha=alpha, label_smoothing=smoothing, **options)
+
+
+@over_reductions
+@over_gammas
+def test_focal_sigmoid_options(gamma, reduction):
+    shape = (2, 5, 9, 7)
+    x = logits(shape).cuda()
+    per_class = torch.rand(5, generator=torch.Generator().manual_seed(2)).cuda()
+    options = {"gamma": gamma, "reduction": reduction, "backend": "triton"}
     soft = dense_targets(shape)[4]
     per_element = torch.rand(shape, generator=torch.Generator().manual_seed(5)).cuda()
     for more in ({"alpha": per_class}, {"weight": per_class}, {"alpha": 0.9, "weight": per_element}, {"ignore_index": 1}):
@@ -83,8 +102,8 @@ def test_focal_normalizer():
     shape = (2, 5, 9, 7)
     x, target = logits(shape).cuda(), labels(shape, 5).cuda()
     for normalizer in (7, torch.tensor(7.0, device="cuda")):
-        for loss in (softmax_focal_loss, sigmoid_focal_loss):
-            check(loss, x, target, normalizer=normalizer, backend="triton")
+        for loss, backend in ((softmax_focal_loss, "triton"), (softmax_focal_loss, "auto"), (sigmoid_focal_loss, "triton")):
+            check(loss, x, target, normalizer=normalizer, backend=backend)
 
 
 def chosen_layouts(backend: str, x: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from gpu_cases import (
     assert_same,
     evaluate,
     inputs,
+    loss_of,
     needs_gpu,
     of_backend,
     over_cases,
@@ -107,10 +108,10 @@ SAMPLES = {
     "lovasz_histogram": ("lovasz_histogram", 1),
 }
 OPERATORS = [
-    of_backend(backend, "focal" if "focal" in name else "lovasz", namespace, name)
+    of_backend(backend, loss_of(name), namespace, name)
     for backend, namespace in NAMESPACES.items()
     for name in SAMPLES
-    if backend == "triton" or "focal" not in name
+    if backend == "triton" or name != "sigmoid_focal"
 ]
 
 

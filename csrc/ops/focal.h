@@ -1,0 +1,59 @@
+// What the operators of both focal losses share: outputs, and the checks of what they have in common.
+#pragma once
+
+#include <tuple>
+
+#include "device.h"
+
+namespace veerloss {
+
+constexpr const char* expected_class_alpha = "[C], contiguous, float32 or for float64 logits float64";
+
+inline DType opmath_of(const Tensor& logits) {
+  return dtype_of(logits) == DType::f64 ? DType::f64 : DType::f32;
+}
+
+// (loss, scale); `loss` is of the shape that the reduction asks for.
+template <class Input>
+std::tuple<Tensor, Tensor> focal_forward(const Op& op, void (*kernel)(const Input&, const FocalLoss&, Stream),
+                                         const Input& input, const Tensor& logits, Tensor loss, Reduction reduction,
+                                         double factor, const std::optional<Tensor>& normalizer, int64_t scratch_bytes = 0) {
+  if (normalizer)
+    op.check(on_device(*normalizer) && normalizer->numel() == 1 && dtype_of(*normalizer).has_value(), "normalizer", *normalizer,
+             "one element");
+  const Device device(logits);
+  const Tensor scale = empty(logits, {}, opmath_type_of(logits)), scratch = scratch_memory(logits, scratch_bytes);
+  kernel(input,
+         {.reduction = reduction,
+          .factor = factor,
+          .normalizer = normalizer ? element_view(*normalizer) : View{},
+          .loss = reduction == Reduction::none ? view_of(loss) : element_view(loss),
+          .scale = element_view(scale),
+          .scratch = scratch.data_ptr()},
+         device.stream());
+  return {loss, scale};
+}
+
+// The gradient of the logits. `channels`: without reduction the loss is [N, C, P], else [N, P].
+template <class Input>
+Tensor focal_backward(const Op& op, void (*kernel)(const Input&, const FocalGradient&, Stream), const Input& input,
+                      const Tensor& grad, const Tensor& logits, bool channels, int64_t reduction, const Tensor& scale) {
+  const bool none = op.reduction(reduction) == Reduction::none;
+  if (none)
+    op.check_like("grad", grad, logits, channels);
+  else
+    op.check(on_device(grad) && grad.numel() == 1 && dtype_of(grad).has_value(), "grad", grad, "of the shape of the loss: []");
+  op.check(on_device(scale) && scale.numel() == 1 && dtype_of(scale).has_value(), "scale", scale,
+           "the scale of the forward pass");
+  const Device device(logits);
+  const Tensor grad_logits = write_once(empty_as(logits));
+  kernel(input,
+         {.reduction = static_cast<Reduction>(reduction),
+          .grad = none ? view_of(grad) : element_view(grad),
+          .scale = element_view(scale),
+          .grad_logits = view_of(grad_logits)},
+         device.stream());
+  return grad_logits;
+}
+
+}  // namespace veerloss

@@ -1,0 +1,60 @@
+// Operators of the sigmoid focal loss; schemas in veerloss/ops.py.
+
+#include "focal.h"
+
+namespace veerloss {
+namespace {
+
+SigmoidFocalInput sigmoid_input(const Op& op, const Tensor& logits, const Tensor& target, std::optional<double> alpha,
+                                const std::optional<Tensor>& class_alpha, double gamma, const std::optional<Tensor>& weight,
+                                std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
+  op.check_logits(logits);
+  const bool class_indices = target.dim() == 2;
+  op.check_like("target", target, logits, !class_indices);
+  if (weight) op.check_like("weight", *weight, logits, true);
+  const Geometry geometry = geometry_of(logits);
+  return {.logits = view_of(logits),
+          .target = view_of(target),
+          .weight = weight ? view_of(*weight) : View{},
+          .geometry = geometry,
+          .rule = {class_indices ? geometry.channels : 1, ignore_index.has_value(), ignore_index.value_or(0),
+                   background_index.has_value(), background_index.value_or(0)},
+          .class_indices = class_indices,
+          .alpha = alpha,
+          .class_alpha =
+              op.data<const void>("class_alpha", class_alpha, geometry.channels, opmath_of(logits), expected_class_alpha),
+          .gamma = gamma};
+}
+
+std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Tensor& target, std::optional<double> alpha,
+                                                 std::optional<Tensor> class_alpha, double gamma, std::optional<Tensor> weight,
+                                                 std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+                                                 int64_t reduction, double factor, std::optional<Tensor> normalizer,
+                                                 bool upcast_loss) {
+  const Op op("sigmoid_focal_forward");
+  const auto input = sigmoid_input(op, logits, target, alpha, class_alpha, gamma, weight, ignore_index, background_index);
+  const ScalarType type = loss_type(logits, upcast_loss);
+  const Reduction r = op.reduction(reduction);
+  const Tensor loss = r != Reduction::none ? empty(logits, {}, type)
+                      : upcast_loss        ? write_once(empty(logits, shape_of(logits), type))
+                                           : write_once(empty_as(logits));
+  return focal_forward(op, kernels::sigmoid_focal_forward, input, logits, loss, r, factor, normalizer);
+}
+
+Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, std::optional<double> alpha,
+                              std::optional<Tensor> class_alpha, double gamma, std::optional<Tensor> weight,
+                              std::optional<int64_t> ignore_index, std::optional<int64_t> background_index, int64_t reduction,
+                              const Tensor& scale) {
+  const Op op("sigmoid_focal_backward");
+  const auto input = sigmoid_input(op, logits, target, alpha, class_alpha, gamma, weight, ignore_index, background_index);
+  return focal_backward(op, kernels::sigmoid_focal_backward, input, grad, logits, true, reduction, scale);
+}
+
+}  // namespace
+
+VEERLOSS_OPERATORS(m) {
+  m.impl("sigmoid_focal_forward", TORCH_BOX(&sigmoid_focal_forward));
+  m.impl("sigmoid_focal_backward", TORCH_BOX(&sigmoid_focal_backward));
+}
+
+}  // namespace veerloss

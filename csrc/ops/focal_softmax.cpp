@@ -1,0 +1,56 @@
+// Operators of the softmax focal loss; schemas in veerloss/ops.py.
+
+#include "focal.h"
+
+namespace veerloss {
+namespace {
+
+SoftmaxFocalInput softmax_input(const Op& op, const Tensor& logits, const Tensor& target, double alpha,
+                                const std::optional<Tensor>& class_alpha, double gamma, double label_smoothing,
+                                std::optional<int64_t> ignore_index) {
+  op.check_logits(logits);
+  op.check(logits.size(1) > 0, "logits", logits, "[N, C, P] with at least one class");
+  const bool class_probabilities = target.dim() == 3;
+  op.check_like("target", target, logits, class_probabilities);
+  const Geometry geometry = geometry_of(logits);
+  return {.logits = view_of(logits),
+          .target = view_of(target),
+          .geometry = geometry,
+          .rule = {geometry.channels, ignore_index.has_value(), ignore_index.value_or(0)},
+          .class_probabilities = class_probabilities,
+          .alpha = alpha,
+          .class_alpha =
+              op.data<const void>("class_alpha", class_alpha, geometry.channels, opmath_of(logits), expected_class_alpha),
+          .gamma = gamma,
+          .label_smoothing = label_smoothing};
+}
+
+std::tuple<Tensor, Tensor> softmax_focal_forward(const Tensor& logits, const Tensor& target, double alpha,
+                                                 std::optional<Tensor> class_alpha, double gamma, double label_smoothing,
+                                                 std::optional<int64_t> ignore_index, int64_t reduction, double factor,
+                                                 std::optional<Tensor> normalizer, bool upcast_loss) {
+  const Op op("softmax_focal_forward");
+  const auto input = softmax_input(op, logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index);
+  const ScalarType type = loss_type(logits, upcast_loss);
+  const Reduction r = op.reduction(reduction);
+  const Tensor loss = r == Reduction::none ? empty(logits, {logits.size(0), logits.size(2)}, type) : empty(logits, {}, type);
+  return focal_forward(op, kernels::softmax_focal_forward, input, logits, loss, r, factor, normalizer,
+                       kernels::softmax_focal_scratch_bytes(input));
+}
+
+Tensor softmax_focal_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, double alpha,
+                              std::optional<Tensor> class_alpha, double gamma, double label_smoothing,
+                              std::optional<int64_t> ignore_index, int64_t reduction, const Tensor& scale) {
+  const Op op("softmax_focal_backward");
+  const auto input = softmax_input(op, logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index);
+  return focal_backward(op, kernels::softmax_focal_backward, input, grad, logits, false, reduction, scale);
+}
+
+}  // namespace
+
+VEERLOSS_OPERATORS(m) {
+  m.impl("softmax_focal_forward", TORCH_BOX(&softmax_focal_forward));
+  m.impl("softmax_focal_backward", TORCH_BOX(&softmax_focal_backward));
+}
+
+}  // namespace veerloss
