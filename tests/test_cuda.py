@@ -110,7 +110,14 @@ for name, loss in losses.items():
 def test_fake_cuda_tensors_trace_every_loss():
     """The library loads beside a CUDA build of torch without a GPU; losses trace under the front end of torch.compile."""
     assert veerloss._extension.native_missing["cuda"] is None, veerloss._extension.native_missing["cuda"]
-    for name in ("softmax_focal_forward", "softmax_focal_backward", "lovasz_exact_forward", "lovasz_exact_backward", "lovasz_histogram_count", "lovasz_histogram_backward"):
+    for name in (
+        "softmax_focal_forward",
+        "softmax_focal_backward",
+        "lovasz_exact_forward",
+        "lovasz_exact_backward",
+        "lovasz_histogram_count",
+        "lovasz_histogram_backward",
+    ):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"veerloss::{name}", "CUDA")
     lines = run(sys.executable, "-c", TRACE, TRITON_INTERPRET="0").splitlines()
     traced = [line for line in lines if "_forward" in line]

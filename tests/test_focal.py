@@ -41,6 +41,15 @@ def test_softmax_grid(shape, dtype, backend):
 
 
 @over_softmax_focal_kernels
+@pytest.mark.parametrize("classes", [2, 5, 19, 32, 33])
+@pytest.mark.parametrize("pixels", [30, 1100])
+def test_softmax_rows_with_a_gap_between_images(pixels, classes, backend):
+    """A block on a GPU has a run of pixels of one image, or of several if these are small."""
+    x = logits((2, pixels + 5, classes))[:, :pixels].movedim(-1, 1)
+    check_loss(softmax_focal_loss, x, labels(x.shape, classes, ignore_index=-100), backend=backend)
+
+
+@over_softmax_focal_kernels
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])

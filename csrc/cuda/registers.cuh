@@ -3,9 +3,8 @@
 // On sm_90 a class of float32 takes 10 instructions all told: the load, two to step the pointer, one for the maximum, three for
 // the exponential (subtract, multiply, ex2), three for the sum. bfloat16 and float16 take one more, the conversion.
 //
-// Coalescing. Where pixels are contiguous (NCHW), a warp reads a class of 32 pixels, 128 bytes of float32, at a time. Where
-// classes are (channels_last, points [P, C]), each of its loads touches 32 rows; the other classes of the same sectors come
-// from L1, so that memory still sees one read, but L1 takes some 20 cycles for a load of 19 classes where it took one.
+// Where pixels are contiguous (NCHW), a warp reads a class of 32 pixels, 128 bytes of float32, at a time. Where classes are
+// (channels_last, points [P, C]), each of its loads would touch 32 rows: rows.cuh takes them through shared memory.
 #pragma once
 
 #include "softmax.cuh"
@@ -68,10 +67,10 @@ class ClassPointer {
 };
 
 // All loads of a pixel are under way at once. Classes that are missing get the value `missing`: of logits -infinity, whose
-// exponential is 0, so that no later step has to ask.
-template <class Range, class In>
-__device__ inline void load_classes(opmath_t<In> (&values)[Range::most], ClassPointer<In> pixel, int classes,
-                                    opmath_t<In> missing = -std::numeric_limits<opmath_t<In>>::infinity()) {
+// exponential is 0, so that no later step has to ask. `pixel` is a ClassPointer or a SharedRow (rows.cuh).
+template <class Range, class Pointer, class T>
+__device__ inline void load_classes(T (&values)[Range::most], Pointer pixel, int classes,
+                                    T missing = -std::numeric_limits<T>::infinity()) {
 #pragma unroll
   for (int c = 0; c < Range::most; ++c, ++pixel) values[c] = Range::has(c, classes) ? pixel.load() : missing;
 }
