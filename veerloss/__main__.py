@@ -9,20 +9,21 @@ import torch
 
 from . import __version__, patching
 from ._arguments import BACKENDS, missing_reason
+from ._extension import gpu_count
 
 
 def main() -> None:
     print(f"veerloss {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
-    devices = ["cpu", "cuda"]
-    print(f"CUDA: {torch.version.cuda or 'not in this torch'}, {torch.cuda.device_count()} device(s)")
-    for device in devices:
+    devices = [f"cuda:{i}" for i in range(gpu_count())]
+    print(f"CUDA: {torch.version.cuda or 'not in this torch'}, {len(devices)} device(s)")
+    for device in ["cpu", *(devices or ["cuda"])]:
         for backend in BACKENDS[1:]:
             reason = missing_reason(backend, torch.device(device), "lovasz")
-            if device == "cuda" and reason is None and not torch.cuda.is_available():
+            if device == "cuda" and reason is None:
                 reason = "no CUDA device"
-            if device == "cuda" and backend == "native" and reason is None:
+            if device != "cpu" and backend == "native" and reason is None:
                 backend = "native, but for the sigmoid focal loss"  # which is a Triton kernel there
-            print(f"  {device:5} {backend:10} {'available' if reason is None else f'not available: {reason}'}")
+            print(f"  {device:6} {backend:10} {'available' if reason is None else f'not available: {reason}'}")
     found = {peer: patching.status(peer) for peer in patching.peers()}
     installed = {peer: status for peer, status in found.items() if status[0] is not None}
     print("Peers: " + ("" if installed else "none is installed"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._extension import native_missing, triton_missing
+from ._extension import cuda_missing, native_missing, triton_missing
 
 REDUCTIONS = ("none", "mean", "sum")
 #: What backends are chosen for.
@@ -31,8 +31,8 @@ def missing_reason(backend: str, device: torch.device, loss: str) -> str | None:
         return triton_missing(device.type)
     if device.type in ("meta", "cpu"):
         return native_missing["cpu"]
-    if device.type == "cuda" and loss == "sigmoid focal":
-        return "on a GPU the sigmoid focal loss is a Triton kernel"
+    if device.type == "cuda":
+        return "on a GPU the sigmoid focal loss is a Triton kernel" if loss == "sigmoid focal" else cuda_missing(device.index)
     return native_missing.get(device.type, f"there is no compiled library for device type {device.type!r}")
 
 

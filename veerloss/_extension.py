@@ -1,7 +1,8 @@
-"""Loads the compiled library, and keeps the reason where it is missing."""
+"""Loads the compiled libraries, and keeps the reason where one is missing or does not run."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 from pathlib import Path
@@ -11,21 +12,24 @@ import torch
 _HERE = Path(__file__).parent
 
 
+def _find(stem: str) -> Path | None:
+    """``veerloss/<stem>.*``, a compiled library."""
+    return next((p for p in sorted(_HERE.glob(f"{stem}.*")) if p.suffix in {".so", ".pyd", ".dylib"}), None)
+
+
 def _load(stem: str) -> str | None:
     """Registers the operators of ``veerloss/<stem>.*``. Returns None, or why it could not."""
-    paths = sorted(p for p in _HERE.glob(f"{stem}.*") if p.suffix in {".so", ".pyd", ".dylib"})
-    if not paths:
+    path = _find(stem)
+    if path is None:
         compiler = "CUDA compiler (nvcc)" if stem == "_C_cuda" else "C++ compiler"
         return (
             f"the compiled library veerloss/{stem} is not installed: veerloss was installed without a {compiler} or with "
             f"VEERLOSS_NATIVE=0; reinstall from source with a {compiler}"
         )
     try:
-        torch.ops.load_library(str(paths[0]))
+        torch.ops.load_library(str(path))
     except OSError as error:
-        return (
-            f"the compiled library {paths[0].name} does not load beside torch {torch.__version__}: {error.__cause__ or error}"
-        )
+        return f"the compiled library {path.name} does not load beside torch {torch.__version__}: {error.__cause__ or error}"
     return None
 
 
@@ -37,6 +41,58 @@ def _load_cuda() -> str | None:
 
 #: Per device type: None where the compiled library serves it, else the reason.
 native_missing: dict[str, str | None] = {"cpu": _load("_C"), "cuda": _load_cuda()}
+
+
+def _ask_cuda(index: int) -> tuple[str | None, int, int]:
+    """CUDA's error for the kernels of the library on a device, the version of CUDA that the driver is for, and that of the nvcc
+    that built the library: see csrc/cuda/runnable.cu."""
+    ask = ctypes.CDLL(str(_find("_C_cuda"))).veerloss_cuda_error
+    ask.restype = ctypes.c_char_p
+    driver, built_with = ctypes.c_int(), ctypes.c_int()
+    with torch.cuda.device(index):
+        error = ask(ctypes.byref(driver), ctypes.byref(built_with))
+    return error and error.decode(), driver.value, built_with.value
+
+
+def gpu_count() -> int:
+    """Of those that torch can use: device_count() may count GPUs whose driver is too old for torch itself."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+#: Per device that has been asked.
+_cuda_reasons: dict[int, str | None] = {}
+
+
+@torch.compiler.assume_constant_result
+def cuda_missing(index: int | None) -> str | None:
+    """None where the CUDA library serves a device (None: the current one), else the reason.
+
+    A library that loads need not run: its CUDA may be too new for the driver, and it may have no code for the device. That is
+    asked on first use, for it initialises CUDA. Of devices that are not there, which fake tensors are on, nothing is asked.
+    """
+    if native_missing["cuda"] is not None:
+        return native_missing["cuda"]
+    if index is None:
+        index = torch.cuda.current_device() if gpu_count() else 0
+    if index not in _cuda_reasons:
+        if index >= gpu_count():
+            return None
+        _cuda_reasons[index] = _describe(index, *_ask_cuda(index))
+    return _cuda_reasons[index]
+
+
+def _describe(index: int, error: str | None, driver: int, built_with: int) -> str | None:
+    if error is None:
+        return None
+    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+    driver, built_with = ((version // 1000, version % 1000 // 10) for version in (driver, built_with))
+    advice = f"reinstall from source with TORCH_CUDA_ARCH_LIST={capability}"
+    if driver < built_with:
+        advice = "update the driver, or {} and nvcc {}.{} or older".format(advice, *driver)
+    return (
+        "the compiled CUDA library does not run there: {}; it is built with CUDA {}.{}, the driver is for {}.{}, the GPU has "
+        "compute capability {}; {}"
+    ).format(error, *built_with, *driver, capability, advice)
 
 
 def _find_triton() -> str | None:
