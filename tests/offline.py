@@ -143,6 +143,7 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
 def focal() -> Iterator[tuple]:
     for dtype, layout, gamma, classes in (
         (torch.float32, "NCHW", 2.0, 19),
+        (torch.float32, "NCHW", 2.0, 2),
         (torch.float32, "channels_last", 1.5, 150),
         (torch.bfloat16, "NCHW", 2.0, 1000),
         (torch.float16, "channels_last", 0.0, 19),

@@ -90,18 +90,21 @@ def softmax_launch(
     check(logits.shape[1] > 0, "logits", logits, "[N, C, P] with at least one class")
     probabilities = target.dim() == 3
     check_like("target", target, logits, channels=probabilities)
-    elements, max_classes = _tuning.SOFTMAX_TILE, _tuning.SOFTMAX_MAX_CLASSES
+    soft = probabilities or label_smoothing > 0
+    elements, max_classes, narrower = _tuning.SOFTMAX_TILE, _tuning.SOFTMAX_MAX_CLASSES, 4 if soft else 1
     if opmath_t(logits) == tl.float64:
-        elements, max_classes = elements // 2, _tuning.SOFTMAX_MAX_CLASSES_F64
+        elements, max_classes, narrower = elements // 2, _tuning.SOFTMAX_MAX_CLASSES_F64, 4 * narrower
     classes = logits.shape[1]
     tiles, arguments = tiled(
         elements, max_classes if classes <= max_classes else _tuning.SOFTMAX_BLOCK_CLASSES, _tuning.SOFTMAX_MIN_PIXELS,
         logits=logits, target=as_bytes(target), **others,
     )  # fmt: skip
+    block_c, block_p = arguments["BLOCK_C"], arguments["BLOCK_P"]
+    warps = max(block_c * block_p * narrower // _tuning.SOFTMAX_WARP, block_p * narrower // _tuning.SOFTMAX_WARP_PIXELS)
     return tiles, {
         **arguments, **common_options(logits, class_alpha, gamma, ignore_index), "alpha": alpha, "smoothing": label_smoothing,
-        "SOFT": probabilities or label_smoothing > 0, "PROBABILITIES": probabilities,
-        "BLOCKS": triton.cdiv(classes, arguments["BLOCK_C"]), "num_warps": _tuning.SOFTMAX_WARPS,
+        "SOFT": soft, "PROBABILITIES": probabilities,
+        "BLOCKS": triton.cdiv(classes, block_c), "num_warps": min(max(warps, 1), 8),
     }  # fmt: skip
 
 
