@@ -73,7 +73,7 @@ except RuntimeError as error:
 def test_module_report():
     output = python("-m", "veerloss")
     assert f"veerloss {veerloss.__version__}" in output
-    assert "cpu   native     available" in output and "cpu   reference  available" in output
+    assert "cpu    native     available" in output and "cpu    reference  available" in output
     assert "triton     not available: " in output
 
 
