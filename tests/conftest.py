@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config, items):
         )
         (kept if run else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = sorted(kept, key=lambda item: item.path.stem not in ("test_cuda", "test_triton"))
+    items[:] = sorted(kept, key=lambda item: item.path.stem not in ("test_counts", "test_cuda", "test_triton"))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""The CUDA kernels and their library, as far as a machine without a GPU can tell. Emulated, the kernels run with the other
-backends; on a GPU, in tests/gpu."""
+"""The CUDA kernels and their library, as far as a machine without a GPU can tell. What nvcc makes of them is counted in
+test_counts.py; emulated, they run with the other backends; on a GPU, in tests/gpu."""
 
 import os
 import re
@@ -31,32 +31,6 @@ def run(*command, **env) -> str:
 def test_where_nvcc_is_the_emulated_kernels_are_tested():
     """Else tests of the backend "emulated" are skipped."""
     assert library.cuda_headers() is not None
-
-
-#: Bytes per thread that ptxas may spill, by source: none in our kernels; CUB's radix sort is tuned as it is.
-SPILLS = {"sort.cu": 64}
-#: Static shared memory that the kernels that count leave beside what they ask for.
-STATIC_SHARED = 9 * 1024
-
-
-@needs_nvcc
-@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").rglob("*.cu")), ids=lambda path: path.name)
-def test_nvcc_compiles_without_spills(source, tmp_path):
-    flags = ["-std=c++20", "-O3", "-arch=sm_90", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Werror=all-warnings"]
-    output = run("nvcc", *flags, "-c", source, "-o", tmp_path / "object.o")
-    name, worst = "", {}
-    for line in output.splitlines():
-        if found := re.search(r"Compiling entry function '(\w+)'", line):
-            name = found[1]
-        elif found := re.search(r"(\d+) bytes spill stores", line):
-            worst[name] = int(found[1])
-        elif found := re.search(r"Used (\d+) registers", line):
-            shared = re.search(r"(\d+) bytes smem", line)
-            print(f"{found[1]:>4} registers, {worst[name]:>3} bytes spilled, {shared[1] if shared else 0:>6} shared: {name}")
-            assert "lovasz_count_kernel" not in name or int(shared[1]) <= STATIC_SHARED
-    assert worst
-    spilled = {name: count for name, count in worst.items() if count > SPILLS.get(source.name, 0)}
-    assert not spilled, spilled
 
 
 @needs_nvcc
