@@ -41,7 +41,24 @@ def test_softmax_grid(shape, dtype, backend):
 
 
 @over_softmax_focal_kernels
-@pytest.mark.parametrize("classes", [2, 5, 19, 32, 33])
+@pytest.mark.parametrize("classes", [1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 32, 33, 95, 96, 103, 160, 161, 256, 257])
+def test_softmax_numbers_of_classes(classes, backend):
+    """Kernels on a GPU are compiled for ranges of them, and divide many among threads."""
+    x, target = logits((2, classes, 45)), labels((2, classes, 45), classes, ignore_index=-100)
+    check_loss(softmax_focal_loss, some_layouts(x, backend), target, backend=backend)
+    x[:, : classes // 2] = -math.inf  # some threads have nothing but classes that are masked out
+    target = torch.where(target < 0, target, target.clamp(min=classes // 2))
+    for value in layouts(x).values():
+        loss, gradient = evaluate(softmax_focal_loss, value, target, backend=backend)
+        expected = evaluate(
+            softmax_focal_loss, x[:, classes // 2 :], target - classes // 2, backend=backend, ignore_index=-100 - classes // 2
+        )
+        torch.testing.assert_close((loss, gradient[:, classes // 2 :]), expected)
+        assert (gradient[:, : classes // 2] == 0).all()
+
+
+@over_softmax_focal_kernels
+@pytest.mark.parametrize("classes", [2, 5, 19, 32, 33, 150, 256])
 @pytest.mark.parametrize("pixels", [30, 1100])
 def test_softmax_rows_with_a_gap_between_images(pixels, classes, backend):
     """A block on a GPU has a run of pixels of one image, or of several if these are small."""

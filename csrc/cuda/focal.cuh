@@ -34,6 +34,11 @@ __device__ inline T alpha_of(const SoftmaxFocalInput& input, int64_t c) {
   return input.class_alpha ? static_cast<const T*>(input.class_alpha)[c] : static_cast<T>(input.alpha);
 }
 
+// Whether every class has a share of the target.
+inline bool is_soft(const SoftmaxFocalInput& input) {
+  return input.class_probabilities || input.label_smoothing > 0;
+}
+
 // The label of a pixel; class probabilities have none, and all of their pixels count.
 __device__ inline int32_t label_of_pixel(const SoftmaxFocalInput& input, int64_t image, int64_t pixel) {
   return input.class_probabilities ? 0 : load_label(input.target, input.rule, image, pixel);
@@ -58,6 +63,18 @@ template <class Pointer>
 __device__ inline auto label_logit(Pointer pixel, int32_t label) {
   pixel.skip(label);
   return pixel.load();
+}
+
+// The gradient of the classes of a part of a pixel, of which the label is the class `label`. Both values are computed before
+// one is taken: nvcc then selects, where it would branch for each class.
+template <class Range, class Pointer, class T>
+__device__ inline void store_gradient(Pointer& to, const T (&exps)[Range::most], int classes, int32_t label, bool counts,
+                                      T others, T own) {
+#pragma unroll
+  for (int c = 0; c < Range::most; ++c, ++to) {
+    const T other = others * exps[c], value = c == label ? own : other;
+    if (Range::has(c, classes)) to.store(counts ? value : T(0));
+  }
 }
 
 // ---- soft targets: class probabilities, or labels with smoothing. Every class has a share of the target,
@@ -138,5 +155,82 @@ struct SlopeSums {
     low_parts.end(classes, low);
   }
 };
+
+// ---- passes over the pixels
+
+// The tiles of a pass, and among how many blocks they are dealt out.
+struct FocalTiles {
+  PixelGrid grid;
+  uint32_t blocks;
+};
+
+template <int pixels_of_tile>
+FocalTiles focal_tiles(const Geometry& g) {
+  constexpr int64_t most = Tuning::Focal::max_blocks;
+  const PixelGrid grid = pixel_grid<pixels_of_tile>(g.images, g.pixels);
+  return {grid, static_cast<uint32_t>(grid.blocks < most ? grid.blocks : most)};
+}
+
+// Sums and counts of blocks, [blocks] each.
+struct FocalPartials {
+  double *sums, *counts;
+  int64_t bytes;
+
+  FocalPartials(void* memory, int64_t blocks) {
+    ScratchArrays arrays(memory);
+    sums = arrays.take<double>(blocks);
+    counts = arrays.take<double>(blocks);
+    bytes = arrays.bytes();
+  }
+
+  // Of a block, from those of its threads.
+  __device__ void store(double sum, int32_t count) const {
+    constexpr int threads = Tuning::Focal::threads;
+    __shared__ double scratch[threads];
+    __shared__ int32_t count_scratch[threads];
+    sum = block_sum<threads>(sum, scratch);
+    count = block_sum<threads>(count, count_scratch);
+    if (threadIdx.x != 0) return;
+    sums[blockIdx.x] = sum;
+    counts[blockIdx.x] = count;
+  }
+};
+
+// The loss of a pixel as it counts; without reduction it is stored.
+template <class T>
+__device__ inline double counted_loss(const FocalLoss& out, int64_t image, int64_t pixel, int32_t label, T loss) {
+  loss = label == label_bad ? static_cast<T>(not_a_number) : label < 0 ? T(0) : loss;
+  if (out.reduction == Reduction::none)
+    store_element(out.loss.data, out.loss.dtype, ptr_offset(out.loss, image, 0, pixel), static_cast<double>(loss));
+  return static_cast<double>(loss);
+}
+
+// The gradient of the loss of each pixel.
+template <class T>
+class FocalIncoming {
+ public:
+  __device__ explicit FocalIncoming(const FocalGradient& out) : per_pixel_(out.reduction == Reduction::none) {
+    if (!per_pixel_)
+      scaled_ =
+          static_cast<T>(load_element(out.grad.data, out.grad.dtype, 0) * load_element(out.scale.data, out.scale.dtype, 0));
+  }
+  __device__ T operator()(const FocalGradient& out, int64_t image, int64_t pixel, int32_t label) const {
+    if (label == label_bad) return static_cast<T>(not_a_number);
+    if (!per_pixel_) return scaled_;
+    return load_element<T>(out.grad.data, out.grad.dtype, ptr_offset(out.grad, image, 0, pixel));
+  }
+
+ private:
+  const bool per_pixel_;
+  T scaled_ = 0;
+};
+
+// ---- pixels that the warps of a block share: focal_shared.cu. `rows`: logits and gradient have their classes in rows.
+
+bool shares_pixels(const SoftmaxFocalInput& input);
+void launch_shared_forward(const SoftmaxFocalInput& input, const FocalLoss& out, const FocalTiles& tiles, bool rows,
+                           const FocalPartials& partials, Stream stream);
+void launch_shared_backward(const SoftmaxFocalInput& input, const FocalGradient& out, const FocalTiles& tiles, bool rows,
+                            Stream stream);
 
 }  // namespace veerloss

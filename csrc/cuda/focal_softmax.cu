@@ -10,12 +10,6 @@ namespace {
 
 using Policy = Tuning::Focal;
 
-// The tiles of a pass, and among how many blocks they are dealt out.
-struct Tiles {
-  PixelGrid grid;
-  uint32_t blocks;
-};
-
 // Blocks on a multiprocessor: 64 registers, none of which spills; float64 needs up to 120.
 template <class In>
 constexpr int min_blocks = std::is_same_v<In, double> ? 1 : 4;
@@ -27,7 +21,8 @@ enum class Variant { labels, labels_in_rows, soft };
 // Calls f(image, pixel, logits, gradient) for the pixels of a thread; the last two point to the classes of the pixel.
 // `grad_logits`: null in a forward pass.
 template <class In, Variant variant, class F>
-__device__ inline void for_each_pixel(const Tiles& tiles, const SoftmaxFocalInput& input, const View* grad_logits, const F& f) {
+__device__ inline void for_each_pixel(const FocalTiles& tiles, const SoftmaxFocalInput& input, const View* grad_logits,
+                                      const F& f) {
   constexpr int threads = Policy::threads;
   const auto [images, channels, pixels] = input.geometry;
   for (int64_t t = blockIdx.x; t < tiles.grid.blocks; t += tiles.blocks) {
@@ -39,7 +34,8 @@ __device__ inline void for_each_pixel(const Tiles& tiles, const SoftmaxFocalInpu
       const PixelRun run = pixel_run<threads>(tiles.grid, images, pixels, tile);
       rows.load(input.logits, run);
       __syncthreads();
-      if (at.pixel >= 0) f(at.image, at.pixel, rows.row(), rows.row());
+      const auto row = rows.row(static_cast<int>(threadIdx.x));
+      if (at.pixel >= 0) f(at.image, at.pixel, row, row);
       __syncthreads();
       if (!grad_logits) continue;
       rows.store(*grad_logits, run);
@@ -52,19 +48,6 @@ __device__ inline void for_each_pixel(const Tiles& tiles, const SoftmaxFocalInpu
 }
 
 // ---- forward
-
-// Sums and counts of blocks, [blocks] each.
-struct Partials {
-  double *sums, *counts;
-
-  Partials(void* memory, int64_t blocks) {
-    ScratchArrays arrays(memory);
-    sums = arrays.take<double>(blocks);
-    counts = arrays.take<double>(blocks);
-    bytes = arrays.bytes();
-  }
-  int64_t bytes;
-};
 
 template <class In, class Range, Variant variant, class Pointer>
 __device__ inline opmath_t<In> loss_of_pixel(const SoftmaxFocalInput& input, int64_t image, int64_t pixel, int32_t label,
@@ -93,33 +76,20 @@ __device__ inline opmath_t<In> loss_of_pixel(const SoftmaxFocalInput& input, int
 
 template <class In, class Range, Variant variant>
 __global__ void __launch_bounds__(Policy::threads, min_blocks<In>)
-    softmax_focal_forward_kernel(SoftmaxFocalInput input, FocalLoss out, Tiles tiles, Partials partials) {
+    softmax_focal_forward_kernel(SoftmaxFocalInput input, FocalLoss out, FocalTiles tiles, FocalPartials partials) {
   using T = opmath_t<In>;
-  constexpr int threads = Policy::threads;
-  __shared__ double sums[threads];
-  __shared__ int32_t counts[threads];
   double sum = 0;
   int32_t count = 0;
   for_each_pixel<In, variant>(tiles, input, nullptr, [&](int64_t image, int64_t pixel, const auto& logits, const auto&) {
     const int32_t label = label_of_pixel(input, image, pixel);
-    T loss = loss_of_pixel<In, Range, variant>(input, image, pixel, label, logits);
-    loss = label == label_bad ? static_cast<T>(not_a_number) : label < 0 ? T(0) : loss;
-    if (out.reduction == Reduction::none)
-      store_element(out.loss.data, out.loss.dtype, ptr_offset(out.loss, image, 0, pixel), static_cast<double>(loss));
-    sum += static_cast<double>(loss);
+    sum += counted_loss(out, image, pixel, label, loss_of_pixel<In, Range, variant>(input, image, pixel, label, logits));
     count += label != label_ignored;
   });
-  if (out.reduction == Reduction::none) return;
-  sum = block_sum<threads>(sum, sums);
-  count = block_sum<threads>(count, counts);
-  if (threadIdx.x == 0) {
-    partials.sums[blockIdx.x] = sum;
-    partials.counts[blockIdx.x] = count;
-  }
+  if (out.reduction != Reduction::none) partials.store(sum, count);
 }
 
 // The loss, and what the sum was multiplied with: one block.
-__global__ void __launch_bounds__(Policy::threads) focal_finish_kernel(FocalLoss out, Partials partials, int64_t blocks) {
+__global__ void __launch_bounds__(Policy::threads) focal_finish_kernel(FocalLoss out, FocalPartials partials, int64_t blocks) {
   constexpr int threads = Policy::threads;
   __shared__ double scratch[threads];
   double sum = 0, count = 0;
@@ -163,14 +133,6 @@ __device__ inline void gradient_of_pixel(const SoftmaxFocalInput& input, int64_t
   } else {
     const int32_t known = label < 0 ? 0 : label;
     const T logit = label_logit(logits, known);
-    // Both are computed before one is taken: nvcc then selects, where it would branch for each class.
-    const auto store = [&](const auto& exps, auto range, int first, T others, T own) {
-#pragma unroll
-      for (int c = 0; c < range.most; ++c, ++to) {
-        const T other = others * exps[c], value = first + c == label ? own : other;
-        if (range.has(c, classes - first)) to.store(counts ? value : T(0));
-      }
-    };
     const auto factors = [&](const Softmax<T>& softmax) {
       const T inv_sumexp = softmax.inv_sumexp();
       const LabelTerm<T> term(input, softmax, inv_sumexp, logit, known);
@@ -181,7 +143,7 @@ __device__ inline void gradient_of_pixel(const SoftmaxFocalInput& input, int64_t
       T values[Range::most];
       load_classes<Range>(values, logits, classes);
       const auto [others, own] = factors(softmax_in_place(values));
-      store(values, Range{}, 0, others, own);
+      store_gradient<Range>(to, values, classes, label, counts, others, own);
     } else {
       const Softmax<T> softmax = softmax_of_many(logits, classes);
       const auto [others, own] = factors(softmax);
@@ -190,7 +152,7 @@ __device__ inline void gradient_of_pixel(const SoftmaxFocalInput& input, int64_t
         T values[most];
         load_classes<SomeClasses<In>>(values, logits, classes - first);
         exponentials_in_place(values, softmax.max_logit);
-        store(values, SomeClasses<In>{}, first, others, own);
+        store_gradient<SomeClasses<In>>(to, values, classes - first, label - first, counts, others, own);
       }
     }
   }
@@ -198,29 +160,18 @@ __device__ inline void gradient_of_pixel(const SoftmaxFocalInput& input, int64_t
 
 template <class In, class Range, Variant variant>
 __global__ void __launch_bounds__(Policy::threads, min_blocks<In>)
-    softmax_focal_backward_kernel(SoftmaxFocalInput input, FocalGradient out, Tiles tiles) {
+    softmax_focal_backward_kernel(SoftmaxFocalInput input, FocalGradient out, FocalTiles tiles) {
   using T = opmath_t<In>;
-  const bool per_pixel = out.reduction == Reduction::none;
-  T grad = 0;
-  if (!per_pixel)
-    grad = static_cast<T>(load_element(out.grad.data, out.grad.dtype, 0) * load_element(out.scale.data, out.scale.dtype, 0));
+  const FocalIncoming<T> incoming(out);
   for_each_pixel<In, variant>(tiles, input, &out.grad_logits,
                               [&](int64_t image, int64_t pixel, const auto& logits, const auto& to) {
                                 const int32_t label = label_of_pixel(input, image, pixel);
-                                T g = grad;
-                                if (per_pixel)
-                                  g = load_element<T>(out.grad.data, out.grad.dtype, ptr_offset(out.grad, image, 0, pixel));
-                                if (label == label_bad) g = static_cast<T>(not_a_number);
+                                const T g = incoming(out, image, pixel, label);
                                 gradient_of_pixel<In, Range, variant>(input, image, pixel, label, g, logits, to);
                               });
 }
 
 // ---- launches
-
-Tiles tiles_of(const Geometry& g) {
-  const PixelGrid grid = pixel_grid<Policy::threads>(g.images, g.pixels);
-  return {grid, static_cast<uint32_t>(grid.blocks < Policy::max_blocks ? grid.blocks : Policy::max_blocks)};
-}
 
 // Calls f with the element type, the range of classes, the variant, and the shared memory that it takes. `rows`: logits, and
 // gradient if there is one, have their classes in rows.
@@ -231,8 +182,7 @@ void with_kernel(const SoftmaxFocalInput& input, bool rows, const F& f) {
     const auto call = [&](auto range, auto variant, int64_t shared_bytes) { f(zero, range, variant, shared_bytes); };
     using Labels = std::integral_constant<Variant, Variant::labels>;
     using LabelsInRows = std::integral_constant<Variant, Variant::labels_in_rows>;
-    if (input.class_probabilities || input.label_smoothing > 0)
-      return call(ManyClasses{}, std::integral_constant<Variant, Variant::soft>{}, 0);
+    if (is_soft(input)) return call(ManyClasses{}, std::integral_constant<Variant, Variant::soft>{}, 0);
     with_class_range<In>(input.geometry.channels, [&](auto range) {
       if constexpr (range.most > 0 && !std::is_same_v<In, double>)
         if (rows)
@@ -248,25 +198,34 @@ void with_kernel(const SoftmaxFocalInput& input, bool rows, const F& f) {
 namespace kernels {
 
 int64_t softmax_focal_scratch_bytes(const SoftmaxFocalInput& input) {
-  return Partials(nullptr, tiles_of(input.geometry).blocks).bytes;
+  // Smaller tiles are more.
+  return FocalPartials(nullptr, focal_tiles<Policy::shared_pixels>(input.geometry).blocks).bytes;
 }
 
 void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream stream) {
-  const Tiles tiles = tiles_of(input.geometry);
-  const Partials partials(out.scratch, tiles.blocks);
+  const bool shared = shares_pixels(input);
+  const FocalTiles tiles =
+      shared ? focal_tiles<Policy::shared_pixels>(input.geometry) : focal_tiles<Policy::threads>(input.geometry);
+  const FocalPartials partials(out.scratch, tiles.blocks);
   const bool rows = has_rows(input.logits, input.geometry, tiles.grid);
-  with_kernel(input, rows, [&](auto zero, auto range, auto variant, int64_t shared_bytes) {
-    launch(softmax_focal_forward_kernel<decltype(zero), decltype(range), decltype(variant)::value>,
-           {.blocks = tiles.blocks, .threads = Policy::threads, .stream = stream, .shared_bytes = shared_bytes}, input, out,
-           tiles, partials);
-  });
+  if (shared)
+    launch_shared_forward(input, out, tiles, rows, partials, stream);
+  else
+    with_kernel(input, rows, [&](auto zero, auto range, auto variant, int64_t shared_bytes) {
+      launch(softmax_focal_forward_kernel<decltype(zero), decltype(range), decltype(variant)::value>,
+             {.blocks = tiles.blocks, .threads = Policy::threads, .stream = stream, .shared_bytes = shared_bytes}, input, out,
+             tiles, partials);
+    });
   launch(focal_finish_kernel, {.blocks = 1, .threads = Policy::threads, .stream = stream}, out, partials,
          out.reduction == Reduction::none ? 0 : tiles.blocks);
 }
 
 void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream) {
-  const Tiles tiles = tiles_of(input.geometry);
+  const bool shared = shares_pixels(input);
+  const FocalTiles tiles =
+      shared ? focal_tiles<Policy::shared_pixels>(input.geometry) : focal_tiles<Policy::threads>(input.geometry);
   const bool rows = has_rows(input.logits, input.geometry, tiles.grid) && has_rows(out.grad_logits, input.geometry, tiles.grid);
+  if (shared) return launch_shared_backward(input, out, tiles, rows, stream);
   with_kernel(input, rows, [&](auto zero, auto range, auto variant, int64_t shared_bytes) {
     launch(softmax_focal_backward_kernel<decltype(zero), decltype(range), decltype(variant)::value>,
            {.blocks = tiles.blocks, .threads = Policy::threads, .stream = stream, .shared_bytes = shared_bytes}, input, out,

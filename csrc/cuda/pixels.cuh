@@ -44,9 +44,9 @@ struct ThreadPixel {
 
 template <int threads>
 __device__ inline ThreadPixel thread_pixel(const PixelGrid& grid, int64_t images, int64_t pixels, int64_t channels = 1,
-                                           uint32_t block = blockIdx.x) {
+                                           uint32_t block = blockIdx.x, uint32_t thread = threadIdx.x) {
   const auto [image, part, channel] = image_part(grid.parts, channels, block);
-  const int64_t i = part * threads + threadIdx.x;
+  const int64_t i = part * threads + thread;
   if (!grid.flat) return {image, i < pixels ? i : -1, channel};
   if (i >= images * pixels) return {0, -1, channel};
   return {static_cast<uint32_t>(i) / static_cast<uint32_t>(pixels), static_cast<uint32_t>(i) % static_cast<uint32_t>(pixels),

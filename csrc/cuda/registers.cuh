@@ -158,26 +158,44 @@ __device__ inline Softmax<T> softmax_in_place(T (&values)[most]) {
   return {max_logit, exponentials_in_place(values, max_logit)};
 }
 
-// The softmax of any number of classes, in one read: those of some classes at a time, put together.
-template <class In>
-__device__ inline Softmax<opmath_t<In>> softmax_of_many(ClassPointer<In> pixel, int classes) {
-  using T = opmath_t<In>;
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  const auto finite = [](T max_logit) { return max_logit == -infinity ? T(0) : max_logit; };  // all classes are masked out
-  T max_logit = -infinity;
-  double sum = 0;  // of thousands of parts, perhaps
-  constexpr int most = SomeClasses<In>::most;
-  for (int left = classes; left > 0; left -= most, pixel.skip(most)) {
-    T values[most];
-    load_classes<SomeClasses<In>>(values, pixel, left);
-    const T part_max = max_of(values);
-    const double part = exponentials_in_place(values, finite(part_max));
+// The largest logit of classes that may all be masked out, as what their exponentials are relative to.
+template <class T>
+__device__ inline T finite_max(T max_logit) {
+  return max_logit == -std::numeric_limits<T>::infinity() ? T(0) : max_logit;
+}
+
+// The softmax of many classes from those of parts of them.
+template <class T>
+struct SoftmaxOfParts {
+  T max_logit = -std::numeric_limits<T>::infinity();
+  double sumexp_excl_max = 0;  // of thousands of parts, perhaps
+
+  // The sum of a part's exponentials exp(logit - finite_max(part_max)) without one of the largest.
+  __device__ void add(T part_max, T part_sumexp_excl_max) {
+    const double part = part_sumexp_excl_max, before = sumexp_excl_max;
     const bool above = part_max > max_logit;
     const T low = above ? max_logit : part_max;
     max_logit = above ? part_max : max_logit;
-    sum = (above ? part : sum) + (1.0 + (above ? sum : part)) * static_cast<double>(exp_neg(low - finite(max_logit)));
+    sumexp_excl_max =
+        (above ? part : before) + (1.0 + (above ? before : part)) * static_cast<double>(exp_neg(low - finite_max(max_logit)));
   }
-  return {max_logit, static_cast<T>(sum) + (max_logit - max_logit)};  // NaN of an infinity
+  __device__ Softmax<T> softmax() const {
+    return {max_logit, static_cast<T>(sumexp_excl_max) + (max_logit - max_logit)};  // NaN of an infinity
+  }
+};
+
+// The softmax of any number of classes, in one read.
+template <class In>
+__device__ inline Softmax<opmath_t<In>> softmax_of_many(ClassPointer<In> pixel, int classes) {
+  constexpr int most = SomeClasses<In>::most;
+  SoftmaxOfParts<opmath_t<In>> parts;
+  for (int left = classes; left > 0; left -= most, pixel.skip(most)) {
+    opmath_t<In> values[most];
+    load_classes<SomeClasses<In>>(values, pixel, left);
+    const auto part_max = max_of(values);
+    parts.add(part_max, exponentials_in_place(values, finite_max(part_max)));
+  }
+  return parts.softmax();
 }
 
 }  // namespace veerloss

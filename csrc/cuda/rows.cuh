@@ -59,7 +59,7 @@ class SharedRows {
  public:
   __device__ SharedRows(void* memory, int classes) : rows_(static_cast<T*>(memory)), classes_(classes) {}
 
-  __device__ SharedRow<T> row() const { return {rows_, static_cast<int>(threadIdx.x) * classes_}; }
+  __device__ SharedRow<T> row(int pixel) const { return {rows_, pixel * classes_}; }
 
   __device__ void load(const View& view, const PixelRun& run) const {
     const In* from = reinterpret_cast<const In*>(view.data) + ptr_offset(view, run.image, 0, run.first);

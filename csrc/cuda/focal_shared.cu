@@ -1,0 +1,179 @@
+// Softmax focal loss of many classes: a block has 32 pixels, and each of its warps a part of their classes in registers, so
+// that a pass reads the logits once. The first warp puts the softmax together, and has the targets.
+
+#include "focal.cuh"
+#include "rows.cuh"
+
+namespace veerloss {
+namespace {
+
+using Policy = Tuning::Focal;
+constexpr int threads = Policy::threads, tile_pixels = Policy::shared_pixels, warps = Policy::warps;
+
+// The classes of a warp: as many as the others have, or one more.
+struct ClassPart {
+  int first, count;
+
+  __device__ ClassPart(int warp, int classes) {
+    const int least = classes / warps, with_one_more = classes % warps;
+    first = warp * least + (warp < with_one_more ? warp : with_one_more);
+    count = least + (warp < with_one_more ? 1 : 0);
+  }
+};
+
+// Calls f with the range of the numbers of classes of a warp.
+template <class F>
+void with_part_range(int64_t classes, const F& f) {
+  if (classes <= 20 * warps)
+    f(ClassRange<12, 20>{});
+  else
+    f(ClassRange<20, 32>{});
+}
+
+// What warps tell each other of a tile.
+template <class T>
+struct Exchange {
+  T max_logit[threads], sumexp_excl_max[threads];                   // of each part
+  T whole_max[tile_pixels], others[tile_pixels], own[tile_pixels];  // the factors of the gradient of a pixel
+  int32_t label[tile_pixels];
+};
+
+// Goes over the tiles of a block. In each, for the pixels of the first warp, calls lead(image, pixel, logits, softmax), which
+// has one thread for a pixel; then, in a backward pass, for those of all warps finish(pointer to the gradient of the part's
+// first class, the part's exponentials, part, its largest logit).
+template <class In, class Range, bool in_rows, class Lead, class Finish>
+__device__ inline void for_each_tile(const FocalTiles& tiles, const SoftmaxFocalInput& input, const View* grad_logits,
+                                     Exchange<opmath_t<In>>& exchange, const Lead& lead, const Finish& finish) {
+  using T = opmath_t<In>;
+  const auto [images, channels, pixels] = input.geometry;
+  const auto classes = static_cast<int>(channels);
+  const int lane = static_cast<int>(threadIdx.x) % tile_pixels, warp = static_cast<int>(threadIdx.x) / tile_pixels;
+  const ClassPart part(warp, classes);
+  VEERLOSS_DYNAMIC_SHARED(memory);
+  const SharedRows<In, threads> rows(memory, classes);
+  for (int64_t t = blockIdx.x; t < tiles.grid.blocks; t += tiles.blocks) {
+    const auto tile = static_cast<uint32_t>(t);
+    const auto at = thread_pixel<tile_pixels>(tiles.grid, images, pixels, 1, tile, static_cast<uint32_t>(lane));
+    const int64_t pixel = at.pixel < 0 ? 0 : at.pixel;  // a thread without one has another's, and is not heard
+    const PixelRun run = pixel_run<tile_pixels>(tiles.grid, images, pixels, tile);
+    if constexpr (in_rows) {
+      rows.load(input.logits, run);
+      __syncthreads();
+    }
+    const auto pointer = [&](const View& view) {
+      if constexpr (in_rows)
+        return rows.row(at.pixel < 0 ? 0 : lane);
+      else
+        return ClassPointer<In>(view, at.image, pixel);
+    };
+    const auto logits = pointer(input.logits);
+    T values[Range::most];
+    auto own = logits;
+    own.skip(part.first);
+    load_classes<Range>(values, own, part.count);
+    const T part_max = max_of(values);
+    exchange.max_logit[threadIdx.x] = part_max;
+    exchange.sumexp_excl_max[threadIdx.x] = exponentials_in_place(values, finite_max(part_max));
+    __syncthreads();
+    if (warp == 0 && at.pixel >= 0) {
+      SoftmaxOfParts<T> whole;
+      for (int i = lane; i < threads; i += tile_pixels) whole.add(exchange.max_logit[i], exchange.sumexp_excl_max[i]);
+      lead(at.image, pixel, lane, logits, whole.softmax());
+    }
+    __syncthreads();
+    if (!grad_logits) continue;
+    if (at.pixel >= 0) {
+      auto to = pointer(*grad_logits);
+      to.skip(part.first);
+      finish(to, values, part, lane, part_max);
+    }
+    if constexpr (in_rows) {
+      __syncthreads();
+      rows.store(*grad_logits, run);
+      __syncthreads();
+    }
+  }
+}
+
+template <class In, class Range, bool in_rows>
+__global__ void __launch_bounds__(threads, 4)
+    softmax_focal_shared_forward_kernel(SoftmaxFocalInput input, FocalLoss out, FocalTiles tiles, FocalPartials partials) {
+  using T = opmath_t<In>;
+  __shared__ Exchange<T> exchange;
+  double sum = 0;
+  int32_t count = 0;
+  const auto lead = [&](int64_t image, int64_t pixel, int, const auto& logits, const Softmax<T>& softmax) {
+    const int32_t label = label_of_pixel(input, image, pixel), known = label < 0 ? 0 : label;
+    const LabelTerm<T> term(input, softmax, softmax.inv_sumexp(), label_logit(logits, known), known);
+    sum += counted_loss(out, image, pixel, label, term.loss.value);
+    count += label != label_ignored;
+  };
+  for_each_tile<In, Range, in_rows>(tiles, input, nullptr, exchange, lead,
+                                    [](const auto&, const T(&)[Range::most], const ClassPart&, int, T) {});
+  if (out.reduction != Reduction::none) partials.store(sum, count);
+}
+
+template <class In, class Range, bool in_rows>
+__global__ void __launch_bounds__(threads, 4)
+    softmax_focal_shared_backward_kernel(SoftmaxFocalInput input, FocalGradient out, FocalTiles tiles) {
+  using T = opmath_t<In>;
+  __shared__ Exchange<T> exchange;
+  const FocalIncoming<T> incoming(out);
+  const auto lead = [&](int64_t image, int64_t pixel, int lane, const auto& logits, const Softmax<T>& softmax) {
+    const int32_t label = label_of_pixel(input, image, pixel), known = label < 0 ? 0 : label;
+    const T inv_sumexp = softmax.inv_sumexp();
+    const LabelTerm<T> term(input, softmax, inv_sumexp, label_logit(logits, known), known);
+    const T g = incoming(out, image, pixel, label) * term.loss.slope;
+    exchange.whole_max[lane] = softmax.max_logit;
+    exchange.others[lane] = -g * inv_sumexp;
+    exchange.own[lane] = g * term.q;
+    exchange.label[lane] = label;
+  };
+  const auto finish = [&](auto to, const T(&exps)[Range::most], const ClassPart& part, int lane, T part_max) {
+    const int32_t label = exchange.label[lane];
+    const bool counts = label != label_ignored;  // else the gradient is 0, whatever the logits hold
+    const T others = exchange.others[lane] * exp_neg(part_max - exchange.whole_max[lane]), own = exchange.own[lane];
+    store_gradient<Range>(to, exps, part.count, label - part.first, counts, others, own);
+  };
+  for_each_tile<In, Range, in_rows>(tiles, input, &out.grad_logits, exchange, lead, finish);
+}
+
+// Calls f with the element type, the range of the classes of a warp, whether the classes are in rows, and the launch.
+template <class F>
+void with_kernel(const SoftmaxFocalInput& input, const FocalTiles& tiles, bool rows, Stream stream, const F& f) {
+  const int64_t classes = input.geometry.channels;
+  with_element_type(input.logits.dtype, [&](auto zero) {
+    if constexpr (!std::is_same_v<decltype(zero), double>)
+      with_part_range(classes, [&](auto range) {
+        Launch shape{.blocks = tiles.blocks, .threads = threads, .stream = stream};
+        if (!rows) return f(zero, range, std::false_type{}, shape);
+        shape.shared_bytes = shared_rows_bytes(tile_pixels * classes, sizeof(float));
+        f(zero, range, std::true_type{}, shape);
+      });
+  });
+}
+
+}  // namespace
+
+bool shares_pixels(const SoftmaxFocalInput& input) {
+  const int64_t classes = input.geometry.channels;
+  const bool fits = classes >= Policy::min_shared_classes && classes <= Policy::max_shared_classes;
+  return fits && !is_soft(input) && input.logits.dtype != DType::f64;
+}
+
+void launch_shared_forward(const SoftmaxFocalInput& input, const FocalLoss& out, const FocalTiles& tiles, bool rows,
+                           const FocalPartials& partials, Stream stream) {
+  with_kernel(input, tiles, rows, stream, [&](auto zero, auto range, auto in_rows, const Launch& shape) {
+    launch(softmax_focal_shared_forward_kernel<decltype(zero), decltype(range), in_rows.value>, shape, input, out, tiles,
+           partials);
+  });
+}
+
+void launch_shared_backward(const SoftmaxFocalInput& input, const FocalGradient& out, const FocalTiles& tiles, bool rows,
+                            Stream stream) {
+  with_kernel(input, tiles, rows, stream, [&](auto zero, auto range, auto in_rows, const Launch& shape) {
+    launch(softmax_focal_shared_backward_kernel<decltype(zero), decltype(range), in_rows.value>, shape, input, out, tiles);
+  });
+}
+
+}  // namespace veerloss
