@@ -158,6 +158,13 @@ struct SlopeSums {
 
 // ---- passes over the pixels
 
+// Blocks on a multiprocessor: 64 registers, or 80 for more than 20 classes, which spilled 8 bytes on sm_80; float64 needs up to
+// 120.
+template <class In, class Range>
+constexpr int focal_min_blocks = std::is_same_v<In, double> ? 1
+                                 : Range::most > 20         ? 3
+                                                            : 4;
+
 // The tiles of a pass, and among how many blocks they are dealt out.
 struct FocalTiles {
   PixelGrid grid;

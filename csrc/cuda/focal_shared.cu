@@ -96,7 +96,7 @@ __device__ inline void for_each_tile(const FocalTiles& tiles, const SoftmaxFocal
 }
 
 template <class In, class Range, bool in_rows>
-__global__ void __launch_bounds__(threads, 4)
+__global__ void __launch_bounds__(threads, focal_min_blocks<In, Range>)
     softmax_focal_shared_forward_kernel(SoftmaxFocalInput input, FocalLoss out, FocalTiles tiles, FocalPartials partials) {
   using T = opmath_t<In>;
   __shared__ Exchange<T> exchange;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(threads, 4)
 }
 
 template <class In, class Range, bool in_rows>
-__global__ void __launch_bounds__(threads, 4)
+__global__ void __launch_bounds__(threads, focal_min_blocks<In, Range>)
     softmax_focal_shared_backward_kernel(SoftmaxFocalInput input, FocalGradient out, FocalTiles tiles) {
   using T = opmath_t<In>;
   __shared__ Exchange<T> exchange;

@@ -10,10 +10,6 @@ namespace {
 
 using Policy = Tuning::Focal;
 
-// Blocks on a multiprocessor: 64 registers, none of which spills; float64 needs up to 120.
-template <class In>
-constexpr int min_blocks = std::is_same_v<In, double> ? 1 : 4;
-
 // What a kernel is compiled for, besides types: targets that are one class, logits in rows that go through shared memory, or
 // soft targets.
 enum class Variant { labels, labels_in_rows, soft };
@@ -75,7 +71,7 @@ __device__ inline opmath_t<In> loss_of_pixel(const SoftmaxFocalInput& input, int
 }
 
 template <class In, class Range, Variant variant>
-__global__ void __launch_bounds__(Policy::threads, min_blocks<In>)
+__global__ void __launch_bounds__(Policy::threads, focal_min_blocks<In, Range>)
     softmax_focal_forward_kernel(SoftmaxFocalInput input, FocalLoss out, FocalTiles tiles, FocalPartials partials) {
   using T = opmath_t<In>;
   double sum = 0;
@@ -159,7 +155,7 @@ __device__ inline void gradient_of_pixel(const SoftmaxFocalInput& input, int64_t
 }
 
 template <class In, class Range, Variant variant>
-__global__ void __launch_bounds__(Policy::threads, min_blocks<In>)
+__global__ void __launch_bounds__(Policy::threads, focal_min_blocks<In, Range>)
     softmax_focal_backward_kernel(SoftmaxFocalInput input, FocalGradient out, FocalTiles tiles) {
   using T = opmath_t<In>;
   const FocalIncoming<T> incoming(out);
