@@ -41,7 +41,9 @@ def test_softmax_grid(shape, dtype, backend):
 
 
 @over_softmax_focal_kernels
-@pytest.mark.parametrize("classes", [1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 32, 33, 95, 96, 103, 160, 161, 256, 257])
+@pytest.mark.parametrize(
+    "classes", [1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 32, 33, 64, 65, 96, 97, 103, 160, 161, 256, 257]
+)
 def test_softmax_numbers_of_classes(classes, backend):
     """Kernels on a GPU are compiled for ranges of them, and divide many among threads."""
     x, target = logits((2, classes, 45)), labels((2, classes, 45), classes, ignore_index=-100)

@@ -232,12 +232,10 @@ class FocalIncoming {
   T scaled_ = 0;
 };
 
-// ---- pixels that the warps of a block share: focal_shared.cu. `rows`: logits and gradient have their classes in rows.
+// ---- pixels that the warps of a block share: focal_shared.cu. These return whether they did.
 
-bool shares_pixels(const SoftmaxFocalInput& input);
-void launch_shared_forward(const SoftmaxFocalInput& input, const FocalLoss& out, const FocalTiles& tiles, bool rows,
+bool launch_shared_forward(const SoftmaxFocalInput& input, const FocalLoss& out, const FocalTiles& tiles,
                            const FocalPartials& partials, Stream stream);
-void launch_shared_backward(const SoftmaxFocalInput& input, const FocalGradient& out, const FocalTiles& tiles, bool rows,
-                            Stream stream);
+bool launch_shared_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream);
 
 }  // namespace veerloss

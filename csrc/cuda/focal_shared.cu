@@ -24,10 +24,10 @@ struct ClassPart {
 // Calls f with the range of the numbers of classes of a warp.
 template <class F>
 void with_part_range(int64_t classes, const F& f) {
-  if (classes <= 20 * warps)
-    f(ClassRange<12, 20>{});
-  else
-    f(ClassRange<20, 32>{});
+  if (classes <= 8 * warps) return f(ClassRange<4, 8>{});
+  if (classes <= 12 * warps) return f(ClassRange<8, 12>{});
+  if (classes <= 20 * warps) return f(ClassRange<12, 20>{});
+  f(ClassRange<20, 32>{});
 }
 
 // What warps tell each other of a tile.
@@ -95,7 +95,7 @@ __device__ inline void for_each_tile(const FocalTiles& tiles, const SoftmaxFocal
   }
 }
 
-template <class In, class Range, bool in_rows>
+template <class In, class Range>
 __global__ void __launch_bounds__(threads, focal_min_blocks<In, Range>)
     softmax_focal_shared_forward_kernel(SoftmaxFocalInput input, FocalLoss out, FocalTiles tiles, FocalPartials partials) {
   using T = opmath_t<In>;
@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(threads, focal_min_blocks<In, Range>)
     sum += counted_loss(out, image, pixel, label, term.loss.value);
     count += label != label_ignored;
   };
-  for_each_tile<In, Range, in_rows>(tiles, input, nullptr, exchange, lead,
-                                    [](const auto&, const T(&)[Range::most], const ClassPart&, int, T) {});
+  for_each_tile<In, Range, true>(tiles, input, nullptr, exchange, lead,
+                                 [](const auto&, const T(&)[Range::most], const ClassPart&, int, T) {});
   if (out.reduction != Reduction::none) partials.store(sum, count);
 }
 
@@ -138,42 +138,49 @@ __global__ void __launch_bounds__(threads, focal_min_blocks<In, Range>)
   for_each_tile<In, Range, in_rows>(tiles, input, &out.grad_logits, exchange, lead, finish);
 }
 
-// Calls f with the element type, the range of the classes of a warp, whether the classes are in rows, and the launch.
+// Calls f with the element type, the range of the classes of a warp, and a launch with shared memory for rows.
 template <class F>
-void with_kernel(const SoftmaxFocalInput& input, const FocalTiles& tiles, bool rows, Stream stream, const F& f) {
+void with_kernel(const SoftmaxFocalInput& input, const FocalTiles& tiles, Stream stream, const F& f) {
   const int64_t classes = input.geometry.channels;
+  const Launch shape{.blocks = tiles.blocks,
+                     .threads = threads,
+                     .stream = stream,
+                     .shared_bytes = shared_rows_bytes(tile_pixels * classes, sizeof(float))};
   with_element_type(input.logits.dtype, [&](auto zero) {
-    if constexpr (!std::is_same_v<decltype(zero), double>)
-      with_part_range(classes, [&](auto range) {
-        Launch shape{.blocks = tiles.blocks, .threads = threads, .stream = stream};
-        if (!rows) return f(zero, range, std::false_type{}, shape);
-        shape.shared_bytes = shared_rows_bytes(tile_pixels * classes, sizeof(float));
-        f(zero, range, std::true_type{}, shape);
-      });
+    if constexpr (!std::is_same_v<decltype(zero), double>) with_part_range(classes, [&](auto range) { f(zero, range, shape); });
   });
+}
+
+bool fits(const SoftmaxFocalInput& input) {
+  const int64_t classes = input.geometry.channels;
+  return classes >= Policy::min_shared_classes && classes <= Policy::max_shared_classes && !is_soft(input) &&
+         input.logits.dtype != DType::f64;
 }
 
 }  // namespace
 
-bool shares_pixels(const SoftmaxFocalInput& input) {
-  const int64_t classes = input.geometry.channels;
-  const bool fits = classes >= Policy::min_shared_classes && classes <= Policy::max_shared_classes;
-  return fits && !is_soft(input) && input.logits.dtype != DType::f64;
-}
-
-void launch_shared_forward(const SoftmaxFocalInput& input, const FocalLoss& out, const FocalTiles& tiles, bool rows,
+bool launch_shared_forward(const SoftmaxFocalInput& input, const FocalLoss& out, const FocalTiles& tiles,
                            const FocalPartials& partials, Stream stream) {
-  with_kernel(input, tiles, rows, stream, [&](auto zero, auto range, auto in_rows, const Launch& shape) {
-    launch(softmax_focal_shared_forward_kernel<decltype(zero), decltype(range), in_rows.value>, shape, input, out, tiles,
-           partials);
+  if (!fits(input) || !has_rows(input.logits, input.geometry, tiles.grid)) return false;
+  with_kernel(input, tiles, stream, [&](auto zero, auto range, const Launch& shape) {
+    launch(softmax_focal_shared_forward_kernel<decltype(zero), decltype(range)>, shape, input, out, tiles, partials);
   });
+  return true;
 }
 
-void launch_shared_backward(const SoftmaxFocalInput& input, const FocalGradient& out, const FocalTiles& tiles, bool rows,
-                            Stream stream) {
-  with_kernel(input, tiles, rows, stream, [&](auto zero, auto range, auto in_rows, const Launch& shape) {
-    launch(softmax_focal_shared_backward_kernel<decltype(zero), decltype(range), in_rows.value>, shape, input, out, tiles);
+bool launch_shared_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream) {
+  if (!fits(input)) return false;
+  const FocalTiles tiles = focal_tiles<tile_pixels>(input.geometry);
+  const bool rows = has_rows(input.logits, input.geometry, tiles.grid) && has_rows(out.grad_logits, input.geometry, tiles.grid);
+  with_kernel(input, tiles, stream, [&](auto zero, auto range, Launch shape) {
+    if (rows) {
+      launch(softmax_focal_shared_backward_kernel<decltype(zero), decltype(range), true>, shape, input, out, tiles);
+    } else {
+      shape.shared_bytes = 0;
+      launch(softmax_focal_shared_backward_kernel<decltype(zero), decltype(range), false>, shape, input, out, tiles);
+    }
   });
+  return true;
 }
 
 }  // namespace veerloss

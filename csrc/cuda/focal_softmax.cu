@@ -199,29 +199,26 @@ int64_t softmax_focal_scratch_bytes(const SoftmaxFocalInput& input) {
 }
 
 void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream stream) {
-  const bool shared = shares_pixels(input);
-  const FocalTiles tiles =
-      shared ? focal_tiles<Policy::shared_pixels>(input.geometry) : focal_tiles<Policy::threads>(input.geometry);
-  const FocalPartials partials(out.scratch, tiles.blocks);
-  const bool rows = has_rows(input.logits, input.geometry, tiles.grid);
-  if (shared)
-    launch_shared_forward(input, out, tiles, rows, partials, stream);
-  else
+  FocalTiles tiles = focal_tiles<Policy::shared_pixels>(input.geometry);
+  FocalPartials partials(out.scratch, tiles.blocks);
+  if (!launch_shared_forward(input, out, tiles, partials, stream)) {
+    tiles = focal_tiles<Policy::threads>(input.geometry);
+    partials = FocalPartials(out.scratch, tiles.blocks);
+    const bool rows = has_rows(input.logits, input.geometry, tiles.grid);
     with_kernel(input, rows, [&](auto zero, auto range, auto variant, int64_t shared_bytes) {
       launch(softmax_focal_forward_kernel<decltype(zero), decltype(range), decltype(variant)::value>,
              {.blocks = tiles.blocks, .threads = Policy::threads, .stream = stream, .shared_bytes = shared_bytes}, input, out,
              tiles, partials);
     });
+  }
   launch(focal_finish_kernel, {.blocks = 1, .threads = Policy::threads, .stream = stream}, out, partials,
          out.reduction == Reduction::none ? 0 : tiles.blocks);
 }
 
 void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream) {
-  const bool shared = shares_pixels(input);
-  const FocalTiles tiles =
-      shared ? focal_tiles<Policy::shared_pixels>(input.geometry) : focal_tiles<Policy::threads>(input.geometry);
+  if (launch_shared_backward(input, out, stream)) return;
+  const FocalTiles tiles = focal_tiles<Policy::threads>(input.geometry);
   const bool rows = has_rows(input.logits, input.geometry, tiles.grid) && has_rows(out.grad_logits, input.geometry, tiles.grid);
-  if (shared) return launch_shared_backward(input, out, tiles, rows, stream);
   with_kernel(input, rows, [&](auto zero, auto range, auto variant, int64_t shared_bytes) {
     launch(softmax_focal_backward_kernel<decltype(zero), decltype(range), decltype(variant)::value>,
            {.blocks = tiles.blocks, .threads = Policy::threads, .stream = stream, .shared_bytes = shared_bytes}, input, out,

@@ -24,10 +24,9 @@ struct Sm80 {
   // Softmax focal loss.
   struct Focal {
     static constexpr int threads = 256;
-    // From so many classes on, up to 32 for each warp, the warps of a block share 32 pixels: logits are read once in each
-    // pass, where one thread for each pixel reads them twice backward. With fewer the barriers are not worth it.
+    // Of more classes than 32, up to 32 for each warp, the warps of a block share 32 pixels (focal_shared.cu).
     static constexpr int shared_pixels = 32, warps = threads / shared_pixels;
-    static constexpr int64_t min_shared_classes = 12 * warps, max_shared_classes = 32 * warps;
+    static constexpr int64_t min_shared_classes = 33, max_shared_classes = 32 * warps;
     // Blocks of a forward pass, each of which leaves one partial sum. Each takes every max_blocks-th tile, in order: the sums,
     // and so the bits of the loss, do not depend on the GPU. Two waves or more of the largest, 8 blocks on each of 192
     // multiprocessors; at [8, 19, 512, 1024] four tiles share the sum over a block, of some 100 instructions.
