@@ -23,6 +23,15 @@ VEERLOSS_HD To bit_cast(From from) {
   return to;
 }
 
+#if defined(VEERLOSS_EMULATED)
+// The compiler does not see that it is the same value.
+template <class T>
+inline T unfused(T value) {
+  asm("" : "+x"(value));
+  return value;
+}
+#endif
+
 // a * b rounded to nearest, never contracted into a fused multiply-add: all passes over a pixel then compute the same bits.
 template <class T>
 VEERLOSS_HD T mul_rn(T a, T b) {
@@ -31,6 +40,8 @@ VEERLOSS_HD T mul_rn(T a, T b) {
     return __dmul_rn(a, b);
   else
     return __fmul_rn(a, b);
+#elif defined(VEERLOSS_EMULATED)
+  return unfused(a * b);
 #else
   return a * b;
 #endif
@@ -44,6 +55,8 @@ VEERLOSS_HD T add_rn(T a, T b) {
     return __dadd_rn(a, b);
   else
     return __fadd_rn(a, b);
+#elif defined(VEERLOSS_EMULATED)
+  return unfused(a + b);
 #else
   return a + b;
 #endif

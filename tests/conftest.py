@@ -1,6 +1,8 @@
 """Fixtures of all tests but those of tests/gpu, which are run without this file."""
 
+import functools
 import os
+from pathlib import Path
 
 import torch
 
@@ -51,21 +53,28 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def emulated_library():
-    """The CUDA kernels of csrc/cuda for the CPU, compiled by one of all workers, and loaded."""
-    if library.cuda_headers() is None:
-        pytest.skip("needs the headers of a CUDA toolkit")
-    library.CACHE.mkdir(parents=True, exist_ok=True)
-    with FileLock(library.CACHE / "lock"):
-        path = library.build()
-    ops.define(library.NAMESPACE)
-    torch.ops.load_library(str(path))
+    """`emulated_library(namespace)`: the CUDA kernels of csrc/cuda for the CPU, in one of the builds of emulator/library.py,
+    compiled by one of all workers, and loaded."""
+
+    @functools.cache
+    def load(namespace: str) -> Path:
+        if library.cuda_headers() is None:
+            pytest.skip("needs the headers of a CUDA toolkit")
+        library.CACHE.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.CACHE / "lock"):
+            path = library.build(namespace=namespace)
+        ops.define(namespace)
+        torch.ops.load_library(str(path))
+        return path
+
+    return load
 
 
 @pytest.fixture
 def backend(request, monkeypatch):
     """A backend of grid.py, by the name under which public functions and `ops.operators` find it until the test ends."""
     if request.param == "emulated":
-        request.getfixturevalue("emulated_library")
+        request.getfixturevalue("emulated_library")(library.NAMESPACE)
         monkeypatch.setitem(ops.NAMESPACES, "native", library.NAMESPACE)
         return "native"
     if request.param == "triton":

@@ -191,7 +191,8 @@ void launch(void (*kernel)(Parameters...), const Launch& shape, std::type_identi
   kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared_bytes, stream>>>(arguments...);
   check(cudaGetLastError(), "launch of a kernel");
 #else
-  emulator::launch([&] { kernel(arguments...); }, shape.blocks, shape.threads, shape.shared_bytes);
+  const auto call = [&] { kernel(arguments...); };
+  emulator::launch(reinterpret_cast<const void*>(kernel), std::ref(call), shape.blocks, shape.threads, shape.shared_bytes);
 #endif
 }
 

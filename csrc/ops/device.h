@@ -1,5 +1,5 @@
 // What operators do differently per device. csrc/ops is compiled once into each library: that of the CPU, that of CUDA
-// (VEERLOSS_CUDA), and the emulated kernels of tests/emulator (VEERLOSS_EMULATED).
+// (VEERLOSS_CUDA), and the emulated kernels of tests/emulator (VEERLOSS_EMULATED, the namespace of their operators).
 #pragma once
 
 #include "../kernels.h"
@@ -49,7 +49,7 @@ inline Tensor scratch_memory(const Tensor& like, int64_t bytes) {
 }
 
 #if defined(VEERLOSS_EMULATED)
-#define VEERLOSS_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(veerloss_emulated, CPU, m)
+#define VEERLOSS_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(VEERLOSS_EMULATED, CPU, m)
 #elif defined(VEERLOSS_CUDA)
 #define VEERLOSS_OPERATORS(m) STABLE_TORCH_LIBRARY_IMPL(veerloss, CUDA, m)
 #else

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,11 +21,18 @@ SOURCES = (
     *(CSRC / "cuda/lovasz" / name for name in ("histogram_pixels.cu", "exact.cu", "histogram_bins.cu")),
     *(CSRC / "cuda" / name for name in ("focal_softmax.cu", "focal_shared.cu")),
     *(CSRC / "ops" / name for name in ("focal_softmax.cpp", "lovasz_exact.cpp", "lovasz_histogram.cpp")),
-    HERE / "emulator.cpp",
 )
+EMULATOR = (HERE / "emulator.cpp", HERE / "meter.cpp")
+#: The builds, by the namespace of their operators, and how they compile the kernels: as they are; with the meter of meter.h;
+#: with multiplications and additions fused wherever the compiler likes, as nvcc does.
+NAMESPACE, METERED, FUSED = "veerloss_emulated", "veerloss_metered", "veerloss_fused"
+KERNEL_FLAGS = {
+    NAMESPACE: [],
+    METERED: ["-DVEERLOSS_METERED", "-fsanitize=thread"],
+    FUSED: ["-mfma", "-ffp-contract=fast"],
+}
 #: Where the library is built; git ignores it.
 CACHE = ROOT / "build/emulator"
-NAMESPACE = "veerloss_emulated"
 
 
 def cuda_headers() -> Path | None:
@@ -34,12 +42,12 @@ def cuda_headers() -> Path | None:
     return next((Path(p) / "include" for p in places if p and (Path(p) / "include/cuda_fp16.h").exists()), None)
 
 
-def build(folder: Path = CACHE) -> Path:
-    """The emulated library, compiled into ``folder``, from which a later call takes what has not changed."""
+def build(folder: Path = CACHE, namespace: str = NAMESPACE, sources: Sequence[Path] = (*SOURCES, *EMULATOR)) -> Path:
+    """An emulated library, compiled into ``folder``, from which a later call takes what has not changed."""
     folder.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
     compiler = os.environ.get("CXX", "c++")
-    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w", "-DVEERLOSS_EMULATED"]
+    flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-I{HERE}", f"-isystem{torch_folder}/include", f"-isystem{cuda_headers()}"]
     headers = sorted(path for root in (CSRC, HERE) for path in root.rglob("*.*h") if CSRC / "cpu" not in path.parents)
@@ -58,10 +66,15 @@ def build(folder: Path = CACHE) -> Path:
         return target
 
     def compiled(source: Path) -> Path:
-        target = folder / f"{source.stem}-{key(compiler, torch.__version__, *flags, *headers, source)}.o"
-        return cached(target, [compiler, *flags, "-x", "c++", "-c", source, "-o"])
+        mine = [*flags, f"-DVEERLOSS_EMULATED={namespace}"]
+        if source.suffix == ".cu":
+            mine += KERNEL_FLAGS[namespace]
+        elif source.parent == HERE:
+            mine += [flag for flag in KERNEL_FLAGS[namespace] if flag.startswith("-D")]
+        target = folder / f"{source.stem}-{key(compiler, torch.__version__, *mine, *headers, source)}.o"
+        return cached(target, [compiler, *mine, "-x", "c++", "-c", source, "-o"])
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, SOURCES))
+        objects = list(pool.map(compiled, sources))
     link = [compiler, "-shared", *objects, f"-L{torch_folder}/lib", "-ltorch_cpu", "-o"]
-    return cached(folder / f"libveerloss_emulated-{key(*map(str, objects))}.so", link)
+    return cached(folder / f"lib{namespace}-{key(*map(str, objects))}.so", link)

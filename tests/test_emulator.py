@@ -1,0 +1,286 @@
+"""The emulator of tests/emulator, and what it says of the CUDA kernels beyond their results: they do not depend on the order in
+which threads take turns, nor on which multiplications and additions are fused; how much memory they read and write."""
+
+import ctypes
+import functools
+import json
+import subprocess
+
+import pytest
+import sass
+import torch
+from emulator import library
+from grid import labels, logits
+
+import veerloss
+from veerloss import ops
+
+SHAPE = (2, 19, 64, 128)
+
+
+@pytest.fixture
+def emulated(emulated_library, monkeypatch):
+    """`emulated(namespace)`: from then on, backend="native" is that build of the emulated library."""
+
+    def use(namespace):
+        path = emulated_library(namespace)
+        monkeypatch.setitem(ops.NAMESPACES, "native", namespace)
+        return path
+
+    return use
+
+
+LOSSES = {
+    "softmax focal": functools.partial(veerloss.softmax_focal_loss, gamma=1.5),
+    "lovasz exact": functools.partial(veerloss.lovasz_softmax_loss, method="exact"),
+    "lovasz histogram": functools.partial(veerloss.lovasz_softmax_loss, method="histogram"),
+}
+over_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def forward_and_backward(loss, x, y, **options):
+    """(loss, gradient)"""
+    x = x.detach().requires_grad_()
+    value = loss(x, y, backend="native", **options)
+    return value.detach(), torch.autograd.grad(value, x)[0]
+
+
+# ---- the order of threads
+
+
+@over_losses
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 3, 37, 41), (1, 130, 24, 40)], ids=["3 classes", "130 classes"])
+def test_the_order_of_threads_changes_no_bit(shape, layout, loss, emulated, monkeypatch):
+    emulated(library.NAMESPACE)
+    x, y = logits(shape).contiguous(memory_format=layout), labels(shape, shape[1])
+    expected = forward_and_backward(loss, x, y, ignore_index=1)
+    for seed in range(2):
+        monkeypatch.setenv("VEERLOSS_EMULATOR_SEED", str(seed))
+        found = forward_and_backward(loss, x, y, ignore_index=1)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+# ---- fused multiplications and additions
+
+
+def two_classes(kind: str):
+    """Logits whose errors lie within a rounding of the edges of cells, or anywhere."""
+    generator = torch.Generator().manual_seed(3)
+    n = 20_000
+    if kind == "edges":
+        octaves, steps = torch.randint(0, 7, (n,), generator=generator), torch.randint(64, 128, (n,), generator=generator)
+        error = (steps / 128.0 * 0.5**octaves).double()
+        difference = (error / (1 - error)).log()
+    else:
+        difference = 2 * torch.randn(n, generator=generator, dtype=torch.float64)
+    second = torch.randn(n, generator=generator)
+    y = (torch.rand(n, generator=generator) < 0.1).long()
+    return torch.stack([(second + difference).float(), second], 1), 1 - y
+
+
+needs_fma = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="needs a CPU with FMA")
+
+
+@needs_fma
+@pytest.mark.parametrize("kind", ["edges", "anywhere"])
+def test_counting_and_backward_find_the_same_bins(kind, emulated):
+    """The weights of all pixels of a class add up to 1, if each pixel has the weight of the bin that it was counted in. (With
+    errors that backward takes for one unit in the last place larger, they are off by 4e-3.)"""
+    x, y = two_classes(kind)
+    loss = functools.partial(veerloss.lovasz_softmax_loss, method="histogram", classes=[0], reduction="sum")
+    for namespace in (library.NAMESPACE, library.FUSED):
+        emulated(namespace)
+        p = x.double().softmax(1)
+        gradient = forward_and_backward(loss, x, y)[1][:, 0].double()
+        weights = gradient.abs() / (p[:, 0] * p[:, 1])  # p_0 p_1 is the derivative of p_0
+        assert weights.sum().item() == pytest.approx(1, abs=1e-5), namespace
+
+
+@needs_fma
+@over_losses
+def test_fused_arithmetic_changes_little(loss, emulated):
+    x, y = logits(SHAPE), labels(SHAPE, SHAPE[1])
+    results = []
+    for namespace in (library.NAMESPACE, library.FUSED):
+        emulated(namespace)
+        results.append(forward_and_backward(loss, x, y))
+    (plain, plain_gradient), (fused, fused_gradient) = results
+    assert not torch.equal(fused_gradient, plain_gradient)  # something has been fused
+    assert (fused - plain).abs() <= 1e-6 * plain
+    assert (fused_gradient - plain_gradient).norm() <= 1e-5 * plain_gradient.norm()
+
+
+# ---- memory
+
+
+@pytest.fixture
+def metered(emulated, tmp_path, monkeypatch):
+    """`metered(loss, x, y)`: what the meter says of each launch of forward, and of backward; see emulator/meter.h."""
+
+    def run(loss, x, y):
+        library_path = emulated(library.METERED)
+        symbols = subprocess.run(["nm", "-C", library_path], capture_output=True, text=True, check=True).stdout
+        names = {int(line[:16], 16): line[19:] for line in symbols.splitlines() if line[:16].strip()}
+
+        def launches(path):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            return [{**line, "kernel": sass.short_name(names[line["kernel"]])} for line in lines]
+
+        x = x.detach().requires_grad_()
+        monkeypatch.setenv("VEERLOSS_METER", str(tmp_path / "forward"))
+        value = loss(x, y, backend="native")
+        monkeypatch.setenv("VEERLOSS_METER", str(tmp_path / "backward"))
+        value.backward()
+        monkeypatch.delenv("VEERLOSS_METER")
+        found = [launches(tmp_path / name) for name in ("forward", "backward")]
+        for path in tmp_path.iterdir():
+            path.unlink()
+        print(*(launch for launches in found for launch in launches), sep="\n")
+        return found
+
+    return run
+
+
+def total(launches, what: str) -> int:
+    return sum(launch[what] for launch in launches)
+
+
+def memory(x, y) -> tuple[int, int]:
+    """The bytes of the logits, and of the target."""
+    return x.numel() * x.element_size(), y.numel() * y.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_traffic_of_the_softmax_focal_loss(layout, dtype, metered):
+    """Forward reads logits and target once; backward reads them again, and writes the gradient. What a warp asks for is used,
+    but for the rest of the sectors of the labels' logits."""
+    x, y = logits(SHAPE, dtype).contiguous(memory_format=layout), labels(SHAPE, SHAPE[1])
+    forward, backward = metered(LOSSES["softmax focal"], x, y)
+    of_logits, of_target = memory(x, y)
+    small = 1024  # options, and the sums of blocks
+    assert of_logits + of_target <= total(forward, "read") <= of_logits + of_target + small
+    assert total(forward, "written") <= small
+    assert of_logits + of_target <= total(backward, "read") <= of_logits + of_target + small
+    assert of_logits <= total(backward, "written") <= of_logits + small
+    label_logits = 32 * y.numel()
+    assert 32 * total(forward, "sectors") <= of_logits + of_target + label_logits + 8 * small
+    for launches in (forward, backward):  # as counted: 0.55 turns more than without conflicts, of rows of 19 classes
+        assert total(launches, "conflicts") <= 0.6 * total(launches, "shared")
+
+
+#: Bytes that the methods of Lovász read and write, forward and backward, in multiples of the logits: as counted at SHAPE, where
+#: the tables of method "histogram" are as large as the logits. At the least 2 and 1.
+LOVASZ_TRAFFIC = {"exact": ((6.1, 4.1), (2.1, 1.01)), "histogram": ((7.5, 2.5), (2.5, 1.01))}
+
+
+@pytest.mark.parametrize("method", LOVASZ_TRAFFIC)
+def test_traffic_of_the_lovasz_losses(method, metered):
+    x, y = logits(SHAPE), labels(SHAPE, SHAPE[1])
+    found = metered(LOSSES[f"lovasz {method}"], x, y)
+    for launches, (read, written) in zip(found, LOVASZ_TRAFFIC[method], strict=True):
+        assert total(launches, "read") <= read * memory(x, y)[0]
+        assert total(launches, "written") <= written * memory(x, y)[0]
+
+
+# ---- the emulator itself
+
+EXAMPLE = """
+#include "../../csrc/cuda/device.cuh"
+using namespace veerloss;
+
+__global__ void strided(const float* from, float* to, int stride) {
+  __shared__ float shared[32 * 32];
+  const int t = static_cast<int>(threadIdx.x);
+  shared[t * stride] = from[t * stride];
+  __syncthreads();
+  to[t] = shared[t * stride];
+}
+__global__ void atomics(int* counts, int different) {
+  __shared__ int shared[32];
+  const int t = static_cast<int>(threadIdx.x);
+  shared[t] = 0;
+  __syncthreads();
+  atomicAdd(&shared[t % different], 1);
+  __syncthreads();
+  if (shared[t]) atomicAdd(counts + t % different, shared[t]);
+}
+__global__ void not_atomic(int* counts) {
+  const int before = counts[0];
+  atomicAdd(&counts[1], 1);
+  counts[0] = before + 1;
+}
+__global__ void first_come(int* order, int* next) {
+  order[atomicAdd(next, 1)] = static_cast<int>(threadIdx.x);
+}
+extern "C" __attribute__((visibility("default"))) void run(int which, void* a, void* b, int number) {
+  const Launch warp{.blocks = 1, .threads = 32, .stream = nullptr};
+  if (which == 0) launch(strided, warp, static_cast<const float*>(a), static_cast<float*>(b), number);
+  if (which == 1) launch(atomics, warp, static_cast<int*>(a), number);
+  if (which == 2) launch(not_atomic, warp, static_cast<int*>(a));
+  if (which == 3) launch(first_come, warp, static_cast<int*>(a), static_cast<int*>(b));
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """Compiled as the kernels are."""
+    if library.cuda_headers() is None:
+        pytest.skip("needs the headers of a CUDA toolkit")
+    folder = tmp_path_factory.mktemp("example")
+    (folder / "example.cu").write_text(EXAMPLE.replace("../../csrc", str(library.CSRC)))
+    return ctypes.CDLL(str(library.build(folder, library.METERED, [folder / "example.cu", *library.EMULATOR]))).run
+
+
+@pytest.fixture
+def meter(example, tmp_path, monkeypatch):
+    def run(which, a, b, number=0):
+        monkeypatch.setenv("VEERLOSS_METER", str(tmp_path / "meter"))
+        example(which, ctypes.c_void_p(a.data_ptr()), ctypes.c_void_p(b.data_ptr()), number)
+        return json.loads((tmp_path / "meter").read_text().splitlines()[-1])
+
+    return run
+
+
+@pytest.mark.parametrize(("stride", "conflicts"), [(1, 0), (2, 1), (3, 0), (8, 7), (32, 31)])
+def test_the_meter_of_strided_memory(stride, conflicts, meter):
+    aligned = torch.zeros(32 * 32 + 32 + 8)
+    start = -(aligned.data_ptr() // 4) % 8
+    memory, to = aligned[start : start + 32 * 32], torch.zeros(32)
+    found = meter(0, memory, to, stride)
+    sectors = min(32, 4 * stride)
+    assert (found["blocks"], found["threads"]) == (1, 32)
+    assert found["read"] == 32 * sectors
+    assert found["written"] in (128, 160)  # if it does not begin with a sector
+    assert found["requests"] == 2 and found["sectors"] == sectors + found["written"] // 32
+    assert found["shared"] == 2 and found["conflicts"] == 2 * conflicts
+    assert found["atomics"] == found["global_atomics"] == 0
+
+
+@pytest.mark.parametrize("different", [1, 4, 32])
+def test_the_meter_of_atomics(different, meter):
+    counts = torch.zeros(32, dtype=torch.int32)
+    found = meter(1, counts, counts, different)
+    assert counts.sum() == 32
+    assert found["atomics"] == 1 and found["atomic_turns"] == 32 // different
+    assert found["global_atomics"] == 1 and found["global_atomic_turns"] == 1
+    assert found["shared"] == 2 and found["conflicts"] == 0
+
+
+def test_threads_take_turns_at_atomics(meter, monkeypatch):
+    counts, order = torch.zeros(2, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    meter(2, counts, counts)
+    meter(3, order, torch.zeros(1, dtype=torch.int32))
+    assert counts.tolist() == [32, 32] and order.tolist() in (list(range(32)), list(range(31, -1, -1)))
+    orders = set()
+    for seed in range(3):
+        monkeypatch.setenv("VEERLOSS_EMULATOR_SEED", str(seed))
+        counts.zero_()
+        meter(2, counts, counts)
+        assert counts[0] < 32 and counts[1] == 32
+        meter(3, order, torch.zeros(1, dtype=torch.int32))
+        assert sorted(order.tolist()) == list(range(32))
+        orders.add(tuple(order.tolist()))
+    assert len(orders) == 3
