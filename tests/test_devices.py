@@ -4,6 +4,7 @@ needed."""
 import contextlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,11 @@ def test_a_compiled_graph_has_the_choice_as_a_constant(gpus):
     for index, added in ((0, 1), (1, 2)):
         assert compiled(torch.zeros(()), torch.device("cuda", index)) == added
     assert asked == [0, 1]
+
+
+def test_importing_veerloss_imports_no_compiler_and_initialises_no_gpu():
+    code = "import sys, torch, veerloss; print('torch._dynamo' in sys.modules, torch.cuda.is_initialized())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
 
 
 def test_the_report_names_each_gpu(gpus, capsys):

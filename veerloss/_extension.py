@@ -63,7 +63,6 @@ def gpu_count() -> int:
 _cuda_reasons: dict[int, str | None] = {}
 
 
-@torch.compiler.assume_constant_result
 def cuda_missing(index: int | None) -> str | None:
     """None where the CUDA library serves a device (None: the current one), else the reason.
 
@@ -79,6 +78,11 @@ def cuda_missing(index: int | None) -> str | None:
             return None
         _cuda_reasons[index] = _describe(index, *_ask_cuda(index))
     return _cuda_reasons[index]
+
+
+# torch.compile takes the result for a constant, as torch.compiler.assume_constant_result has it: calling that would import
+# torch._dynamo, which takes longer than all else that is imported here.
+cuda_missing._dynamo_marked_constant = True
 
 
 def _describe(index: int, error: str | None, driver: int, built_with: int) -> str | None:
