@@ -139,7 +139,8 @@ void lovasz_exact_backward(const LovaszExactBackward& args);
 
 // ---- method "histogram"
 //
-// Counts are [rows, classes, 2, bins] of background and foreground; a table is [rows, classes, cells] of entries (layout.h).
+// Counts are [rows, classes, 2, bins] of background and foreground; bin 0 of the background holds the number of all pixels of the
+// segment that count. Tables are [rows, classes, BinLayout::table] of pairs (layout.h).
 
 // Counts that may have been added up over ranks.
 struct BinCounts {
@@ -147,55 +148,54 @@ struct BinCounts {
   bool is_int64;  // else int32
 };
 
-// The weights of a segment's errors. A segment without foreground has its whole weight on its largest error: max_weight holds
-// that error, and the weight of each pixel that has it. (0, 0) for other segments.
-struct BinWeightsOutput {
-  void* weights;     // [rows, classes, 2, bins], opmath type, signed: background positive, foreground negative
-  void* max_weight;  // [rows, classes, 2], opmath type
-};
-struct BinWeightsInput {
-  const void *weights, *max_weight;
-};
-
 struct LovaszHistogramCount {
   LovaszBatch batch;
-  const uint32_t* table;     // null: count in cells, bin 1 + c being cell c
+  const Pair* table;         // null: that of the coarse pass
   const bool* segment_mask;  // [segments] that are counted, or null for all
   bool sampled;
-  int32_t* counts;    // zeros before
-  double* max_error;  // [rows, classes, 2]: the largest error (-1: no pixel, NaN: not a number) and how many pixels have it. On
-                      // a GPU (NaN, -1): a target out of range
-  void* scratch;      // lovasz_histogram_scratch_bytes()
+  bool find_largest;   // else `largest` has only NaN, and not how large errors are
+  int64_t bins;        // of the counts
+  int32_t* counts;     // zeros before. On a GPU a target out of range counts as foreground in bin 0 of every class
+  uint32_t* largest;   // [segments], zeros before: key_of_coordinate of the largest error, 0: no pixel
+  void* scratch;       // lovasz_histogram_scratch_bytes()
   Stream stream;
 };
 
-struct LovaszHistogramAllocateBins {
+struct LovaszHistogramPlace {
   Errors errors;
   int64_t segments;
   BinCounts counts;
-  const uint32_t* counted_table;  // the table that counts were made with, or null for counts of cells
-  uint32_t* table;
+  int64_t counted_bins;       // bins of `counts`
+  const Pair* counted_table;  // the table that they were made with, or null for that of the coarse pass
+  bool sampled;               // whether they are of a sample
+  int64_t bins;               // to distribute in the table
+  Pair* table;
   Stream stream;
 };
 
 struct LovaszHistogramWeigh {
   LovaszBatch batch;  // target and rule are unused
   LovaszSelection selection;
+  int64_t bins;
   BinCounts counts;
-  const double* max_error;
-  const uint32_t* table;
+  const bool* recounted_mask;  // [segments] whose counts are `recounts`, or null for none
+  BinCounts recounts;
+  const uint32_t* largest;  // [segments]
+  const Pair* table;
   LovaszLoss out;
-  BinWeightsOutput weights;
-  double* bounds;     // [segments]: upper bound on the sum of |weight - exact weight|
-  bool* needs_rebin;  // [segments]: estimated errors exceed the tolerances of layout.h
-  void* scratch;      // lovasz_histogram_weigh_scratch_bytes()
+  void* weights;       // [rows, classes, 2, bins], opmath type, signed: background positive, foreground negative
+  double* bounds;      // [segments]: upper bound on the sum of |weight - exact weight|
+  bool* needs_rebin;   // [segments]: it has no foreground, or its estimated errors exceed the tolerances of layout.h
+  Pair* better_table;  // from the counts of all pixels, for segments that need it; else a copy of `table`
+  void* scratch;       // lovasz_histogram_weigh_scratch_bytes()
   Stream stream;
 };
 
 struct LovaszHistogramSum {
-  LovaszBatch batch;  // errors without a bound: probabilities or a hinge
-  const uint32_t* table;
-  BinWeightsInput weights;
+  LovaszBatch batch;  // errors that may be 0 where foreground is right: probabilities or a hinge
+  int64_t bins;
+  const Pair* table;
+  const void* weights;
   const double* units;  // [segments]
   int64_t* sums;        // [segments]: |weight| * error over the pixels, in units of 1 / units
   Stream stream;
@@ -203,16 +203,17 @@ struct LovaszHistogramSum {
 
 struct LovaszHistogramBackward {
   LovaszBatch batch;
-  const uint32_t* table;
-  BinWeightsInput weights;
+  int64_t bins;
+  const Pair* table;
+  const void* weights;
   LovaszGradient out;
   Stream stream;
 };
 
 namespace kernels {
-int64_t lovasz_histogram_scratch_bytes(const LovaszBatch& batch, bool coarse, bool sampled);
+int64_t lovasz_histogram_scratch_bytes(const LovaszHistogramCount& args);  // all but its pointers
 void lovasz_histogram_count(const LovaszHistogramCount& args);
-void lovasz_histogram_allocate_bins(const LovaszHistogramAllocateBins& args);
+void lovasz_histogram_place(const LovaszHistogramPlace& args);
 int64_t lovasz_histogram_weigh_scratch_bytes(const LovaszBatch& batch);
 void lovasz_histogram_weigh(const LovaszHistogramWeigh& args);
 void lovasz_histogram_sum(const LovaszHistogramSum& args);

@@ -28,6 +28,8 @@ def missing_reason(backend: str, device: torch.device, loss: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
+        if loss == "lovasz histogram":
+            return "method 'histogram', which process_group needs too, has no Triton kernels"
         return triton_missing(device.type)
     if device.type in ("meta", "cpu"):
         return native_missing["cpu"]

@@ -1,15 +1,16 @@
 """Method "histogram" of the Lovász losses: its steps put together, in one process or over the ranks of a process group.
 
-    count          errors into the cells of _layout.py: of a sample of the pixels, or of all of them (the coarse pass)
-    allocate_bins  to each cell the number of bins that its estimated error is worth: a look-up table
-    count          errors of all pixels into these bins
-    weigh          counts to the weights of the bins, the losses, and bounds on what binning changed
-    sum            weight times error over the pixels, where the bins are too wide for the loss to follow from the counts
-    backward       a pixel's bin gives its weight, by look-up
+    count     the pixels by their errors, in the coarse bins of _layout.py: of a sample, or all of them
+    place     bins for each segment: a window of errors, and in it bins where they are worth most; a table finds them
+    count     all pixels in these bins
+    weigh     counts to the weights of the bins, the losses, and bounds on what binning changed; where that is too much, and where
+              there is no foreground, to a better table: then these segments are counted and weighed again
+    sum       weight times error over the pixels, where the loss does not follow from the counts
+    backward  a pixel's bin gives its weight, by look-up
 
-The steps are operators (ops.py), implemented by csrc/cpu/lovasz, csrc/cuda/lovasz and triton/lovasz_histogram.py;
-csrc/kernels.h describes the tensors. Only counts travel between them, so the loss of a batch that is spread over ranks takes
-two sums of integers, and its bits do not depend on the number of threads or ranks.
+The steps are operators (ops.py), implemented by csrc/cpu/lovasz and csrc/cuda/lovasz; csrc/kernels.h describes the tensors. Only
+counts travel between them, so the loss of a batch that is spread over ranks takes sums of integers, and its bits do not depend
+on the number of threads or ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._layout import Errors, Reduction, bin_count, coarse_bin_count
+from ._layout import COARSE_BINS, PAST_ONE, Errors, Reduction, bin_count
 
 #: Segments of this many pixels allocate their bins by a sample, 64 of every 1031 pixels; smaller ones by all pixels. 16 000
 #: sampled pixels serve common classes as well as all pixels do; the bins of rare classes are then allocated again.
@@ -42,8 +43,8 @@ def forward(
     valid_pixels,
     upcast_loss,
     ranks=None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, scale, table, weights, max_weight, bounds): see lovasz_histogram_weigh.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, scale, table, weights, bounds): see lovasz_histogram_weigh.
 
     `ops`: the operators of a backend. `ranks`: of the batches of all of them.
     """
@@ -54,48 +55,65 @@ def forward(
     if ranks is not None:
         p, length = ranks.image, ranks.pixels
     image = n if p == 1 and not per_image and ranks is None else p  # a cloud of points is one image
-    sampled = errors != Errors.HINGE and length >= SAMPLED_FROM and image >= SAMPLED_IMAGE
+    bins = bin_count(c)
     batch = {
         "logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index,
         "background_index": background_index,
     }  # fmt: skip
+    # Counts of the three passes and their largest errors: zeros, by one launch on a GPU.
+    sizes = [rows * c * size for size in (2 * COARSE_BINS, 2 * bins, 2 * bins, 1, 1, 1)]
+    *all_counts, largest, _largest_of_sample, _largest_again = logits.new_zeros(sum(sizes), dtype=torch.int32).split(sizes)
+    coarse, counts, recounts = (part.view(rows, c, 2, -1) for part in all_counts)
+    largest, _largest_of_sample, _largest_again = (
+        part.view(rows, c) for part in (largest, _largest_of_sample, _largest_again)
+    )
 
-    def count(table, segment_mask, sampled=False):
+    def count(counts, largest, table, segment_mask, sampled=False):
         def local():
-            return ops.lovasz_histogram_count(table=table, segment_mask=segment_mask, sampled=sampled, **batch)
+            ops.lovasz_histogram_count(
+                counts=counts, largest=largest, table=table, segment_mask=segment_mask, sampled=sampled,
+                find_largest=not present or errors != Errors.SOFTMAX, **batch,
+            )  # fmt: skip
+            return counts, largest
 
-        if ranks is None:
-            return local()
-        return ranks.sum(local, (rows, c, 2, coarse_bin_count(errors) if table is None else bin_count(errors)))
+        return local() if ranks is None else ranks.sum(local, counts.shape)
 
-    segment_mask = None if selected is None else selected.expand(rows, c).contiguous()
-    counts, _ = count(None, segment_mask, sampled)
-    table = ops.lovasz_histogram_allocate_bins(counts=counts, counted_table=None, errors=errors)
-    del counts  # before others are allocated
-    counts, max_error = count(table, segment_mask)
-
-    def weigh():
+    def weigh(**again):
         return ops.lovasz_histogram_weigh(
-            logits=logits, counts=counts, max_error=max_error, table=table, selected=selected, present=present,
-            class_weight=class_weight, errors=errors, per_image=per_image, reduction=reduction, upcast_loss=upcast_loss,
+            logits=logits, counts=counts, largest=largest, table=table, selected=selected, present=present,
+            class_weight=class_weight, errors=errors, per_image=per_image, reduction=reduction, upcast_loss=upcast_loss, **again,
         )  # fmt: skip
 
-    *result, needs_rebin = weigh()
+    segment_mask = None if selected is None else selected.expand(rows, c).contiguous()
+    sampled = length >= SAMPLED_FROM and image >= SAMPLED_IMAGE
+    coarse, _ = count(coarse, _largest_of_sample, None, segment_mask, sampled)
+    table = ops.lovasz_histogram_place(counts=coarse, counted_table=None, errors=errors, sampled=sampled, bins=bins)
+    counts, largest = count(counts, largest, table, segment_mask)
+    loss, scale, weights, bounds, needs_rebin, better_table = weigh(recounted_mask=None, recounts=None)
     # The host does not wait for a GPU to learn whether any segment needs it: the kernels end at once where none does.
-    if sampled and (needs_rebin.is_cuda or needs_rebin.any()):
-        better = ops.lovasz_histogram_allocate_bins(counts=counts, counted_table=table, errors=errors)
-        table = torch.where(needs_rebin[..., None], better, table)
-        again, _ = count(table, needs_rebin)
-        counts = torch.where(needs_rebin[..., None, None], again, counts)
-        *result, _ = weigh()
-    loss, scale, weights, max_weight, bounds = result
+    if needs_rebin.is_cuda or needs_rebin.any():
+        table = better_table
+        recounts, _ = count(recounts, _largest_again, table, needs_rebin)
+        loss, scale, weights, bounds, _, _ = weigh(recounted_mask=needs_rebin, recounts=recounts)
     if errors != Errors.SOFTMAX:
+        most = largest_errors(largest, errors)
         # The weights of a segment add up to 1 at most, so its loss is at most 2^61 units.
-        units = torch.ldexp(torch.ones_like(bounds), 61 - torch.frexp(max_error[..., 0].nan_to_num(1.0)).exponent)
-        sums = ops.lovasz_histogram_sum(table=table, weights=weights, max_weight=max_weight, units=units, **batch)
+        units = torch.ldexp(torch.ones_like(bounds), 61 - torch.frexp(most.nan_to_num(1.0)).exponent)
+        sums = ops.lovasz_histogram_sum(table=table, weights=weights, units=units, **batch)
         if ranks is not None:
             sums = ranks.all_reduce(sums, "sum")
-        of_segments = torch.where(max_error[..., 0].isnan(), torch.nan, sums / units).reshape(scale.shape) * scale.double()
+        of_segments = torch.where(most.isnan(), torch.nan, sums / units).reshape(scale.shape) * scale.double()
         of_segments = torch.where(scale == 0, 0.0, of_segments)
         loss = (of_segments if reduction == Reduction.NONE else of_segments.sum()).to(loss.dtype)
-    return loss, scale, table, weights, max_weight, bounds
+    return loss, scale, table, weights, bounds
+
+
+def largest_errors(largest: Tensor, errors: int) -> Tensor:
+    """float64 at least as large as the largest error, from its key (csrc/math/bins.h); NaN where an error is."""
+    key = largest.long() & 0xFFFFFFFF
+    bits = torch.where(key >= 1 << 31, key - (1 << 31), (~key & 0xFFFFFFFF) - (1 << 32))
+    exponent = bits.int().view(torch.float32).double()
+    if errors == Errors.PROBABILITIES:
+        exponent = torch.where(exponent > PAST_ONE, exponent - PAST_ONE, 0.0)
+    power = torch.exp2(exponent)
+    return torch.where(key == 0, 0.0, torch.where(key == 0xFFFFFFFF, torch.nan, power * (1 + 1e-5)))

@@ -64,7 +64,7 @@ def lovasz_softmax_loss(
         from_logits: apply the softmax. If False the gradient is that of the probabilities.
         reduction: "mean", "sum" over classes (and images), or "none": one value per class [C], or [N, C] with ``per_image``; 0
             for classes that take no part.
-        method: "exact" sorts the errors. "histogram" counts them, as float32, in some 8000 bins that it places where they
+        method: "exact" sorts the errors. "histogram" counts them, as float32, in 1920 to 8192 bins that it places where they
             matter: time linear in the pixels, a table for each segment but no memory of their size, and in the cases of the
             accuracy suite a gradient within 1e-3 (relative, L2) of the exact one; the certificate tells for the case at hand.
             It is for large segments: for many small ones the tables cost more than the pixels. "auto" takes
@@ -119,7 +119,7 @@ def lovasz_softmax_loss(
         background = arguments.as_background_index(background_index, logits.size(1), ignored)
         arguments.check_label_range(target, logits.size(1), ignored, background)
 
-    backend, valid_pixels, ranks = _prepare(check, check_values, logits, target, process_group, backend)
+    backend, valid_pixels, ranks = _prepare(check, check_values, logits, target, method, process_group, backend)
     ignore_index = arguments.as_ignore_index(ignore_index)
     background_index = arguments.as_background_index(background_index, logits.size(1), ignore_index)
     x = arguments.as_pixels(logits)
@@ -177,7 +177,7 @@ def lovasz_hinge_loss(
         ignore_index: target value that takes no part.
         reduction: "mean", "sum" over images and classes, or "none": one value per image [N], 0-d without ``per_image``; with
             ``per_class`` [N, C] or [C].
-        method: "exact" sorts the errors. "histogram" counts them, as float32, in some 8000 bins that it places where they
+        method: "exact" sorts the errors. "histogram" counts them, as float32, in 1920 to 8192 bins that it places where they
             matter: time linear in the pixels, a table for each segment but no memory of their size, and in the cases of the
             accuracy suite a gradient within 1e-3 (relative, L2) of the exact one; the certificate tells for the case at hand.
             It is for large segments: for many small ones the tables cost more than the pixels. "auto" takes
@@ -237,7 +237,7 @@ def lovasz_hinge_loss(
     def check_values() -> None:
         arguments.check_binary(target, arguments.as_ignore_index(ignore_index))
 
-    backend, valid_pixels, ranks = _prepare(check, check_values, logits, target, process_group, backend)
+    backend, valid_pixels, ranks = _prepare(check, check_values, logits, target, method, process_group, backend)
     ignore_index = arguments.as_ignore_index(ignore_index)
     n, _, p = _binary_shape(logits)
     y = target.reshape(n, p)
@@ -301,16 +301,18 @@ def _check_common(reduction, method, per_image, return_certificate, process_grou
             )
 
 
-def _prepare(check, check_values, logits, target, process_group, backend):
+def _prepare(check, check_values, logits, target, method, process_group, backend):
     """(backend, pixels that are not ignored or None, ranks or None) after `check`, and `check_values` where kernels do not
     check values themselves.
 
     What they raise, all ranks of a process group learn.
     """
 
+    loss = "lovasz histogram" if method == "histogram" or process_group is not None else "lovasz"
+
     def check_all() -> tuple[torch.Size, int | None, object]:
         shape, ignored, options = check()
-        chosen = arguments.choose_backend(backend, logits.device, "lovasz")
+        chosen = arguments.choose_backend(backend, logits.device, loss)
         if arguments.checks_values(chosen, logits.device):
             check_values()
         valid_pixels = _count_valid(target.reshape(shape[0], shape[2]), ignored, chosen)
@@ -318,7 +320,7 @@ def _prepare(check, check_values, logits, target, process_group, backend):
 
     if process_group is None:
         _, valid_pixels, _ = check_all()
-        return arguments.choose_backend(backend, logits.device, "lovasz"), valid_pixels, None
+        return arguments.choose_backend(backend, logits.device, loss), valid_pixels, None
     if torch.compiler.is_compiling():
         raise RuntimeError("process_group cannot be used inside torch.compile: the loss waits for other processes")
     if not isinstance(process_group, dist.ProcessGroup):
@@ -327,7 +329,7 @@ def _prepare(check, check_values, logits, target, process_group, backend):
 
     device = logits.device if isinstance(logits, Tensor) else torch.device("cpu")
     ranks = Ranks(process_group, device, check_all)
-    return arguments.choose_backend(backend, logits.device, "lovasz"), None, ranks
+    return arguments.choose_backend(backend, logits.device, loss), None, ranks
 
 
 def _count_valid(target: Tensor, ignore_index: int | None, backend: str) -> int | None:
@@ -340,11 +342,11 @@ def _count_valid(target: Tensor, ignore_index: int | None, backend: str) -> int 
 
 
 def _choose_method(method: str, n: int, p: int, valid_pixels: int | None, per_image: bool, ranks, backend: str) -> str:
-    """The reference's "histogram" is there to be read: alone, "auto" does not take it."""
+    """Triton has no "histogram", and the reference's is there to be read: alone, "auto" does not take it."""
     if method != "auto":
         return method
     pixels = n * p if valid_pixels is None else valid_pixels
-    linear = pixels >= AUTO_HISTOGRAM_FROM * (max(n, 1) if per_image else 1) and backend != "reference"
+    linear = pixels >= AUTO_HISTOGRAM_FROM * (max(n, 1) if per_image else 1) and backend == "native"
     return "histogram" if linear or ranks is not None else "exact"
 
 

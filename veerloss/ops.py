@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _autograd, _histogram
 from ._arguments import check_transforms, loss_dtype, opmath_dtype
-from ._layout import Errors, Reduction, bin_count, cell_count
+from ._layout import TABLE, Errors, Reduction, bin_count
 
 _SIGMOID = (
     "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int? ignore_index, int? background_index, int reduction"
@@ -45,24 +45,27 @@ _SCHEMAS = {
     "bool per_image, int? ignore_index, int? valid_pixels, int reduction) -> Tensor",
     # The whole method, and its steps: see _histogram.py. What the tensors hold is told in csrc/kernels.h.
     "lovasz_histogram_forward": f"({_LOVASZ}, int? valid_pixels, bool upcast_loss) "
-    "-> (Tensor loss, Tensor scale, Tensor table, Tensor weights, Tensor max_weight, Tensor bounds)",
-    "lovasz_histogram_count": "(Tensor logits, Tensor target, Tensor? table, Tensor? segment_mask, int errors, bool per_image, "
-    "int? ignore_index, int? background_index, bool sampled) -> (Tensor counts, Tensor max_error)",
-    "lovasz_histogram_allocate_bins": "(Tensor counts, Tensor? counted_table, int errors) -> Tensor",
-    "lovasz_histogram_weigh": "(Tensor logits, Tensor counts, Tensor max_error, Tensor table, Tensor? selected, bool present, "
-    "Tensor? class_weight, int errors, bool per_image, int reduction, bool upcast_loss) "
-    "-> (Tensor loss, Tensor scale, Tensor weights, Tensor max_weight, Tensor bounds, Tensor needs_rebin)",
-    "lovasz_histogram_sum": "(Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor max_weight, Tensor units, "
-    "int errors, bool per_image, int? ignore_index, int? background_index) -> Tensor",
-    "lovasz_histogram_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor max_weight, "
-    "Tensor scale, int errors, bool per_image, int? ignore_index, int? background_index, int reduction) -> Tensor",
+    "-> (Tensor loss, Tensor scale, Tensor table, Tensor weights, Tensor bounds)",
+    "lovasz_histogram_count": "(Tensor(a!) counts, Tensor(b!) largest, Tensor logits, Tensor target, Tensor? table, "
+    "Tensor? segment_mask, int errors, bool per_image, int? ignore_index, int? background_index, bool sampled, "
+    "bool find_largest) -> ()",
+    "lovasz_histogram_place": "(Tensor counts, Tensor? counted_table, int errors, bool sampled, int bins) -> Tensor",
+    "lovasz_histogram_weigh": "(Tensor logits, Tensor counts, Tensor? recounted_mask, Tensor? recounts, Tensor largest, "
+    "Tensor table, Tensor? selected, bool present, Tensor? class_weight, int errors, bool per_image, int reduction, "
+    "bool upcast_loss) "
+    "-> (Tensor loss, Tensor scale, Tensor weights, Tensor bounds, Tensor needs_rebin, Tensor better_table)",
+    "lovasz_histogram_sum": "(Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor units, int errors, "
+    "bool per_image, int? ignore_index, int? background_index) -> Tensor",
+    "lovasz_histogram_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor scale, "
+    "int errors, bool per_image, int? ignore_index, int? background_index, int reduction) -> Tensor",
 }
-#: Operator families, each with a <stem>_forward and a <stem>_backward; and the module of triton/ that has its kernels.
+#: Operator families, each with a <stem>_forward and a <stem>_backward; and the module of triton/ that has its kernels, None where
+#: there are none.
 FAMILIES = {
     "sigmoid_focal": "focal",
     "softmax_focal": "focal",
     "lovasz_exact": "lovasz_exact",
-    "lovasz_histogram": "lovasz_histogram",
+    "lovasz_histogram": None,
 }
 #: The namespace of each backend's operators.
 NAMESPACES = {"native": "veerloss", "triton": "veerloss_triton"}
@@ -184,7 +187,7 @@ def lovasz_histogram(
     namespace = _checked(backend, logits)
     if ranks is not None:
         return _HistogramOfRanks.apply(NAMESPACES[backend], ranks, *arguments.values())
-    loss, _, _, _, _, bounds = namespace.lovasz_histogram_forward.default(**arguments)
+    loss, _, _, _, bounds = namespace.lovasz_histogram_forward.default(**arguments)
     return loss, bounds
 
 
@@ -198,7 +201,7 @@ class _HistogramOfRanks(torch.autograd.Function):
         output = _autograd.by_name(schema, function)(*inputs)
         ctx.saved = _autograd.SavedByName(namespace, "lovasz_histogram")
         ctx.saved.setup_context(ctx, inputs, output)
-        return output[0], output[5]
+        return output[0], output[4]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -232,9 +235,8 @@ def _(logits, per_image, errors, reduction, upcast_loss, **_):
     rows, dtype = n if per_image else 1, opmath_dtype(logits)
     return (
         *_fake_loss_and_scale(logits, errors, per_image, reduction, upcast_loss),
-        logits.new_empty((rows, c, cell_count(errors)), dtype=torch.int32),
-        logits.new_empty((rows, c, 2, bin_count(errors)), dtype=dtype),
-        logits.new_empty((rows, c, 2), dtype=dtype),
+        logits.new_empty((rows, c, TABLE, 2), dtype=torch.float32),
+        logits.new_empty((rows, c, 2, bin_count(c)), dtype=dtype),
         logits.new_empty((rows, c), dtype=torch.float64),
     )
 
@@ -242,18 +244,27 @@ def _(logits, per_image, errors, reduction, upcast_loss, **_):
 # ---- registration
 
 
+def stems_of(namespace: str) -> tuple[str, ...]:
+    """The operator families that a namespace has."""
+    return tuple(stem for stem, module in FAMILIES.items() if module is not None or namespace != NAMESPACES["triton"])
+
+
 def define(namespace: str) -> None:
     """Every operator in `namespace`: schema, fake, autograd. Its kernels are registered elsewhere."""
     found = getattr(torch.ops, namespace)
+    stems = stems_of(namespace)
     for name, schema in _SCHEMAS.items():
-        torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
-    for stem in FAMILIES:
+        if name.startswith(stems):
+            torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    for stem in stems:
         forward, backward = f"{stem}_forward", f"{stem}_backward"
         fakes = {forward: _FAKES[forward], backward: lambda logits, **_: torch.empty_like(logits)}
         for name, fake in fakes.items():
             schema = getattr(found, name).default._schema
             torch.library.register_fake(f"{namespace}::{name}", _autograd.by_name(schema, fake))
         _autograd.register(namespace, stem)
+    if "lovasz_histogram" not in stems:
+        return
     whole = functools.partial(_histogram.forward, found)
     schema = found.lovasz_histogram_forward.default._schema
     torch.library.impl(f"{namespace}::lovasz_histogram_forward", ("CPU", "CUDA"))(_autograd.by_name(schema, whole))
@@ -274,7 +285,8 @@ torch.library.define(f"{NAMESPACES['native']}::layout_constants", "(Tensor like)
 torch.library.define(f"{NAMESPACES['native']}::count_not_ignored", "(Tensor target, int ignore_index) -> int")
 
 for _name in _SCHEMAS:
-    if _name != "lovasz_histogram_forward":
-        _stem = next(stem for stem in FAMILIES if _name.startswith(stem))
+    for _stem in stems_of(NAMESPACES["triton"]):
+        if not _name.startswith(_stem):
+            continue
         # On the CPU they are interpreted.
         torch.library.impl(f"{NAMESPACES['triton']}::{_name}", ("CPU", "CUDA"))(_triton_kernel(_stem, _name))

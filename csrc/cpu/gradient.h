@@ -2,6 +2,7 @@
 // to the gradient of the logits or probabilities.
 #pragma once
 
+#include "../math/jaccard.h"
 #include "lovasz/segments.h"
 
 #define VEERLOSS_TILES "gradient_tiles.h"
@@ -34,7 +35,7 @@ void lovasz_gradient(const LovaszBatch& b, const LovaszGradient& out, const Segm
   const std::vector<T> factors = segment_factors<T>(b, out);
   BadTarget bad;  // the forward pass has raised it
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> t(g.channels, capacity, true);
+    TileRows<T> t(g.channels, capacity, true, Weights::by_error);
     Weights weigh(weights);
     for (int64_t k = begin; k < end; ++k) {
       const Tile& tile = tiles[k];

@@ -83,23 +83,10 @@ struct Sm80 {
 
   struct HistogramCount {
     static constexpr int threads = 1024;  // 64 registers each; one block on a multiprocessor, whose shared memory it fills
-    // Pixels of a thread at a time: as many loads in flight. Four of float64 would spill; of two, coarse softmax counts spill
-    // 12 bytes on sm_80.
-    static constexpr int unroll = 4, unroll_of_double = 2;
-    static constexpr int64_t tile = threads * unroll;
-    // Classes of a block. For each element a block reads its logit, 4 bytes in float32; for each pixel the softmax's maximum
-    // and sum and the label, 16 bytes from L2, which the classes of a block share: with three, 20 bytes for each element
-    // become 9. Each takes 70 KiB of shared memory: three fit an H100, one a GPU for graphics.
-    static constexpr int max_classes = 3;
-    // Pixels of a block, at least: a block ends with up to 16 000 atomic additions for each class.
-    static constexpr int64_t min_chunk = 8 * tile;
-    // Rounds of blocks over the multiprocessors, at least, so that the last round is short beside the whole.
-    static constexpr int64_t rounds = 2;
-  };
-
-  // The largest error of a segment from those of its blocks.
-  struct HistogramMaxError {
-    static constexpr int threads = 128;
+    // Tiles of one pixel for each thread to a chunk, at most: counts have 16 bits.
+    static constexpr int64_t most_tiles = 63;
+    // Static shared memory, and what the driver reserves.
+    static constexpr int64_t static_bytes = 1280;
   };
 
   // Kernels with one block for each segment, which allocate its bins and weigh them.

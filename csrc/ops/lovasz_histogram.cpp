@@ -3,125 +3,153 @@
 
 #include <tuple>
 
+#include "../math/bins.h"
 #include "lovasz.h"
 
 namespace veerloss {
 namespace {
 
-// A table with the bins of every cell. On the CPU its entries are checked; on a GPU they are taken as they are.
-const uint32_t* table_data(const Op& op, const char* argument, const Tensor& table, int64_t segments, const BinLayout& layout) {
-  const auto* entries =
-      op.data<const uint32_t>(argument, table, segments * layout.cells, DType::i32, "[rows, C, cells] int32, contiguous");
+// Tables of `segments`. On the CPU their entries are checked: counting writes where they say; on a GPU they are taken as they are.
+const Pair* table_data(const Op& op, const char* argument, const Tensor& table, int64_t segments, int64_t bins) {
+  const auto* pairs = op.data<const Pair>(argument, table, 2 * segments * BinLayout::table, DType::f32,
+                                          "[rows, C, cells + 1, 2] float32, contiguous");
 #if !defined(VEERLOSS_CUDA) && !defined(VEERLOSS_EMULATED)
   bool valid = true;
-  for (int64_t i = 0; i < segments * layout.cells; ++i) {
-    const uint32_t first = entry_first_bin(entries[i]), bins = entry_bins(entries[i]);
-    valid &= first + bins <= static_cast<uint32_t>(layout.bins) && bins > 0 && bins < (1u << 15);
+  for (int64_t i = 0; i < segments; ++i) {
+    const BinMap map{pairs + i * BinLayout::table};
+    for (int64_t cell = 0; cell < BinLayout::cells; ++cell)
+      for (const double position : {cell_begin(cell), cell_begin(cell + 1)}) {
+        const double bin = map.bin_in_cell(cell, position);
+        valid &= bin >= 0.25 && bin <= static_cast<double>(bins) - 0.25;
+      }
   }
-  op.check(valid, argument, table, "of entries that lie within the bins");
+  op.check(valid, argument, table, "of cells that lie within the bins");
+#else
+  (void)bins;
 #endif
-  return entries;
+  return pairs;
 }
 
-BinCounts counts_data(const Op& op, const Tensor& counts, int64_t segments, int64_t bins) {
+BinCounts counts_data(const Op& op, const char* argument, const Tensor& counts, int64_t segments, int64_t bins) {
   const auto dtype = dtype_of(counts);
   op.check(on_device(counts) && counts.is_contiguous() && counts.numel() == 2 * segments * bins &&
                (dtype == DType::i32 || dtype == DType::i64),
-           "counts", counts, "[rows, C, 2, bins] int32 or int64, contiguous, of a counting pass");
+           argument, counts, "[rows, C, 2, bins] int32 or int64, contiguous, of a counting pass");
   return {counts.data_ptr(), dtype == DType::i64};
 }
 
-BinWeightsInput bin_weights(const Op& op, const LovaszBatch& b, const Tensor& weights, const Tensor& max_weight) {
-  const BinLayout layout(b.errors);
-  return {
-      op.data<const void>("weights", weights, b.segments() * 2 * layout.bins, opmath_of(b), "the weights of the forward pass"),
-      op.data<const void>("max_weight", max_weight, b.segments() * 2, opmath_of(b), "the max_weight of the forward pass")};
+int64_t bins_of(const Op& op, const Tensor& counts) {
+  op.check(on_device(counts) && counts.dim() == 4 && counts.size(2) == 2 && counts.size(3) > BinLayout::table &&
+               counts.size(3) <= BinLayout::max_bins,
+           "counts", counts, "[rows, C, 2, bins]");
+  return counts.size(3);
 }
 
-std::tuple<Tensor, Tensor> lovasz_histogram_count(const Tensor& logits, const Tensor& target, std::optional<Tensor> table,
-                                                  std::optional<Tensor> segment_mask, int64_t errors, bool per_image,
-                                                  std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
-                                                  bool sampled) {
+const void* weights_data(const Op& op, const LovaszBatch& b, const Tensor& weights) {
+  return op.data<const void>("weights", weights, b.segments() * 2 * BinLayout::bins(b.classes()), opmath_of(b),
+                             "the weights of the forward pass");
+}
+
+void lovasz_histogram_count(Tensor counts, Tensor largest, const Tensor& logits, const Tensor& target,
+                            std::optional<Tensor> table, std::optional<Tensor> segment_mask, int64_t errors, bool per_image,
+                            std::optional<int64_t> ignore_index, std::optional<int64_t> background_index, bool sampled,
+                            bool find_largest) {
   const Op op("lovasz_histogram_count");
   const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
-  const BinLayout layout(batch.errors);
-  const int64_t bins = table ? layout.bins : layout.coarse_bins;
-  const Tensor counts = zeros(logits, {batch.rows(), batch.classes(), 2, bins}, ScalarType::Int);
-  const Tensor max_error = empty(logits, {batch.rows(), batch.classes(), 2}, ScalarType::Double);
-  const Tensor scratch = scratch_memory(logits, kernels::lovasz_histogram_scratch_bytes(batch, !table, sampled));
-  kernels::lovasz_histogram_count({.batch = batch,
-                                   .table = table ? table_data(op, "table", *table, batch.segments(), layout) : nullptr,
-                                   .segment_mask = op.data<const bool>("segment_mask", segment_mask, batch.segments(),
-                                                                       DType::u8, "[rows, C] bool, contiguous"),
-                                   .sampled = sampled,
-                                   .counts = static_cast<int32_t*>(counts.data_ptr()),
-                                   .max_error = static_cast<double*>(max_error.data_ptr()),
-                                   .scratch = scratch.data_ptr(),
-                                   .stream = device.stream()});
-  return {counts, max_error};
+  const int64_t bins = bins_of(op, counts), segments = batch.segments();
+  op.check(table || bins == BinLayout::coarse_bins, "counts", counts, "of the bins of the coarse pass, where there is no table");
+  LovaszHistogramCount args{
+      .batch = batch,
+      .table = table ? table_data(op, "table", *table, segments, bins) : nullptr,
+      .segment_mask = op.data<const bool>("segment_mask", segment_mask, segments, DType::u8, "[rows, C] bool, contiguous"),
+      .sampled = sampled,
+      .find_largest = find_largest,
+      .bins = bins,
+      .counts = op.data<int32_t>("counts", counts, 2 * segments * bins, DType::i32, "[rows, C, 2, bins] int32, contiguous"),
+      .largest = op.data<uint32_t>("largest", largest, segments, DType::i32, "[rows, C] int32, contiguous"),
+      .scratch = nullptr,
+      .stream = device.stream()};
+  const Tensor scratch = scratch_memory(logits, kernels::lovasz_histogram_scratch_bytes(args));
+  args.scratch = scratch.data_ptr();
+  kernels::lovasz_histogram_count(args);
 }
 
-Tensor lovasz_histogram_allocate_bins(const Tensor& counts, std::optional<Tensor> counted_table, int64_t errors) {
-  const Op op("lovasz_histogram_allocate_bins");
-  const BinLayout layout(op.errors(errors));
-  op.check(on_device(counts) && counts.dim() == 4, "counts", counts, "[rows, C, 2, bins]");
+Tensor lovasz_histogram_place(const Tensor& counts, std::optional<Tensor> counted_table, int64_t errors, bool sampled,
+                              int64_t bins) {
+  const Op op("lovasz_histogram_place");
+  op.check(bins > BinLayout::table && bins <= BinLayout::max_bins, "bins", bins, "more than cells, and max_bins at the most");
   const Device device(counts);
-  const int64_t segments = counts.size(0) * counts.size(1);
-  const BinCounts data = counts_data(op, counts, segments, counted_table ? layout.bins : layout.coarse_bins);
-  const Tensor table = empty(counts, {counts.size(0), counts.size(1), layout.cells}, ScalarType::Int);
-  kernels::lovasz_histogram_allocate_bins(
-      {.errors = static_cast<Errors>(errors),
+  const int64_t counted_bins = bins_of(op, counts), segments = counts.size(0) * counts.size(1);
+  op.check(counted_table || counted_bins == BinLayout::coarse_bins, "counts", counts,
+           "of the bins of the coarse pass, where there is no table");
+  const Tensor table = empty(counts, {counts.size(0), counts.size(1), BinLayout::table, 2}, ScalarType::Float);
+  kernels::lovasz_histogram_place(
+      {.errors = op.errors(errors),
        .segments = segments,
-       .counts = data,
-       .counted_table = counted_table ? table_data(op, "counted_table", *counted_table, segments, layout) : nullptr,
-       .table = static_cast<uint32_t*>(table.data_ptr()),
+       .counts = counts_data(op, "counts", counts, segments, counted_bins),
+       .counted_bins = counted_bins,
+       .counted_table = counted_table ? table_data(op, "counted_table", *counted_table, segments, counted_bins) : nullptr,
+       .sampled = sampled,
+       .bins = bins,
+       .table = static_cast<Pair*>(table.data_ptr()),
        .stream = device.stream()});
   return table;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weigh(
-    const Tensor& logits, const Tensor& counts, const Tensor& max_error, const Tensor& table, std::optional<Tensor> selected,
-    bool present, std::optional<Tensor> class_weight, int64_t errors, bool per_image, int64_t reduction, bool upcast_loss) {
+    const Tensor& logits, const Tensor& counts, std::optional<Tensor> recounted_mask, std::optional<Tensor> recounts,
+    const Tensor& largest, const Tensor& table, std::optional<Tensor> selected, bool present,
+    std::optional<Tensor> class_weight, int64_t errors, bool per_image, int64_t reduction, bool upcast_loss) {
   const Op op("lovasz_histogram_weigh");
   const LovaszBatch batch = lovasz_batch(op, logits, errors, per_image);
   const Device device(logits);
-  const BinLayout layout(batch.errors);
-  const int64_t rows = batch.rows(), classes = batch.classes();
-  const ScalarType type = opmath_type_of(logits);
+  const int64_t rows = batch.rows(), classes = batch.classes(), segments = batch.segments(), bins = BinLayout::bins(classes);
   const LovaszLossTensors out(logits, batch, op.reduction(reduction), upcast_loss);
-  const Tensor weights = empty(logits, {rows, classes, 2, layout.bins}, type);
-  const Tensor max_weight = empty(logits, {rows, classes, 2}, type);
+  const Tensor weights = empty(logits, {rows, classes, 2, bins}, opmath_type_of(logits));
   const Tensor bounds = empty(logits, {rows, classes}, ScalarType::Double);
   const Tensor needs_rebin = empty(logits, {rows, classes}, ScalarType::Bool);
+  const Tensor better_table = empty(logits, {rows, classes, BinLayout::table, 2}, ScalarType::Float);
   const Tensor scratch = scratch_memory(logits, kernels::lovasz_histogram_weigh_scratch_bytes(batch));
-  kernels::lovasz_histogram_weigh({.batch = batch,
-                                   .selection = lovasz_selection(op, batch, selected, present),
-                                   .counts = counts_data(op, counts, batch.segments(), layout.bins),
-                                   .max_error = op.data<const double>("max_error", max_error, 2 * batch.segments(), DType::f64,
-                                                                      "[rows, C, 2] float64, contiguous, of a counting pass"),
-                                   .table = table_data(op, "table", table, batch.segments(), layout),
-                                   .out = out.output(op, batch, class_weight),
-                                   .weights = {weights.data_ptr(), max_weight.data_ptr()},
-                                   .bounds = static_cast<double*>(bounds.data_ptr()),
-                                   .needs_rebin = static_cast<bool*>(needs_rebin.data_ptr()),
-                                   .scratch = scratch.data_ptr(),
-                                   .stream = device.stream()});
-  return {out.loss, out.scale, weights, max_weight, bounds, needs_rebin};
+  op.check(recounted_mask.has_value() == recounts.has_value(), "recounts", recounts.has_value(), "given with recounted_mask");
+  const BinCounts first = counts_data(op, "counts", counts, segments, bins);
+  const BinCounts again = recounts ? counts_data(op, "recounts", *recounts, segments, bins) : first;
+  op.check(first.is_int64 == again.is_int64, "recounts", recounts.value_or(counts), "of the type of counts");
+  kernels::lovasz_histogram_weigh(
+      {.batch = batch,
+       .selection = lovasz_selection(op, batch, selected, present),
+       .bins = bins,
+       .counts = first,
+       .recounted_mask =
+           op.data<const bool>("recounted_mask", recounted_mask, segments, DType::u8, "[rows, C] bool, contiguous"),
+       .recounts = again,
+       .largest = op.data<const uint32_t>("largest", largest, segments, DType::i32,
+                                          "[rows, C] int32, contiguous, of a counting pass"),
+       .table = table_data(op, "table", table, segments, bins),
+       .out = out.output(op, batch, class_weight),
+       .weights = weights.data_ptr(),
+       .bounds = static_cast<double*>(bounds.data_ptr()),
+       .needs_rebin = static_cast<bool*>(needs_rebin.data_ptr()),
+       .better_table = static_cast<Pair*>(better_table.data_ptr()),
+       .scratch = scratch.data_ptr(),
+       .stream = device.stream()});
+  return {out.loss, out.scale, weights, bounds, needs_rebin, better_table};
 }
 
 Tensor lovasz_histogram_sum(const Tensor& logits, const Tensor& target, const Tensor& table, const Tensor& weights,
-                            const Tensor& max_weight, const Tensor& units, int64_t errors, bool per_image,
-                            std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
+                            const Tensor& units, int64_t errors, bool per_image, std::optional<int64_t> ignore_index,
+                            std::optional<int64_t> background_index) {
   const Op op("lovasz_histogram_sum");
   const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
-  op.check(batch.errors != Errors::softmax, "errors", errors, "1 (probabilities) or 2 (hinge): those of a softmax are bounded");
+  const int64_t bins = BinLayout::bins(batch.classes());
+  op.check(batch.errors != Errors::softmax, "errors", errors, "1 (probabilities) or 2 (hinge): that of a softmax follows from counts");
   const Tensor sums = empty(logits, {batch.rows(), batch.classes()}, ScalarType::Long);
   kernels::lovasz_histogram_sum(
       {.batch = batch,
-       .table = table_data(op, "table", table, batch.segments(), BinLayout(batch.errors)),
-       .weights = bin_weights(op, batch, weights, max_weight),
+       .bins = bins,
+       .table = table_data(op, "table", table, batch.segments(), bins),
+       .weights = weights_data(op, batch, weights),
        .units = op.data<const double>("units", units, batch.segments(), DType::f64, "[rows, C] float64, contiguous"),
        .sums = static_cast<int64_t*>(sums.data_ptr()),
        .stream = device.stream()});
@@ -129,16 +157,18 @@ Tensor lovasz_histogram_sum(const Tensor& logits, const Tensor& target, const Te
 }
 
 Tensor lovasz_histogram_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& table,
-                                 const Tensor& weights, const Tensor& max_weight, const Tensor& scale, int64_t errors,
-                                 bool per_image, std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+                                 const Tensor& weights, const Tensor& scale, int64_t errors, bool per_image,
+                                 std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
                                  int64_t reduction) {
   const Op op("lovasz_histogram_backward");
   const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
+  const int64_t bins = BinLayout::bins(batch.classes());
   const LovaszGradientTensors out(grad, logits);
   kernels::lovasz_histogram_backward({.batch = batch,
-                                      .table = table_data(op, "table", table, batch.segments(), BinLayout(batch.errors)),
-                                      .weights = bin_weights(op, batch, weights, max_weight),
+                                      .bins = bins,
+                                      .table = table_data(op, "table", table, batch.segments(), bins),
+                                      .weights = weights_data(op, batch, weights),
                                       .out = out.output(op, batch, scale, reduction),
                                       .stream = device.stream()});
   return out.grad_logits;
@@ -148,7 +178,7 @@ Tensor lovasz_histogram_backward(const Tensor& grad, const Tensor& logits, const
 
 VEERLOSS_OPERATORS(m) {
   m.impl("lovasz_histogram_count", TORCH_BOX(&lovasz_histogram_count));
-  m.impl("lovasz_histogram_allocate_bins", TORCH_BOX(&lovasz_histogram_allocate_bins));
+  m.impl("lovasz_histogram_place", TORCH_BOX(&lovasz_histogram_place));
   m.impl("lovasz_histogram_weigh", TORCH_BOX(&lovasz_histogram_weigh));
   m.impl("lovasz_histogram_sum", TORCH_BOX(&lovasz_histogram_sum));
   m.impl("lovasz_histogram_backward", TORCH_BOX(&lovasz_histogram_backward));

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import loss_dtype, opmath_dtype, widened
+from .._layout import Errors, bin_count
 from . import histogram
 
 AllReduce = Callable[[Tensor, str], Tensor]
@@ -77,7 +78,7 @@ def lovasz_softmax_loss(
         errors = (foreground.to(x.dtype) - x).abs() + (x - x).detach()
     valid = valid.expand_as(errors)
     segments = _segments(errors, foreground, valid, per_image)
-    values, bounds, has_foreground, has_valid = _values(*segments, method, from_logits, all_reduce)
+    values, bounds, has_foreground, has_valid = _values(*segments, method, Errors.SOFTMAX if from_logits else Errors.PROBABILITIES, all_reduce)
 
     selected = has_valid
     if isinstance(classes, str):
@@ -122,7 +123,7 @@ def lovasz_hinge_loss(
     sign = torch.where(foreground, 1.0, -1.0).to(x.dtype)
     errors = torch.relu(1 - sign * x) + (x - x).detach()  # an infinite logit: NaN
     segments = _segments(errors, foreground, valid, per_image)
-    values, bounds, _, _ = _values(*segments, method, False, all_reduce)
+    values, bounds, _, _ = _values(*segments, method, Errors.HINGE, all_reduce)
     values, bounds = values[:, 0], bounds[:, 0]
     if reduction == "none":
         loss = values if per_image else values[0]
@@ -144,7 +145,7 @@ def _segments(errors: Tensor, foreground: Tensor, valid: Tensor, per_image: bool
 
 
 def _values(
-    errors: Tensor, foreground: Tensor, valid: Tensor, method: str, bounded: bool, all_reduce: AllReduce
+    errors: Tensor, foreground: Tensor, valid: Tensor, method: str, kind: Errors, all_reduce: AllReduce
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of segments [N, C, P]: losses, certificates, and whether they have foreground and valid pixels; [N, C]."""
     used = torch.where(valid, errors, torch.zeros_like(errors))
@@ -154,7 +155,9 @@ def _values(
     values, bounds = used.sum(-1), torch.zeros(used.shape[:2], dtype=torch.float64, device=used.device)
     for n, c in torch.cartesian_prod(*(torch.arange(size) for size in bounds.shape)).tolist():
         e, inside = errors[n, c], valid[n, c]
-        weights, loss, bounds[n, c] = histogram.segment(e[inside].detach(), foreground[n, c][inside], bounded, all_reduce)
+        weights, loss, bounds[n, c] = histogram.segment(
+            e[inside].detach(), foreground[n, c][inside], kind, bin_count(errors.size(1)), all_reduce
+        )
         weighted = (weights.to(e.dtype) * e[inside]).sum()
         values[n, c] = weighted + (loss - weighted).detach()  # the loss by the counts, the gradient by the weights
     counts = torch.stack([foreground.sum(-1), valid.sum(-1)])

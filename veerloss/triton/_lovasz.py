@@ -1,4 +1,4 @@
-"""What both methods of the Lovász losses share: the logits and the target of a call in tiles, and the loss of a batch from
+"""What the kernels of the Lovász losses share: the logits and the target of a call in tiles, and the loss of a batch from
 those of its segments.
 
 A segment is one class over the pixels of the batch, or of an image with per_image; tensors of one value per segment are
@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .._arguments import opmath_dtype
-from .._layout import SAMPLE_RUN, SAMPLE_STEP, Errors, Reduction
+from .._layout import Errors, Reduction
 from ..ops import loss_dtype_of, per_segment_shape
 from . import _tuning
 from ._constants import MEAN, NONE
 from ._launch import as_bytes, check, check_data, check_like, check_logits, next_power_of_2, on_device, opmath_t, strides
 
-#: Method "exact" keeps a pixel's index in 31 bits, "histogram" a count.
+#: A pixel's index takes 31 bits.
 MAX_SEGMENT = 2**31
 
 
@@ -28,7 +28,7 @@ class Tiles:
     """The logits of a call in tiles, each for one of `programs`. Images of one pixel fold into one image of many, unless each
     is a segment of its own."""
 
-    def __init__(self, logits: Tensor, errors: int, per_image: bool, *, sampled: bool = False) -> None:
+    def __init__(self, logits: Tensor, errors: int, per_image: bool) -> None:
         check_logits(logits)
         n, c, p = logits.shape
         check(errors != Errors.HINGE or c == 1, "logits", logits, "[N, 1, P] for a hinge")
@@ -42,7 +42,7 @@ class Tiles:
         block_c = min(next_power_of_2(c), _tuning.LOVASZ_MAX_CLASSES)
         max_pixels = min(_tuning.LOVASZ_TILE // block_c, _tuning.LOVASZ_MAX_PIXELS)
         block_p = min(max_pixels, max(next_power_of_2(pixels), _tuning.LOVASZ_MIN_PIXELS))
-        image_tiles = triton.cdiv(triton.cdiv(pixels, SAMPLE_STEP) * SAMPLE_RUN if sampled else pixels, block_p)
+        image_tiles = triton.cdiv(pixels, block_p)
         self.programs = images * image_tiles if c > 0 else 0
         #: Of every kernel that reads the logits.
         self.arguments = {

@@ -30,8 +30,7 @@ SOFTMAX_MIN_PIXELS = 16
 
 # ---- Lovász losses
 
-#: Values of a tile of pixels and classes, 8 to a thread, and warps. With twice as many the look-ups of method "histogram" take
-#: all registers that a thread can have, with four times as many they spill.
+#: Values of a tile of pixels and classes, 8 to a thread, and warps.
 LOVASZ_TILE, LOVASZ_WARPS = 1024, 4
 #: Classes and pixels of a tile.
 LOVASZ_MAX_CLASSES, LOVASZ_MIN_PIXELS, LOVASZ_MAX_PIXELS = 32, 16, 512
@@ -42,12 +41,3 @@ REDUCE_STEP, REDUCE_WARPS = 1024, 1
 
 #: Sorted pixels to a program, at least and at most.
 MIN_RANKS, MAX_RANKS = 16, 1024
-
-# ---- method "histogram"
-
-#: Bins to a step of the program that weighs a segment's bins, and warps.
-WEIGH_STEP, WEIGH_WARPS = 1024, 8
-#: Warps of the program that allocates the bins of a segment, all cells at once: 2048, 8 to a thread.
-ALLOCATE_WARPS = 8
-#: Partial results to a step of the program that finds the largest error of a segment.
-MAX_ERROR_STEP = 2048

@@ -49,7 +49,7 @@ std::vector<SegmentCounts<T>> write_keys(const LovaszBatch& b, const SegmentTile
   std::vector<SegmentCounts<T>> counts(b.segments());
   std::mutex mutex;
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> t(g.channels, capacity, false);
+    TileRows<T> t(g.channels, capacity, false, false);
     std::vector<SegmentCounts<T>> thread_counts(b.segments());
     std::vector<typename ErrorKey<T>::Word> of_span(capacity + 16);
     std::vector<uint16_t> mask(capacity / 16);

@@ -20,16 +20,18 @@ namespace veerloss {
 // The rows of one tile: the buffers of a thread.
 template <class T>
 struct TileRows {
-  TileRows(int64_t classes, int64_t tile, bool gradient)
+  // keep_logits: exponentials have rows of their own.
+  TileRows(int64_t classes, int64_t tile, bool gradient, bool keep_logits)
       : label(tile + 1),
         index(tile + 1),
         offset(tile),
         has_weight(gradient ? tile : 0),
         total(classes > classes_per_sum ? tile : 0),
-        storage(tile * ((gradient ? 2 : 1) * classes + (gradient ? 6 : 4))) {
+        storage(tile * ((1 + gradient + keep_logits) * classes + (gradient ? 6 : 4))) {
     T* next = storage.data();
     const auto take = [&](int64_t rows) { return std::exchange(next, next + rows * tile); };
     values = exps = take(classes);
+    if (keep_logits) exps = take(classes);
     max_logit = take(1);
     max_count = take(1);
     sumexp_excl_max = take(1);
@@ -44,8 +46,10 @@ struct TileRows {
   std::vector<int32_t> has_weight;    // [tile]
   std::vector<double> total;          // [tile]: see SoftmaxTiles::end_part
   std::vector<T> storage;
-  // [classes][tile]: logits or probabilities; those of a softmax are overwritten by their exponentials, under the other name.
+  // [classes][tile]: logits or probabilities, and the exponentials of a softmax; unless logits are kept, in their place.
   T *values, *exps;
+  const T* logits = nullptr;  // [classes][logits_stride] of a softmax: `values`, or where the tensor has them
+  int64_t logits_stride = 0;
   T *max_logit, *max_count, *sumexp_excl_max, *inv_sumexp;  // [tile], of a softmax
   T* grad = nullptr;                                        // [classes][tile]
   T *pivot = nullptr, *others = nullptr;                    // [tile]: see GradientTiles
@@ -128,19 +132,40 @@ class SegmentTiles {
     constexpr int64_t chunk = 1024;
     int32_t label[chunk];
     int64_t size = 0, before = tile.before;
-    for (int64_t done = 0; size < tile.size; done += chunk) {
-      const int64_t n = std::min(chunk, span.count - done);
-      load_labels(label, b.target, b.geometry, b.rule, {span.first + done, n}, bad);
-      for (int64_t i = 0; sampled_ && i < n; ++i) {
-        const bool counts = label[i] != label_ignored;
-        if (before % sample_step >= sample_run) label[i] = label_ignored;
-        before += counts;
+    // Without ignored pixels the runs of a sample are known: a sixteenth of the labels.
+    const bool runs = sampled_ && !b.rule.has_ignore;
+    for (int64_t done = 0; size < tile.size;) {
+      const int64_t at = before % sample_step;
+      if (runs && at >= sample_run) {
+        done += sample_step - at;
+        before += sample_step - at;
+        continue;
       }
+      const int64_t n = std::min(runs ? sample_run - at : chunk, tile.span.count - done);
+      load_labels(label, b.target, b.geometry, b.rule, {tile.span.first + done, n}, bad);
+      if (runs)
+        before += n;
+      else if (sampled_)
+        before = mark_sample(label, n, before);
       size += select_pixels(label, n, static_cast<int32_t>(done), rows.index.data() + size, rows.label.data() + size);
+      done += n;
     }
   }
 
  private:
+  // Marks the pixels that are not in the sample as ignored; `before` pixels of the image count before them. Returns how many do
+  // after them.
+  static int64_t mark_sample(int32_t* label, int64_t n, int64_t before) {
+    int64_t at = before % sample_step;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t counts = label[i] != label_ignored;
+      if (at >= sample_run) label[i] = label_ignored;
+      at = at + counts == sample_step ? 0 : at + counts;
+      before += counts;
+    }
+    return before;
+  }
+
   // How many of the first `n` pixels are in the sample.
   static int64_t sampled_before(int64_t n) { return n / sample_step * sample_run + std::min(n % sample_step, sample_run); }
 
@@ -155,21 +180,21 @@ void load_tile(const LovaszBatch& b, const Tile& tile, int64_t capacity, TileRow
   const Geometry& g = b.geometry;
   const bool softmax = b.errors == Errors::softmax;
   const int64_t n = tile.loaded();
-  const T* logits = softmax && !tile.sparse() ? row_in_place<T>(b.logits, g, 0, tile.span) : nullptr;
-  const int64_t stride = logits ? b.logits.stride_channel : capacity;
+  const T* in_place = softmax && !tile.sparse() ? row_in_place<T>(b.logits, g, 0, tile.span) : nullptr;
   if (tile.sparse()) pixel_offsets(rows.offset.data(), b.logits, g, tile.span.first, rows.index.data(), n);
-  for (int64_t c = 0; !logits && c < g.channels; ++c) {
+  for (int64_t c = 0; !in_place && c < g.channels; ++c) {
     if (tile.sparse())
       gather_row(rows.values + c * capacity, b.logits, c, rows.offset.data(), n);
     else
       load_row(rows.values + c * capacity, b.logits, g, c, tile.span);
   }
-  if (softmax) {
-    if (!logits) logits = rows.values;
-    VEERLOSS_DISPATCH(SoftmaxTiles::maximum(logits, g.channels, stride, n, rows.max_logit));
-    VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(logits, stride, rows.exps, g.channels, capacity, n, rows.max_logit,
-                                                 rows.max_count, rows.sumexp_excl_max, rows.inv_sumexp, rows.total.data()));
-  }
+  if (!softmax) return;
+  rows.logits = in_place ? in_place : rows.values;
+  rows.logits_stride = in_place ? b.logits.stride_channel : capacity;
+  VEERLOSS_DISPATCH(SoftmaxTiles::maximum(rows.logits, g.channels, rows.logits_stride, n, rows.max_logit));
+  VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(rows.logits, rows.logits_stride, rows.exps, g.channels, capacity, n,
+                                               rows.max_logit, rows.max_count, rows.sumexp_excl_max, rows.inv_sumexp,
+                                               rows.total.data()));
 }
 
 inline void raise_if_bad(const BadTarget& bad, const LovaszBatch& b) {

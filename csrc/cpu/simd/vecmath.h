@@ -119,6 +119,8 @@ struct VecMath {
     return n * F::ln2_high + (f * polynomial(F::log1p_over_x_near_0, f) + n * F::ln2_low) + (x - x);
   }
 
+  static VEERLOSS_HD T log2(T x) { return log(x) * T(1.44269504088896340736); }
+
   // ln(1 + x) for 0 <= x <= 1.
   static VEERLOSS_HD T log1p_unit(T x) { return x * polynomial(F::log1p_over_x_unit, x); }
 

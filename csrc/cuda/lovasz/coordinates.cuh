@@ -1,0 +1,176 @@
+// Method "histogram" on a GPU: the coordinates of a pixel's errors (math/bins.h), and the pixels of a block. Counting and gradient
+// compute coordinates with the same operations in the same order, and so find the same bins.
+#pragma once
+
+#include "../../math/bins.h"
+#include "../registers.cuh"
+
+namespace veerloss {
+
+// ---- arithmetic
+
+struct DeviceMath {
+  // Of normal x > 0. In float32 one instruction, accurate to 2^-22.
+  static __device__ float log2(float x) {
+#if defined(VEERLOSS_EMULATED)
+    return std::log2(x);
+#else
+    float result;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#endif
+  }
+  static __device__ double log2(double x) { return ::log2(x); }
+};
+
+// a * b + c rounded once, whatever the compiler makes of other sums of products.
+__device__ inline float fma_rn(float a, float b, float c) {
+#if defined(VEERLOSS_EMULATED)
+  return std::fma(a, b, c);
+#else
+  return __fmaf_rn(a, b, c);
+#endif
+}
+
+// To [0, 1]; NaN becomes 0. Part of the instruction that makes x.
+__device__ inline float saturate(float x) {
+#if defined(VEERLOSS_EMULATED)
+  return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f;
+#else
+  return __saturatef(x);
+#endif
+}
+
+// As in math/bins.h, where compilers are free to round the product.
+__device__ inline float device_position(float coordinate, Pair window) {
+  return saturate(fma_rn(coordinate, window.scale, window.offset));
+}
+__device__ inline uint32_t device_cell_offset(float position) {
+  return bit_cast<uint32_t>(fma_rn(position, cell_scale, BinLayout::magic)) & (8 * BinLayout::cells - 8);
+}
+__device__ inline uint32_t device_bin_offset(float position, Pair cell) {
+  return bit_cast<uint32_t>(fma_rn(position, cell.scale, cell.offset)) & (4 * BinLayout::max_bins - 4);
+}
+
+// Four times the bin of a coordinate. `table`: of a segment, in any memory; 8-byte aligned.
+__device__ inline uint32_t bin_offset_of(float coordinate, const Pair* table) {
+  const float position = device_position(coordinate, table[0]);
+  const auto* cells = reinterpret_cast<const char*>(table + 1);
+  return device_bin_offset(position, *reinterpret_cast<const Pair*>(cells + device_cell_offset(position)));
+}
+
+// ---- softmax
+
+// What the classes of a pixel share. A class has `below`, (logit - largest logit) log2(e): 2^below is its exponential.
+template <class T>
+struct PixelCoordinates {
+  T shared, top;
+
+  __device__ explicit PixelCoordinates(T sumexp_excl_max) {
+    const T log2_sum = DeviceMath::log2(add_rn(T(1), sumexp_excl_max));
+    shared = T(1) - log2_sum;
+    top = top_coordinate<DeviceMath>(sumexp_excl_max, log2_sum);
+  }
+  // Of background; foreground has its negative.
+  __device__ float of(T below) const { return static_cast<float>(below == T(0) ? top : add_rn(below, shared)); }
+};
+
+template <class T>
+__device__ inline T below_largest(T logit, T max_logit) {
+  return mul_rn(add_rn(logit, -max_logit), T(log2_e));
+}
+
+__device__ inline float exp2_of(float below) {
+#if defined(VEERLOSS_EMULATED)
+  return exp2f(below);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(below));
+  return result;
+#endif
+}
+__device__ inline double exp2_of(double below) {
+  return exp2(below);
+}
+
+// Of more classes than registers hold, or of any: reads the logits of a pixel twice, the second time from the cache. The same
+// operations in the same order as those of classes in registers.
+template <class In>
+__device__ inline Softmax<opmath_t<In>> statistics_of_pixel(const View& logits, int64_t classes, int64_t image, int64_t pixel) {
+  using T = opmath_t<In>;
+  ClassPointer<In> at(logits, image, pixel);
+  T max_logit = at.load();
+  for (int64_t c = 1; c < classes; ++c) {
+    ++at;
+    max_logit = max_or_nan(max_logit, at.load());
+  }
+  SumExclMax<T> sum;
+  SumOfParts<T> parts;
+  at = ClassPointer<In>(logits, image, pixel);
+  for (int64_t c = 0; c < classes; ++c, ++at) {
+    parts.before(c, sum.sum);
+    sum.add(exp2_of(below_largest(at.load(), max_logit)));
+  }
+  parts.end(classes, sum.sum);
+  return {max_logit, sum.sum};
+}
+
+// ---- probabilities, hinge
+
+// The coordinate of an error up to its sign; -infinity for 0, NaN for what is none.
+template <Errors errors, class T>
+__device__ inline float coordinate_of_error(T x, bool foreground) {
+  const T error = magnitude(signed_error(errors, x, foreground)), least = T(0x1p-126);
+  const T positive = error < least ? least : error;
+  const T found = errors == Errors::probabilities ? folded_coordinate<DeviceMath>(positive) : DeviceMath::log2(positive);
+  const T infinite = std::numeric_limits<T>::infinity();
+  return static_cast<float>(error == T(0) ? -infinite : found + (x - x));
+}
+
+// ---- pixels of a block
+
+// A block has a chunk of an image, or of the pixels of all images as one sequence (`flat`: small images of one segment).
+// Of a sample, chunk and pixels count those of the sample, also past the end of the image; see sampled_pixel.
+struct Chunks {
+  int64_t images, pixels;  // pixels of an image, or with `flat` of all
+  int64_t chunk, chunks;   // pixels of a chunk, chunks of an image
+  bool flat, sampled;
+  uint32_t image_pixels;
+};
+
+// tile: pixels that a block takes at a time; most: at most so many of them.
+inline Chunks chunks_of(const LovaszBatch& b, int64_t tile, int64_t most, int64_t blocks_at_once, int64_t groups, bool sampled) {
+  const auto& [images, classes, pixels] = b.geometry;
+  Chunks c{};
+  c.sampled = sampled;
+  c.image_pixels = static_cast<uint32_t>(pixels);
+  c.flat = !sampled && !b.per_image && images > 1 && pixels < 8 * tile;
+  c.images = c.flat ? 1 : images;
+  c.pixels = sampled ? ceil_div(pixels, sample_step) * sample_run : pixels * (c.flat ? images : 1);
+  // As many blocks as run at once, or a multiple: each with the same number of tiles.
+  const int64_t tiles = ceil_div(c.pixels, tile), wanted = ceil_div(blocks_at_once, c.images * groups > 0 ? c.images * groups : 1);
+  const int64_t chunk = ceil_div(tiles, wanted > 0 ? wanted : 1);
+  c.chunk = tile * (chunk < 1 ? 1 : chunk > most ? most : chunk);
+  c.chunks = ceil_div(c.pixels, c.chunk);
+  return c;
+}
+
+// Pixel j of an image's sample, or of the image; -1 past its end.
+__device__ inline int64_t sampled_pixel(int64_t j, bool sampled, int64_t pixels) {
+  if (!sampled) return j;
+  const auto i = static_cast<uint32_t>(j);
+  const int64_t pixel = static_cast<int64_t>(i / sample_run) * sample_step + i % sample_run;
+  return pixel < pixels ? pixel : -1;
+}
+
+struct BlockPixel {
+  int64_t image, pixel;  // pixel -1: none
+};
+
+__device__ inline BlockPixel block_pixel(const Chunks& chunks, int64_t image, int64_t j) {
+  if (!chunks.flat) return {image, sampled_pixel(j, chunks.sampled, chunks.image_pixels)};
+  const auto i = static_cast<uint32_t>(j);  // one segment: j < 2^31
+  return {i / chunks.image_pixels, i % chunks.image_pixels};
+}
+
+}  // namespace veerloss
