@@ -19,6 +19,7 @@ from veerloss import lovasz_hinge_loss, lovasz_softmax_loss
 SIGMOID_FOCAL_KERNELS = ("native", "triton")
 SOFTMAX_FOCAL_KERNELS = ("native", "triton", "emulated")
 LOVASZ_KERNELS = ("native", "triton", "emulated")
+HISTOGRAM_KERNELS = ("native", "emulated")  # of method "histogram" Triton has none
 
 
 def _over_backends(*names: str) -> pytest.MarkDecorator:
@@ -32,6 +33,8 @@ over_softmax_focal = _over_backends(*SOFTMAX_FOCAL_KERNELS, "reference")
 #: Of tests of both focal losses, which have the loss as a parameter: `runs` leaves out what a backend has no kernels of.
 over_focal_kernels, over_focal = over_softmax_focal_kernels, over_softmax_focal
 over_lovasz_kernels = _over_backends(*LOVASZ_KERNELS)
+over_histogram_kernels = _over_backends(*HISTOGRAM_KERNELS)
+over_histogram = _over_backends(*HISTOGRAM_KERNELS, "reference")
 over_lovasz = _over_backends(*LOVASZ_KERNELS, "reference")
 
 METHODS = ("exact", "histogram")
@@ -97,18 +100,17 @@ def lovasz_case(kind: str, x: Tensor) -> tuple[Callable, Tensor, dict]:
 
 #: Sizes of veerloss/triton/_tuning.py for the interpreter, which takes as long for a small array as for one of thousands.
 INTERPRETED_TILES = {
-    "SIGMOID_TILE": 1 << 14, "SOFTMAX_TILE": 1 << 14, "LOVASZ_TILE": 8192, "LOVASZ_MAX_PIXELS": 1024, "WEIGH_STEP": 8192,
+    "SIGMOID_TILE": 1 << 14, "SOFTMAX_TILE": 1 << 14, "LOVASZ_TILE": 8192, "LOVASZ_MAX_PIXELS": 1024
 }  # fmt: skip
 
 
-def some_layouts(x: Tensor, backend: str, method: str = "", *, hinge: bool = False) -> dict[str, Tensor]:
+def some_layouts(x: Tensor, backend: str, *, hinge: bool = False) -> dict[str, Tensor]:
     """All layouts (of binary logits [N, *] those that have no copy made of them), or of a slow backend some."""
     found = layouts(x)
     if hinge:
         found.pop("channels_last", None)
     if backend == "triton":
-        # Of "histogram" each takes a second, most of it for the bins, which know no layout. Of many classes too.
-        if method == "histogram" or (x.dim() > 1 and x.size(1) >= 19):
+        if x.dim() > 1 and x.size(1) >= 19:  # each takes a second
             name = "every other pixel" if hinge else "channels_last"
             return {name: found[name]}
         # What differs is the conversion of a value that was loaded, which layouts do not change.
@@ -123,7 +125,8 @@ def runs(backend: str, test: str, point: dict, examples: bool) -> bool:
     if backend == "triton":
         # Programs have pixels of one image, and each takes as long as the first: a few images do as well as many.
         slow = examples or shape[0] > FEW_IMAGES[0] or point.get("pixels", 0) > 20_000
-        return not slow and _TRITON.get(test, _always)(**point)
+        none = point.get("method") == "histogram"
+        return not slow and not none and _TRITON.get(test, _always)(**point)
     if backend == "emulated":
         # float16: the emulator converts it as bfloat16, by the functions of CUDA's own headers.
         slow = point.get("dtype") == torch.float16 or point.get("pixels", 0) > 65_537
@@ -173,15 +176,13 @@ _TRITON = {
     ),
     "test_focal.test_softmax_confident_pixels_keep_their_digits": lambda gamma, **_: gamma in (0.0, 0.5, 2.0),
     "test_focal.test_gamma_0_is_cross_entropy": lambda shape, **_: shape == (3, 4, 5, 6),
-    # A segment takes 50 ms for its bins; and of one image the batch is the image.
-    "test_lovasz.test_softmax_grid": lambda shape, options, dtype, method, **_: (
-        (dtype == _FLOAT32 or shape == SHAPES[5])
-        and (options == {} if method == "histogram" else options == {} or (shape[0] > 1 and len(shape) > 2))
-        and (method == "exact" or shape[1] <= 5)
+    # Of one image the batch is the image.
+    "test_lovasz.test_softmax_grid": lambda shape, options, dtype, **_: (
+        (dtype == _FLOAT32 or shape == SHAPES[5]) and (options == {} or (shape[0] > 1 and len(shape) > 2))
     ),
-    "test_lovasz.test_softmax_options": lambda classes, per_image, from_logits, weighted, reduction, method, **_: (
+    "test_lovasz.test_softmax_options": lambda classes, from_logits, weighted, reduction, **_: (
         (from_logits, weighted, reduction) in ((True, True, "none"), (True, False, "mean"), (False, True, "sum"))
-        and ((classes, per_image) in (("present", True), ((4, 0, 3), False)) if method == "histogram" else classes != [1])
+        and classes != [1]
     ),
     "test_lovasz.test_equal_terms_of_many_classes": lambda classes, **_: classes == 1000,
     "test_lovasz.test_probabilities": lambda per_image, **_: not per_image,
@@ -190,7 +191,7 @@ _TRITON = {
     ),
     "test_lovasz.test_hinge_options": lambda reduction, **_: reduction != "sum",
     "test_lovasz.test_sort_sizes": lambda pixels, scale, dtype, **_: pixels > 1000 and scale == 3.0 and dtype == _FLOAT32,
-    "test_lovasz_edges.test_every_nan_is_one": lambda bits, method, **_: method == "exact" and bits in (0x7F800001, 0xFFFFFFFF),
+    "test_lovasz_edges.test_every_nan_is_one": lambda bits, **_: bits in (0x7F800001, 0xFFFFFFFF),
     "test_lovasz_edges.test_all_ignored_is_zero_with_zero_gradient": lambda reduction, **_: reduction != "sum",
     "test_ops.test_opcheck": _strided,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from grid import labels, logits
 
-from veerloss._layout import Errors, Reduction
+from veerloss._layout import COARSE_BINS, Errors, Reduction, bin_count
 
 FOCAL, LOVASZ = ("sigmoid_focal", "softmax_focal"), ("lovasz_exact", "lovasz_histogram")
 HINGE = 3  # the first of the samples of LOVASZ that are hinges
@@ -78,26 +78,36 @@ def valid(operators, operator: str) -> dict:
         return arguments
     if operator.endswith("_backward"):
         return backward_arguments(operators, stem, arguments)
-    known = arguments | {"table": None, "counted_table": None, "segment_mask": None, "sampled": False}
+    x = arguments["logits"]
+    segments = (x.size(0) if arguments["per_image"] else 1, x.size(1))
+    known = arguments | {
+        "table": None, "counted_table": None, "segment_mask": None, "sampled": False, "find_largest": True,
+        "recounted_mask": None, "recounts": None, "bins": bin_count(x.size(1)),
+    }  # fmt: skip
 
     def of(name: str) -> dict:
         return {argument: known[argument] for argument in names(getattr(operators, name).default._schema.arguments)}
 
     # The steps of method "histogram", each of which takes what those before it have made.
-    for step in ("count", "allocate_bins", "count", "weigh", "sum"):
+    for step in ("count", "place", "count", "weigh", "sum"):
         name = f"lovasz_histogram_{step}"
+        if step == "count":  # which adds to these
+            known["counts"] = torch.zeros(
+                (*segments, 2, COARSE_BINS if known["table"] is None else known["bins"]), dtype=torch.int32
+            )
+            known["largest"] = torch.zeros(segments, dtype=torch.int32)
         if name == operator and (step != "count" or known["table"] is not None):
             break
         results = getattr(operators, name)(**of(name))
         results = results if isinstance(results, (tuple, list)) else (results,)
-        known |= dict(zip(RESULTS[step], results, strict=True))
+        known |= dict(zip(RESULTS[step], results, strict=True)) if step != "count" else {}
     return of(operator)
 
 
 RESULTS = {
-    "count": ("counts", "max_error"),
-    "allocate_bins": ("table",),
-    "weigh": ("loss", "scale", "weights", "max_weight", "units", "needs_rebin"),  # bounds do as units: float64 [rows, C]
+    "place": ("table",),
+    # Bounds do as units: float64 [rows, C].
+    "weigh": ("loss", "scale", "weights", "units", "needs_rebin", "better_table"),
 }
 
 

@@ -52,7 +52,7 @@ def binary_target(shape, *, ignore_index=None):
 @pytest.mark.parametrize("shape", [*SHAPES, FEW_IMAGES], ids=str)
 def test_softmax_grid(shape, options, dtype, method, backend):
     target = labels(shape, shape[1], ignore_index=255)
-    x = some_layouts(logits(shape, dtype), backend, method)
+    x = some_layouts(logits(shape, dtype), backend)
     common = {"ignore_index": 255, "method": method, "slack": SLACK[method], "backend": backend}
     check_loss(lovasz_softmax_loss, x, target, **options, **common)
 
@@ -86,7 +86,7 @@ def test_softmax_options(classes, per_image, from_logits, weighted, reduction, m
 def test_probabilities(per_image, dtype, method, backend):
     p = logits((2, 5, 31, 33)).softmax(1).to(dtype)
     check_loss(
-        lovasz_softmax_loss, some_layouts(p, backend, method), labels(p.shape, 5), from_logits=False, per_image=per_image,
+        lovasz_softmax_loss, some_layouts(p, backend), labels(p.shape, 5), from_logits=False, per_image=per_image,
         method=method, slack=SLACK[method], backend=backend,
     )  # fmt: skip
 
@@ -115,7 +115,7 @@ def test_probabilities_outside_0_1_slope_as_the_error_does(factor, method, backe
 @pytest.mark.parametrize("shape", [(1, 1), (5,), (5, 1), (3, 17), (2, 31, 33), (70, 2, 2), (2, 3, 5, 7)], ids=str)
 def test_hinge_grid(shape, scale, dtype, method, backend):
     target = binary_target(shape, ignore_index=255)
-    x = some_layouts(logits(shape, dtype, scale=scale), backend, method, hinge=True)
+    x = some_layouts(logits(shape, dtype, scale=scale), backend, hinge=True)
     common = {"ignore_index": 255, "method": method, "slack": SLACK[method], "backend": backend}
     for options in ({"reduction": "none"}, {"per_image": False}):
         if len(shape) == 1 and options.get("per_image", True):
@@ -396,7 +396,7 @@ def test_ignored_pixels_are_left_out(share, per_image, kind, method, backend):
     if kind == "hinge":
         target = target.where(target == 255, target % 2)
     options |= {"per_image": per_image, "ignore_index": 255, "method": method, "slack": SLACK[method]}
-    check_loss(loss, some_layouts(x, backend, method, hinge=kind == "hinge"), target, backend=backend, **options)
+    check_loss(loss, some_layouts(x, backend, hinge=kind == "hinge"), target, backend=backend, **options)
 
 
 @pytest.mark.parametrize("method", ["exact", "histogram", "auto"])

@@ -4,17 +4,18 @@ import math
 
 import pytest
 import torch
-from grid import labels, layouts, logits, over_lovasz_kernels
+from grid import labels, layouts, logits, over_histogram_kernels
 from samples import FOCAL, HINGE, LOVASZ, backward_arguments, names, samples, strided, valid
 from torch.library import opcheck
 
 import veerloss
 from veerloss import _arguments, _autograd, ops
-from veerloss._layout import Errors
+from veerloss._layout import MAX_BINS, TABLE, Errors
 
 # (backend, operator family)
 OPERATORS = [(b, stem) for b in ("native", "triton") for stem in FOCAL]
-OPERATORS += [(b, stem) for b in ("native", "triton", "emulated") for stem in LOVASZ]
+OPERATORS += [(b, "lovasz_exact") for b in ("native", "triton", "emulated")]
+OPERATORS += [(b, "lovasz_histogram") for b in ("native", "emulated")]
 OPERATORS += [("emulated", "softmax_focal")]
 over_samples = pytest.mark.parametrize(
     ("backend", "stem", "case"), [(b, stem, i) for b, stem in OPERATORS for i in range(len(samples()[stem]))],
@@ -36,8 +37,7 @@ def test_opcheck(backend, stem, case, layout):
     opcheck(getattr(ops.operators(backend), f"{stem}_backward").default, (), arguments)
 
 
-@pytest.mark.parametrize("stem", ops.FAMILIES)
-@pytest.mark.parametrize("namespace", ops.NAMESPACES.values())
+@pytest.mark.parametrize(("namespace", "stem"), [(n, stem) for n in ops.NAMESPACES.values() for stem in ops.stems_of(n)])
 def test_backward_takes_arguments_and_results_of_forward(namespace, stem):
     """By name: that is what autograd goes by. And `logits` is the argument that has a gradient."""
     forward, backward = (getattr(getattr(torch.ops, namespace), f"{stem}_{d}").default._schema for d in ("forward", "backward"))
@@ -86,14 +86,26 @@ BAD = [
     ("lovasz_exact_backward", "weights", lambda _: torch.zeros(0)),
     ("lovasz_exact_backward", "weights", torch.Tensor.half),
     ("lovasz_exact_backward", "scale", shorter),
-    ("lovasz_histogram_count", "table", lambda _: torch.zeros(3, dtype=torch.int32)),
-    ("lovasz_histogram_allocate_bins", "counts", shorter),
+    ("lovasz_histogram_count", "table", shorter),
+    ("lovasz_histogram_count", "table", torch.Tensor.double),
+    ("lovasz_histogram_count", "counts", torch.Tensor.long),
+    ("lovasz_histogram_count", "counts", lambda counts: counts[..., :100].contiguous()),
+    ("lovasz_histogram_count", "largest", shorter),
+    ("lovasz_histogram_count", "largest", torch.Tensor.long),
+    ("lovasz_histogram_count", "segment_mask", lambda _: torch.ones(2, dtype=torch.bool)),
+    ("lovasz_histogram_place", "counts", shorter),
+    ("lovasz_histogram_place", "counts", torch.Tensor.double),
+    ("lovasz_histogram_place", "counts", lambda counts: counts[..., :-1].contiguous()),
+    ("lovasz_histogram_place", "counted_table", lambda _: torch.ones(5)),
+    ("lovasz_histogram_place", "bins", lambda _: TABLE),
+    ("lovasz_histogram_place", "bins", lambda _: MAX_BINS + 1),
     ("lovasz_histogram_weigh", "counts", shorter),
-    ("lovasz_histogram_weigh", "max_error", shorter),
+    ("lovasz_histogram_weigh", "largest", shorter),
     ("lovasz_histogram_weigh", "table", shorter),
+    ("lovasz_histogram_weigh", "recounts", lambda _: torch.zeros((1, 3, 2, 8192), dtype=torch.int32)),
     ("lovasz_histogram_sum", "units", shorter),
     ("lovasz_histogram_sum", "errors", lambda _: Errors.SOFTMAX),
-    *(("lovasz_histogram_backward", name, shorter) for name in ("table", "weights", "max_weight", "scale")),
+    *(("lovasz_histogram_backward", name, shorter) for name in ("table", "weights", "scale")),
 ]
 
 
@@ -113,25 +125,32 @@ def test_operators_check_their_arguments(backend, operator, argument, spoil):
         getattr(operators, operator)(**arguments | {argument: spoil(arguments[argument])})
 
 
-@pytest.mark.parametrize("stem", LOVASZ)
-@over_lovasz_kernels
+@pytest.mark.parametrize(("backend", "stem"), [o for o in OPERATORS if o[1] in LOVASZ], indirect=["backend"])
 def test_a_hinge_has_one_channel(backend, stem):
     arguments = samples()[stem][HINGE] | {"logits": logits((2, 3, 10))}
     with pytest.raises((ValueError, RuntimeError), match=r"logits must be \[N, 1, P\].*got \[2, 3, 10\]"):
         getattr(ops.operators(backend), f"{stem}_forward")(**arguments)
 
 
-@over_lovasz_kernels
-def test_a_table_of_entries_past_the_bins(backend):
+@over_histogram_kernels
+@pytest.mark.parametrize("value", [-1.0, 2.0**24, math.nan, math.inf], ids=str)
+def test_a_table_of_cells_past_the_bins(value, backend):
     """The CPU refuses it; a GPU does not read it to find out, and stays within its bins."""
     backward = ops.operators(backend).lovasz_histogram_backward
     arguments = valid(ops.operators(backend), "lovasz_histogram_backward")
-    arguments["table"] = torch.full_like(arguments["table"], -1)
+    arguments["table"] = arguments["table"].index_fill(2, torch.tensor([TABLE // 2]), value)
     if ops.NAMESPACES[backend] == "veerloss":
-        with pytest.raises((ValueError, RuntimeError), match="table must be of entries that lie within the bins"):
+        with pytest.raises((ValueError, RuntimeError), match="table must be of cells that lie within the bins"):
             backward(**arguments)
     else:
         assert backward(**arguments).shape == arguments["logits"].shape
+
+
+@over_histogram_kernels
+@pytest.mark.parametrize("step", ["count", "place", "weigh", "sum"])
+def test_steps_change_what_their_schema_says(step, backend):
+    operators, name = ops.operators(backend), f"lovasz_histogram_{step}"
+    opcheck(getattr(operators, name).default, (), valid(operators, name), test_utils="test_schema")
 
 
 # ---- compilation

@@ -11,7 +11,7 @@ n, c, p: indices of images, classes and pixels. Those of images and pixels have 
 import triton
 import triton.language as tl
 
-from ._constants import HINGE, NONE, PROBABILITIES, SAMPLE_RUN, SAMPLE_STEP, SOFTMAX
+from ._constants import HINGE, NONE, PROBABILITIES, SOFTMAX
 from ._math import exp_neg, reciprocal
 
 
@@ -37,12 +37,9 @@ IGNORED, BAD, BACKGROUND = tl.constexpr(-1), tl.constexpr(-2), tl.constexpr(0x7F
 
 
 @triton.jit
-def pixels_of_tile(tile, pixels, image_tiles, SAMPLED: tl.constexpr, BLOCK_P: tl.constexpr):
+def pixels_of_tile(tile, pixels, image_tiles, BLOCK_P: tl.constexpr):
     """(image, pixels [BLOCK_P] of the tile, which of them the image has); an image has `pixels`, in `image_tiles`."""
-    slot = (tile % image_tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    p = slot
-    if SAMPLED:
-        p = slot // SAMPLE_RUN * SAMPLE_STEP + slot % SAMPLE_RUN
+    p = (tile % image_tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     return (tile // image_tiles).to(tl.int64), p, p < pixels
 
 

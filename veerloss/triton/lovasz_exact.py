@@ -96,7 +96,7 @@ def lovasz_exact_keys_kernel(
 ):  # fmt: skip
     """Logits to stored keys [C, N, P], the larger the error the larger: 0 of ignored pixels, else the error's key + 1, of
     infinity where the error is NaN or infinite. And labels [N, P], from which all classes find their foreground again."""
-    n, p, inside = pixels_of_tile(tl.program_id(0), pixels, image_tiles, False, BLOCK_P)
+    n, p, inside = pixels_of_tile(tl.program_id(0), pixels, image_tiles, BLOCK_P)
     label = load_labels(target, target_strides, n, p, inside, ignore_index, background_index, ERRORS, CLASSES)
     tl.store(labels + n * pixels + p, label, mask=inside)
     softmax = load_softmax(logits, logits_strides, n, p, inside, T, ERRORS, CLASSES, BLOCK_C, BLOCK_P)
@@ -187,7 +187,7 @@ def lovasz_exact_backward_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the logits or probabilities from the signed weights [C, N, P]."""
-    n, p, inside = pixels_of_tile(tl.program_id(0), pixels, image_tiles, False, BLOCK_P)
+    n, p, inside = pixels_of_tile(tl.program_id(0), pixels, image_tiles, BLOCK_P)
     row = n if PER_IMAGE else n * 0
     softmax = load_softmax(logits, logits_strides, n, p, inside, T, ERRORS, CLASSES, BLOCK_C, BLOCK_P)
     pivot = tl.zeros((BLOCK_P,), T)
