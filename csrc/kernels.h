@@ -180,13 +180,20 @@ struct LovaszHistogramWeigh {
   BinCounts counts;
   const bool* recounted_mask;  // [segments] whose counts are `recounts`, or null for none
   BinCounts recounts;
+  const Pair* recounted_table;
   const uint32_t* largest;  // [segments]
   const Pair* table;
   LovaszLoss out;
   void* weights;       // [rows, classes, 2, bins], opmath type, signed: background positive, foreground negative
   double* bounds;      // [segments]: upper bound on the sum of |weight - exact weight|
   bool* needs_rebin;   // [segments]: it has no foreground, or its estimated errors exceed the tolerances of layout.h
-  Pair* better_table;  // from the counts of all pixels, for segments that need it; else a copy of `table`
+  Pair* better_table;  // for segments to count again: those that need it, and on a GPU some more. Of a second call the table
+                       // that the weights are for
+
+  VEERLOSS_HD bool recounted(int64_t segment) const { return recounted_mask && recounted_mask[segment]; }
+  VEERLOSS_HD const Pair* table_of(int64_t segment) const {
+    return (recounted(segment) ? recounted_table : table) + segment * BinLayout::table;
+  }
   void* scratch;       // lovasz_histogram_weigh_scratch_bytes()
   Stream stream;
 };

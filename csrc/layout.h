@@ -38,14 +38,12 @@ struct BinLayout {
   static constexpr float magic = 8388608.0f;  // 2^23
 
   // Bins of a segment: as many as let a block of a GPU with the shared memory of an A100 hold the counts, 4 bytes a bin, and the
-  // tables of all classes, up to 19 of them. Segments with little foreground gain by more: a thousandth of 250 000 pixels errs by
-  // 1.4e-3 of the gradient with 1920 bins, by 6e-4 with 8192.
-  static constexpr int64_t shared_words = 41408, least_bins = 1920, max_bins = 8192, max_bins_of_5 = 6144;
+  // tables of all classes, up to 19 of them; the same for the numbers of classes that share a kernel. Segments with little
+  // foreground gain by more: a thousandth of 250 000 pixels errs by 1.4e-3 of the gradient with 1920 bins, by 6e-4 with 8192.
   VEERLOSS_HD static constexpr int64_t bins(int64_t classes) {
-    const int64_t most = classes < 5 ? max_bins : max_bins_of_5;
-    const int64_t fit = classes < 20 ? (shared_words / (classes > 0 ? classes : 1) - 2 * table) / 128 * 128 : least_bins;
-    return fit < most ? fit : most;
+    return classes <= 4 ? 8192 : classes <= 8 ? 4864 : classes <= 12 ? 3072 : classes <= 16 ? 2304 : 1920;
   }
+  static constexpr int64_t max_bins = 8192;
 };
 
 // The coarse pass may sample every image: runs of 64 pixels, one every 1031. A prime, so that the runs do not align with the

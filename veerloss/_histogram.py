@@ -89,12 +89,12 @@ def forward(
     coarse, _ = count(coarse, _largest_of_sample, None, segment_mask, sampled)
     table = ops.lovasz_histogram_place(counts=coarse, counted_table=None, errors=errors, sampled=sampled, bins=bins)
     counts, largest = count(counts, largest, table, segment_mask)
-    loss, scale, weights, bounds, needs_rebin, better_table = weigh(recounted_mask=None, recounts=None)
+    loss, scale, weights, bounds, needs_rebin, better_table = weigh(recounted_mask=None, recounts=None, recounted_table=None)
     # The host does not wait for a GPU to learn whether any segment needs it: the kernels end at once where none does.
     if needs_rebin.is_cuda or needs_rebin.any():
-        table = better_table
-        recounts, _ = count(recounts, _largest_again, table, needs_rebin)
-        loss, scale, weights, bounds, _, _ = weigh(recounted_mask=needs_rebin, recounts=recounts)
+        recounts, _ = count(recounts, _largest_again, better_table, needs_rebin)
+        again = {"recounted_mask": needs_rebin, "recounts": recounts, "recounted_table": better_table}
+        loss, scale, weights, bounds, _, table = weigh(**again)
     if errors != Errors.SOFTMAX:
         most = largest_errors(largest, errors)
         # The weights of a segment add up to 1 at most, so its loss is at most 2^61 units.

@@ -40,14 +40,14 @@ SAMPLE_RUN, SAMPLE_STEP = 64, 1031
 GRADIENT_TOLERANCE, LOSS_TOLERANCE = 5e-4, 1e-6
 
 
-#: 32-bit words of shared memory for the tables and the counts of all classes.
-SHARED_WORDS, LEAST_BINS, MAX_BINS, MAX_BINS_OF_5 = 41408, 1920, 8192, 6144
+#: Bins of a segment, by the most classes that have so many; of more classes the last.
+BINS = {4: 8192, 8: 4864, 12: 3072, 16: 2304}
+LEAST_BINS, MAX_BINS = 1920, 8192
 
 
 def bin_count(classes: int) -> int:
     """Bins of a segment."""
-    fit = (SHARED_WORDS // max(classes, 1) - 2 * TABLE) // 128 * 128 if classes < 20 else LEAST_BINS
-    return min(fit, MAX_BINS if classes < 5 else MAX_BINS_OF_5)
+    return next((bins for most, bins in BINS.items() if classes <= most), LEAST_BINS)
 
 
 #: In the order of operator ``layout_constants`` (csrc/ops/layout.cpp).

@@ -2,13 +2,14 @@
 //
 // A `Weights<T>` is made from the arguments of a backward pass, and tells a kernel
 //
-//   static constexpr bool reads_label                    whether it uses the label; if not, the target is not read
-//   T operator()(batch, image, pixel, c, label, error)   the signed weight d(loss of the segment)/dp of a pixel in class c
+//   static constexpr bool reads_label                         whether it uses the label; if not, the target is not read
+//   T operator()(batch, image, pixel, c, label, x, softmax)   the signed weight d(loss of the segment)/dp of a pixel in class c,
+//                                                             of logit x; the last argument only of a softmax
 //
 // The weight is multiplied by the incoming gradient and the scale of the segment, and by the derivative of p.
 #pragma once
 
-#include "softmax.cuh"
+#include "lovasz/coordinates.cuh"
 
 namespace veerloss {
 
@@ -50,10 +51,9 @@ struct SoftmaxGradient {
   }
 };
 
-// One thread for each pixel. max_classes: registers for so many classes; 0 for any number of classes, whose logits are read
-// four times, all but the first from the caches. (One block at the least: without it ptxas holds the last to 32 registers, and
-// spills some.)
-template <class In, int max_classes, class Weights>
+// One thread for each pixel, its classes in registers, or for ManyClasses read four times, all but the first from the caches. (One
+// block at the least: without it ptxas holds the last to 32 registers, and spills some.)
+template <class In, class Range, class Weights>
 __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
     softmax_gradient_kernel(LovaszBatch batch, Weights weights, LovaszGradient out, PixelGrid grid) {
   using T = opmath_t<In>;
@@ -64,40 +64,50 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
   int32_t label = label_ignored;
   if constexpr (Weights::reads_label) label = load_label(batch.target, batch.rule, image, pixel);
   SoftmaxGradient<T> gradient;
-  const auto weigh = [&](int64_t c, T exp, const Softmax<T>& softmax, T inv_sumexp) {
-    const auto error = softmax_error(exp, softmax.sumexp_excl_max, inv_sumexp, label == c);
-    return weights(batch, image, pixel, c, label, error.error) * factor(batch.segment(image, c));
+  const auto weigh = [&](int64_t c, T logit, const Softmax<T>& softmax) {
+    return weights(batch, image, pixel, c, label, logit, softmax) * factor(batch.segment(image, c));
   };
-  if constexpr (max_classes > 0) {
-    T logits[max_classes], exps[max_classes], g[max_classes];
+  if constexpr (Range::most > 0) {
+    const auto count = static_cast<int>(classes);
+    T g[Range::most], exps[Range::most];
+    load_classes<Range>(g, ClassPointer<In>(batch.logits, image, pixel), count);
+    Softmax<T> softmax{max_of(g), T(0)};
+    SumExclMax<T> sum;
 #pragma unroll
-    for (int c = 0; c < max_classes; ++c) logits[c] = c < classes ? load<In>(batch.logits, image, c, pixel) : T(0);
-    const Softmax<T> softmax = softmax_of_registers(logits, classes, exps);
+    for (int c = 0; c < Range::most; ++c) {
+      exps[c] = exp2_of(below_largest(g[c], softmax.max_logit));
+      sum.add(exps[c]);
+    }
+    softmax.sumexp_excl_max = sum.sum;
     const T inv_sumexp = softmax.inv_sumexp();
 #pragma unroll
-    for (int c = 0; c < max_classes; ++c) {
-      if (c >= classes) continue;
-      g[c] = weigh(c, exps[c], softmax, inv_sumexp);
+    for (int c = 0; c < Range::most; ++c) {
+      if (!Range::has(c, count)) continue;
+      g[c] = weigh(c, g[c], softmax);
       gradient.add(exps[c], g[c]);
     }
     gradient.end(softmax.sumexp_excl_max, inv_sumexp);
+    ClassPointer<In> to(out.grad_logits, image, pixel);
 #pragma unroll
-    for (int c = 0; c < max_classes; ++c)
-      if (c < classes) store<In>(out.grad_logits, image, c, pixel, gradient(exps[c], g[c], inv_sumexp));
+    for (int c = 0; c < Range::most; ++c, ++to)
+      if (Range::has(c, count)) to.store(gradient(exps[c], g[c], inv_sumexp));
   } else {
-    const Softmax<T> softmax = softmax_of_pixel<In>(batch.logits, classes, image, pixel);
+    const Softmax<T> softmax = statistics_of_pixel<In>(batch.logits, classes, image, pixel);
     const T inv_sumexp = softmax.inv_sumexp();
     SumOfParts<T> parts;
-    for (int64_t c = 0; c < classes; ++c) {
-      const T exp = softmax.exp_of(load<In>(batch.logits, image, c, pixel));
+    ClassPointer<In> at(batch.logits, image, pixel);
+    for (int64_t c = 0; c < classes; ++c, ++at) {
+      const T logit = at.load();
       parts.before(c, gradient.others);
-      gradient.add(exp, weigh(c, exp, softmax, inv_sumexp));
+      gradient.add(exp2_of(below_largest(logit, softmax.max_logit)), weigh(c, logit, softmax));
     }
     parts.end(classes, gradient.others);
     gradient.end(softmax.sumexp_excl_max, inv_sumexp);
-    for (int64_t c = 0; c < classes; ++c) {
-      const T exp = softmax.exp_of(load<In>(batch.logits, image, c, pixel));
-      store<In>(out.grad_logits, image, c, pixel, gradient(exp, weigh(c, exp, softmax, inv_sumexp), inv_sumexp));
+    at = ClassPointer<In>(batch.logits, image, pixel);
+    ClassPointer<In> to(out.grad_logits, image, pixel);
+    for (int64_t c = 0; c < classes; ++c, ++at, ++to) {
+      const T logit = at.load();
+      to.store(gradient(exp2_of(below_largest(logit, softmax.max_logit)), weigh(c, logit, softmax), inv_sumexp));
     }
   }
 }
@@ -113,8 +123,7 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads)
   int32_t label = label_ignored;
   if constexpr (Weights::reads_label) label = load_label(batch.target, batch.rule, image, pixel);
   const T x = load<In>(batch.logits, image, c, pixel);
-  const T error = magnitude(signed_error(batch.errors, x, label == batch.foreground(c)));
-  T g = weights(batch, image, pixel, c, label, error);
+  T g = weights(batch, image, pixel, c, label, x);
   if (batch.errors == Errors::probabilities) g = sign_outside(x, g);
   const T factor = SegmentFactor<T>(out)(batch.segment(image, c));  // 0 where the segment takes no part, whatever it holds
   store<In>(out.grad_logits, image, c, pixel, factor == T(0) ? T(0) : g * factor);
@@ -130,20 +139,14 @@ void launch_gradient(const Args& args) {
   with_element_type(args.batch.logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     using W = Weights<opmath_t<In>>;
-    constexpr bool is_double = std::is_same_v<In, double>;
-    constexpr int many_classes = is_double ? Policy::many_classes_of_double : Policy::many_classes;
     const auto run = [&](auto kernel, int64_t blocks) {
       launch(kernel, {.blocks = blocks, .threads = Policy::threads, .stream = args.stream}, args.batch, W(args), args.out,
              grid);
     };
     if (args.batch.errors != Errors::softmax)
       run(elementwise_gradient_kernel<In, W>, grid.blocks * classes);
-    else if (classes <= Policy::few_classes)
-      run(softmax_gradient_kernel<In, Policy::few_classes, W>, grid.blocks);
-    else if (classes <= many_classes)
-      run(softmax_gradient_kernel<In, many_classes, W>, grid.blocks);
     else
-      run(softmax_gradient_kernel<In, 0, W>, grid.blocks);
+      with_class_range<In>(classes, [&](auto range) { run(softmax_gradient_kernel<In, decltype(range), W>, grid.blocks); });
   });
 }
 

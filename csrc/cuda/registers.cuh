@@ -24,9 +24,6 @@ using ManyClasses = ClassRange<0, 0>;
 template <class In>
 using SomeClasses = ClassRange<0, std::is_same_v<In, double> ? 8 : 16>;
 
-// Of double, and of other types: so many classes in registers.
-constexpr int64_t most_classes_of_double = 8, most_classes = 32;
-
 // Calls f with the ClassRange of a number of classes > 0. At most 7 of 32 registers and 3 of 24 are for no class. Twice as many
 // registers for each class of float64: 8 classes.
 template <class In, class F>

@@ -39,10 +39,6 @@ struct Sm80 {
 
   struct Gradient {
     static constexpr int threads = 256;
-    // The softmax of up to this many classes stays in registers: one read of the logits in place of four. Compiled for two
-    // sizes: 8 classes take 40 to 48 registers in float32, 24 take 70 to 110. In float64 24 take 124 to 152, which is one block
-    // on a multiprocessor: only 8 there.
-    static constexpr int few_classes = 8, many_classes = 24, many_classes_of_double = few_classes;
   };
 
   // The loss of a batch from its segments, one block.
@@ -87,6 +83,15 @@ struct Sm80 {
     static constexpr int64_t most_tiles = 63;
     // Static shared memory, and what the driver reserves.
     static constexpr int64_t static_bytes = 1280;
+    // Classes in registers: 24 of float32 take 63 of 64; 4 of float64 would spill.
+    static constexpr int64_t most_classes = 24;
+  };
+
+  // As HistogramCount: weights of four bytes take the place of counts.
+  struct HistogramGradient {
+    static constexpr int threads = 768;  // 80 registers each
+    static constexpr int64_t static_bytes = 1280;
+    static constexpr int64_t most_classes = 24;
   };
 
   // Kernels with one block for each segment, which allocate its bins and weigh them.

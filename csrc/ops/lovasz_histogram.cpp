@@ -99,7 +99,7 @@ Tensor lovasz_histogram_place(const Tensor& counts, std::optional<Tensor> counte
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weigh(
     const Tensor& logits, const Tensor& counts, std::optional<Tensor> recounted_mask, std::optional<Tensor> recounts,
-    const Tensor& largest, const Tensor& table, std::optional<Tensor> selected, bool present,
+    std::optional<Tensor> recounted_table, const Tensor& largest, const Tensor& table, std::optional<Tensor> selected, bool present,
     std::optional<Tensor> class_weight, int64_t errors, bool per_image, int64_t reduction, bool upcast_loss) {
   const Op op("lovasz_histogram_weigh");
   const LovaszBatch batch = lovasz_batch(op, logits, errors, per_image);
@@ -111,7 +111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
   const Tensor needs_rebin = empty(logits, {rows, classes}, ScalarType::Bool);
   const Tensor better_table = empty(logits, {rows, classes, BinLayout::table, 2}, ScalarType::Float);
   const Tensor scratch = scratch_memory(logits, kernels::lovasz_histogram_weigh_scratch_bytes(batch));
-  op.check(recounted_mask.has_value() == recounts.has_value(), "recounts", recounts.has_value(), "given with recounted_mask");
+  op.check(recounted_mask.has_value() == recounts.has_value() && recounts.has_value() == recounted_table.has_value(),
+           "recounted_mask", recounted_mask.has_value(), "given with recounts and recounted_table, or without them");
   const BinCounts first = counts_data(op, "counts", counts, segments, bins);
   const BinCounts again = recounts ? counts_data(op, "recounts", *recounts, segments, bins) : first;
   op.check(first.is_int64 == again.is_int64, "recounts", recounts.value_or(counts), "of the type of counts");
@@ -123,6 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
        .recounted_mask =
            op.data<const bool>("recounted_mask", recounted_mask, segments, DType::u8, "[rows, C] bool, contiguous"),
        .recounts = again,
+       .recounted_table = recounted_table ? table_data(op, "recounted_table", *recounted_table, segments, bins) : nullptr,
        .largest = op.data<const uint32_t>("largest", largest, segments, DType::i32,
                                           "[rows, C] int32, contiguous, of a counting pass"),
        .table = table_data(op, "table", table, segments, bins),

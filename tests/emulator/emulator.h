@@ -79,14 +79,26 @@ inline void end_atomic() {}
 
 #define __syncthreads() emulator::barrier(__LINE__)
 
-template <class T, class U>
-__attribute__((always_inline)) inline T atomicAdd(T* at, U value) {  // inlined: the meter tells its uses apart
+template <class T, class F>
+__attribute__((always_inline)) inline T emulator_exchange(T* at, const F& f) {  // inlined: the meter tells its uses apart
   if (emulator::state.yields_at_atomics) emulator::yield();
   emulator::begin_atomic(at, sizeof(T));
   const T before = *at;
-  *at = static_cast<T>(before + static_cast<T>(value));
+  *at = f(before);
   emulator::end_atomic();
   return before;
+}
+template <class T, class U>
+__attribute__((always_inline)) inline T atomicAdd(T* at, U value) {
+  return emulator_exchange(at, [value](T before) { return static_cast<T>(before + static_cast<T>(value)); });
+}
+template <class T>
+__attribute__((always_inline)) inline T atomicMax(T* at, T value) {
+  return emulator_exchange(at, [value](T before) { return before < value ? value : before; });
+}
+template <class T>
+__attribute__((always_inline)) inline T atomicMin(T* at, T value) {
+  return emulator_exchange(at, [value](T before) { return value < before ? value : before; });
 }
 
 inline const char* cudaGetErrorString(cudaError_t) {

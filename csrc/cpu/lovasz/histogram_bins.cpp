@@ -29,7 +29,7 @@ class Weigher {
   // are 0.
   SegmentResult operator()(int64_t i, const Count* counts, char* takes_part) {
     const LovaszBatch& b = args_.batch;
-    const Pair* table = args_.table + i * BinLayout::table;
+    const Pair* table = args_.table_of(i);
     Pair* better = args_.better_table + i * BinLayout::table;
     T* weights = static_cast<T*>(args_.weights) + 2 * i * bins_;
     const Count* const fg_counts = counts + bins_;
@@ -58,7 +58,7 @@ class Weigher {
   SegmentResult weigh_largest(int64_t i, const Count* counts, T* weights, Pair* better) {
     const float largest = coordinate_of_key(args_.largest[i]);
     if (args_.largest[i] == 0 || largest < -3.0e38f) return {};  // all errors are 0
-    for (int64_t k = 0; k < BinLayout::table; ++k) better[k] = largest_pair(k, largest, bins_);
+    for (int64_t k = 0; !args_.recounted_mask && k < BinLayout::table; ++k) better[k] = largest_pair(k, largest, bins_);
     int64_t k = bins_ - 1;
     while (k > 1 && counts[k] == 0) --k;
     const double pixels = std::max(static_cast<double>(counts[k]), 1.0);
@@ -148,7 +148,7 @@ void weigh(const LovaszHistogramWeigh& args) {
   const auto* counts = static_cast<const Count*>(args.counts.data);
   const auto* recounts = static_cast<const Count*>(args.recounts.data);
   const auto counts_of = [&](int64_t i) {
-    return (args.recounted_mask && args.recounted_mask[i] ? recounts : counts) + 2 * i * args.bins;
+    return (args.recounted(i) ? recounts : counts) + 2 * i * args.bins;
   };
   std::vector<SegmentResult> results(b.segments());
   std::vector<char> takes_part(b.segments(), 0);

@@ -226,7 +226,7 @@ struct StoredWeights {
 
   explicit StoredWeights(const LovaszExactBackward& args) : weights(static_cast<const T*>(args.weights)) {}
 
-  __device__ T operator()(const LovaszBatch& b, int64_t image, int64_t pixel, int64_t c, int32_t, T) const {
+  __device__ T operator()(const LovaszBatch& b, int64_t image, int64_t pixel, int64_t c, int32_t, T, const Softmax<T>& = {}) const {
     return weights[(c * b.geometry.images + image) * b.geometry.pixels + pixel];
   }
 

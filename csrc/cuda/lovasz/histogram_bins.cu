@@ -1,8 +1,9 @@
-// Lovász losses on a GPU, method "histogram": the steps over bins, with one block for each segment. histogram_pixels.cu has
-// those over pixels; math/bins.h has the formulas.
+// Lovász losses on a GPU, method "histogram": the steps over bins, with one block for each segment. math/bins.h has the formulas,
+// csrc/cpu/lovasz/histogram_place.h and histogram_bins.cpp the same steps without threads.
 //
-//   allocate bins  counts to the number of bins of each cell
-//   weigh          counts to the weights of bins and the loss of each segment, then the loss of the batch (segments.cuh)
+//   place  counts to the table of each segment
+//   weigh  counts to the weights of bins and the loss of each segment, and where it needs one to a better table; then the loss of
+//          the batch (segments.cuh)
 //
 // Every sum has a fixed order: the results are the same bits in every run.
 
@@ -13,193 +14,264 @@ namespace veerloss {
 namespace {
 
 constexpr int threads = Tuning::HistogramBins::threads;
+constexpr int cells = BinLayout::cells;
+static_assert(threads >= cells, "a thread for each cell");
 
-// One past the last bin that a table uses.
-__device__ inline int used_bins(const uint32_t* table, int cells) {
-  return static_cast<int>(entry_first_bin(table[cells - 1]) + entry_bins(table[cells - 1]));
-}
+// ---- place
 
-// The cell that has a bin >= 1.
-__device__ inline int cell_of_bin(const uint32_t* table, int cells, int bin) {
-  int low = 0, high = cells;  // first bin of low <= bin < first bin of high
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (static_cast<int>(entry_first_bin(table[middle])) <= bin)
-      low = middle;
-    else
-      high = middle;
+// The bins of a thread: neighbours, the first thread's the lowest.
+struct ThreadBins {
+  int begin, end;
+
+  __device__ ThreadBins(int first, int last) {
+    const int per_thread = (last - first + threads - 1) / threads, at = first + static_cast<int>(threadIdx.x) * per_thread;
+    begin = at < last ? at : last;
+    end = begin + per_thread < last ? begin + per_thread : last;
   }
-  return low;
-}
-
-// ---- allocate bins
-
-// A cell in its three states, in the same shared memory: two arrays take 32 of the 48 KiB that a block has.
-union CellValue {
-  unsigned long long count;  // pixels, background or foreground
-  double square;             // what they cost: the square error of the gradient or of the loss
-  double root;               // the relative cube root of that
 };
 
+struct PlaceScratch {
+  double sum[threads];
+  double fg_at[cells + 1], bg_at[cells + 1], fg[cells], bg[cells];
+  double at[cells + 1];  // where cells begin, in the bins that were counted
+  Pair window;
+  int least, any_least, largest, tail;
+};
+
+__device__ inline double larger(double a, double b) {
+  return a > b ? a : b;
+}
+
+// The table of a segment from counts in `bins` bins of `map`.
 template <class Count>
-__global__ void __launch_bounds__(threads) lovasz_allocate_bins_kernel(LovaszHistogramAllocateBins args) {
-  __shared__ CellValue cell_bg[ErrorCells::max_cells], cell_fg[ErrorCells::max_cells];
-  __shared__ double scratch[threads];
-  const BinLayout layout(args.errors);
-  const auto thread = static_cast<int>(threadIdx.x), cells = static_cast<int>(layout.cells);
-  const int64_t segment = blockIdx.x;
-  const auto bins = static_cast<int>(args.counted_table ? layout.bins : layout.coarse_bins);
-  const Count* counts = static_cast<const Count*>(args.counts.data) + segment * 2 * bins;
-  if (args.counted_table) {
-    const uint32_t* table = args.counted_table + segment * cells;
-    for (int c = thread; c < cells; c += threads) cell_bg[c].count = cell_fg[c].count = 0;
-    __syncthreads();
-    const int used = used_bins(table, cells);
-    for (int bin = 1 + thread; bin < used; bin += threads) {
-      if (counts[bin] == 0 && counts[bins + bin] == 0) continue;
-      const int c = cell_of_bin(table, cells, bin);
-      atomicAdd(&cell_bg[c].count, static_cast<unsigned long long>(counts[bin]));
-      atomicAdd(&cell_fg[c].count, static_cast<unsigned long long>(counts[bins + bin]));
-    }
-  } else {
-    for (int c = thread; c < cells; c += threads) {
-      cell_bg[c].count = static_cast<unsigned long long>(counts[1 + c]);
-      cell_fg[c].count = static_cast<unsigned long long>(counts[bins + 1 + c]);
+__device__ void place_segment(const Count* bg_counts, const Count* fg_counts, const BinMap& map, int bins, Errors errors, bool sampled,
+                              int new_bins, Pair* table, PlaceScratch& s) {
+  const bool softmax = errors == Errors::softmax, folded = errors != Errors::hinge;
+  const auto thread = static_cast<int>(threadIdx.x);
+  const ThreadBins mine(1, bins);
+  if (thread == 0) {
+    s.least = s.any_least = bins;
+    s.largest = s.tail = 0;
+  }
+  double thread_fg = 0, thread_bg = 0, all_fg, all_bg;
+  int least = bins, any_least = bins, largest = 0;
+  for (int k = mine.begin; k < mine.end; ++k) {
+    thread_fg += static_cast<double>(fg_counts[k]);
+    thread_bg += static_cast<double>(bg_counts[k]);
+    if (fg_counts[k] > 0 && least == bins) least = k;
+    if ((fg_counts[k] > 0 || bg_counts[k] > 0) && any_least == bins) any_least = k;
+    if (fg_counts[k] > 0 || bg_counts[k] > 0) largest = k;
+  }
+  const double fg_before = block_scan<threads>(thread_fg, s.sum, &all_fg);
+  const double bg_before = block_scan<threads>(thread_bg, s.sum, &all_bg);
+  atomicMin(&s.least, least);
+  atomicMin(&s.any_least, any_least);
+  atomicMax(&s.largest, largest);
+  double below = fg_before;
+  for (int k = mine.begin; k < mine.end; ++k) {
+    if (softmax && fg_counts[k] > 0 && below < tail_pixels) atomicMax(&s.tail, k);
+    below += static_cast<double>(fg_counts[k]);
+  }
+  __syncthreads();
+  if (thread == 0) {
+    const int first = softmax && s.least < bins ? s.least : s.any_least;
+    const CountedRange range{first < bins ? first : 0, s.tail > first ? s.tail : first, s.largest, softmax && fg_counts[0] > 0};
+    s.window = window_of(range, map, bins, sampled);
+  }
+  __syncthreads();
+  const BinMap window{&s.window};
+  if (thread <= cells) {
+    const double position = map.position_at(window.coordinate_at(cell_begin(thread)));
+    const double at = position >= 1.0 ? static_cast<double>(bins) : map.bin_at(position);
+    s.at[thread] = at < 1.0 ? 1.0 : at > bins ? static_cast<double>(bins) : at;
+    s.fg_at[thread] = all_fg;  // of those at the end
+    s.bg_at[thread] = all_bg;
+  }
+  __syncthreads();
+  // Cells begin in order: those in a thread's bins are neighbours.
+  if (mine.begin < mine.end) {
+    int c = 0;
+    while (c <= cells && s.at[c] < mine.begin) ++c;
+    double fg_below = fg_before, bg_below = bg_before;
+    for (int k = mine.begin; k < mine.end; ++k) {
+      const auto f = static_cast<double>(fg_counts[k]), b = static_cast<double>(bg_counts[k]);
+      for (; c <= cells && s.at[c] < k + 1; ++c) {
+        s.fg_at[c] = fg_below + (s.at[c] - k) * f;
+        s.bg_at[c] = bg_below + (s.at[c] - k) * b;
+      }
+      fg_below += f;
+      bg_below += b;
     }
   }
   __syncthreads();
+  // From here on a thread has a cell.
+  const bool has_cell = thread < cells;
+  double fg = 0, bg = 0;
+  if (has_cell) {
+    s.fg[thread] = fg = s.fg_at[thread + 1] - s.fg_at[thread];
+    s.bg[thread] = bg = s.bg_at[thread + 1] - s.bg_at[thread];
+  }
+  __syncthreads();
+  if (has_cell && sampled) {
+    const int low = thread > 0 ? thread - 1 : 0, high = thread + 1 < cells ? thread + 1 : thread;
+    fg = smooth_count(s.fg[low], fg, s.fg[high]);
+    bg = smooth_count(s.bg[low], bg, s.bg[high]);
+  }
+  double total, total_bg;
+  const double fg_lower = block_scan<threads>(fg, s.sum, &total), bg_lower = block_scan<threads>(bg, s.sum, &total_bg);
+  CellDeviation cell{0.0, 0.0};
+  const double everything = total + (sampled ? 0.0 : static_cast<double>(fg_counts[0]));
+  if (has_cell) {
+    const double low = window.coordinate_at(cell_begin(thread)), width = window.coordinate_at(cell_begin(thread + 1)) - low;
+    cell = cell_deviation(fg, bg, everything > 1.0 ? everything : 1.0, total - fg_lower - fg, total_bg - bg_lower - bg,
+                          low + 0.5 * width, width, softmax, folded);
+  }
+  const double max_gradient = block_reduce<threads>(cell.gradient, s.sum, larger);
+  const double max_loss = block_reduce<threads>(cell.loss, s.sum, larger);
+  double worth = 1, gradient = 0, sum_gradient = 0;
+  for (int step = 0; step <= worth_steps; ++step) {
+    gradient = bins_for_gradient(cell.gradient, max_gradient, fg + bg, worth);
+    sum_gradient = block_sum<threads>(gradient, s.sum);
+    if (step < worth_steps) worth = next_worth(worth, sum_gradient, static_cast<double>(new_bins));
+  }
+  const double loss = bins_for_loss(cell.loss, max_loss), sum_loss = block_sum<threads>(loss, s.sum);
+  const double share = has_cell ? share_of_cell(gradient, sum_gradient, loss, sum_loss) : 0.0;
+  double all_shares;
+  const double shares = block_scan<threads>(share, s.sum, &all_shares);
+  if (has_cell) {
+    const double begin = thread == 0 ? 0.0 : bins_before(thread, shares, new_bins);
+    const double end = thread + 1 == cells ? static_cast<double>(new_bins - 1) : bins_before(thread + 1, shares + share, new_bins);
+    table[1 + thread] = cell_pair(thread, begin, end);
+  }
+  if (thread == 0) table[0] = s.window;
+}
 
-  // Each thread has neighbouring cells. Doubles hold the counts exactly.
-  const int per_thread = (cells + threads - 1) / threads;
-  const int begin = thread * per_thread < cells ? thread * per_thread : cells;
-  const int end = begin + per_thread < cells ? begin + per_thread : cells;
-  double thread_bg = 0, thread_fg = 0, all_bg, all_fg;
-  for (int c = begin; c < end; ++c) {
-    thread_bg += static_cast<double>(cell_bg[c].count);
-    thread_fg += static_cast<double>(cell_fg[c].count);
-  }
-  const double bg_below = block_scan<threads>(thread_bg, scratch, &all_bg);
-  const double fg_below = block_scan<threads>(thread_fg, scratch, &all_fg);
-  double bg = all_bg - bg_below - thread_bg, fg = all_fg - fg_below - thread_fg;  // in the cells of larger errors
-  const double foreground = all_fg + static_cast<double>(counts[bins]), total = foreground > 1.0 ? foreground : 1.0;
+// Loads a table, that of the coarse pass for null.
+__device__ inline void load_table(const Pair* table, Pair* out) {
+  for (int i = static_cast<int>(threadIdx.x); i < BinLayout::table; i += threads) out[i] = table ? table[i] : coarse_pair(i);
+  __syncthreads();
+}
 
-  CellValue *const gradient = cell_bg, *const loss = cell_fg;  // from here on
-  double max_gradient = 0, max_loss = 0;
-  for (int c = end - 1; c >= begin; --c) {
-    const auto b = static_cast<double>(cell_bg[c].count), f = static_cast<double>(cell_fg[c].count);
-    gradient[c].square = loss[c].square = 0.0;
-    if (b + f == 0) continue;
-    const double low = cell_begin(layout, c), high = cell_begin(layout, c + 1), middle = 0.5 * (low + high);
-    const JaccardDeviation deviation =
-        jaccard_bin_deviation(jaccard_bin(total, fg, bg, f, b), jaccard_bin_bound(total, fg, bg, f, b), f, b,
-                              slope_of_error(middle < 1.0 ? middle : 1.0, layout.bounded), high - low);
-    gradient[c].square = deviation.gradient > 0.0 ? deviation.gradient : 0.0;
-    loss[c].square = deviation.loss;
-    max_gradient = gradient[c].square > max_gradient ? gradient[c].square : max_gradient;
-    max_loss = loss[c].square > max_loss ? loss[c].square : max_loss;
-    fg += f;
-    bg += b;
-  }
-  const auto larger = [](double a, double b) { return a > b ? a : b; };
-  max_gradient = block_reduce<threads>(max_gradient, scratch, larger);
-  max_loss = block_reduce<threads>(max_loss, scratch, larger);
-  double sum_gradient = 0, sum_loss = 0;
-  for (int c = begin; c < end; ++c) {
-    gradient[c].root = relative_cube_root(gradient[c].square, max_gradient);
-    loss[c].root = relative_cube_root(loss[c].square, max_loss);
-    sum_gradient += gradient[c].root;
-    sum_loss += loss[c].root;
-  }
-  sum_gradient = block_sum<threads>(sum_gradient, scratch);
-  sum_loss = block_sum<threads>(sum_loss, scratch);
-  const auto bins_of = [&](int c) { return bins_of_cell(gradient[c].root, sum_gradient, loss[c].root, sum_loss); };
-  double thread_bins = 0, all_bins;
-  for (int c = begin; c < end; ++c) thread_bins += bins_of(c);
-  auto first = 1 + static_cast<uint32_t>(block_scan<threads>(thread_bins, scratch, &all_bins));
-  for (int c = begin; c < end; ++c) {
-    const uint32_t n = bins_of(c);
-    args.table[segment * cells + c] = pack_entry(first, n);
-    first += n;
-  }
+template <class Count>
+__global__ void __launch_bounds__(threads, 1) lovasz_place_kernel(LovaszHistogramPlace args) {
+  __shared__ Pair table[BinLayout::table];
+  __shared__ PlaceScratch scratch;
+  const int64_t segment = blockIdx.x;
+  const auto bins = static_cast<int>(args.counted_bins);
+  load_table(args.counted_table ? args.counted_table + segment * BinLayout::table : nullptr, table);
+  const Count* bg = static_cast<const Count*>(args.counts.data) + segment * 2 * bins;
+  place_segment(bg, bg + bins, BinMap{table}, bins, args.errors, args.sampled, static_cast<int>(args.bins),
+                args.table + segment * BinLayout::table, scratch);
 }
 
 // ---- weigh
 
+// The coordinates of a bin and of those beside it, from edge to edge, as a thread goes down its bins.
+struct BinWalk {
+  double below, low, high, above;
+
+  // At bin k, 1 <= k < bins. Beside the outer bins are others as wide.
+  __device__ BinWalk(const BinMap& map, int k, int bins)
+      : below(0), low(map.edge(k, bins)), high(map.edge(k + 1, bins)), above(k + 1 < bins ? map.edge(k + 2, bins) : 2 * high - low) {
+    find_below(map, k, bins);
+  }
+  // From bin k + 1 to bin k.
+  __device__ void step(const BinMap& map, int k, int bins) {
+    above = high;
+    high = low;
+    low = below;
+    find_below(map, k, bins);
+  }
+  __device__ double middle() const { return 0.5 * (low + high); }
+  __device__ double width() const { return high - low; }
+  __device__ double slope(double count_below, double count_above) const {
+    return slope_of_density(count_below, low - below, count_above, above - high, 0.5 * (high + above - below - low));
+  }
+
+ private:
+  __device__ void find_below(const BinMap& map, int k, int bins) { below = k > 1 ? map.edge(k - 1, bins) : 2 * low - high; }
+};
+
 template <class T, class Count>
-__global__ void __launch_bounds__(threads) lovasz_weigh_kernel(LovaszHistogramWeigh args, SegmentResults results) {
-  __shared__ uint32_t table[ErrorCells::max_cells];
-  __shared__ double scratch[threads];
-  const BinLayout layout(args.batch.errors);
-  const auto thread = static_cast<int>(threadIdx.x), cells = static_cast<int>(layout.cells),
-             bins = static_cast<int>(layout.bins);
+__global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogramWeigh args, SegmentResults results) {
+  __shared__ Pair table[BinLayout::table];
+  __shared__ PlaceScratch scratch;
+  const Errors errors = args.batch.errors;
+  const bool softmax = errors == Errors::softmax, folded = errors != Errors::hinge;
+  const auto thread = static_cast<int>(threadIdx.x), bins = static_cast<int>(args.bins);
   const int64_t segment = blockIdx.x, classes = args.batch.classes();
-  const Count *counts = static_cast<const Count*>(args.counts.data) + segment * 2 * bins, *fg_counts = counts + bins;
-  T* weights = static_cast<T*>(args.weights.weights) + segment * 2 * bins;
-  T* max_weight = static_cast<T*>(args.weights.max_weight) + segment * 2;
-  for (int c = thread; c < cells; c += threads) table[c] = args.table[segment * cells + c];
-  __syncthreads();
-  const int used = used_bins(table, cells);
+  const auto* counts = static_cast<const Count*>(args.recounted(segment) ? args.recounts.data : args.counts.data) + segment * 2 * bins;
+  const Count* fg_counts = counts + bins;
+  T* weights = static_cast<T*>(args.weights) + segment * 2 * bins;
+  Pair* better = args.better_table + segment * BinLayout::table;
+  load_table(args.table_of(segment), table);
+  const BinMap map{table};
+  for (int i = thread; i < BinLayout::table; i += threads) better[i] = table[i];
 
-  // Each thread has neighbouring bins, the first thread those of the largest errors.
-  const int per_thread = (used - 1 + threads - 1) / threads;
-  const int end = used - thread * per_thread > 1 ? used - thread * per_thread : 1;
-  const int begin = end - per_thread > 1 ? end - per_thread : 1;
-  double thread_bg = 0, thread_fg = 0, all_bg, all_fg;
-  for (int k = begin; k < end; ++k) {
-    thread_bg += static_cast<double>(counts[k]);
+  const ThreadBins mine(1, bins);
+  double thread_fg = 0, thread_bg = 0, all_fg, all_bg;
+  for (int k = mine.begin; k < mine.end; ++k) {
     thread_fg += static_cast<double>(fg_counts[k]);
+    thread_bg += static_cast<double>(counts[k]);
   }
-  double bg = block_scan<threads>(thread_bg, scratch, &all_bg);  // in the bins of larger errors
-  double fg = block_scan<threads>(thread_fg, scratch, &all_fg);
-  const double total = all_fg + static_cast<double>(fg_counts[0]);
-  const bool has_valid = total + all_bg + static_cast<double>(counts[0]) > 0.0;
-  const double max_error = args.max_error[2 * segment], max_error_count = args.max_error[2 * segment + 1];
-  const bool nan = max_error != max_error, bad_target = nan && max_error_count < 0.0;
-  const bool part = args.selection.takes_part(segment % classes, bad_target || has_valid, bad_target || total > 0.0);
-  const bool weigh = part && !nan && total > 0.0, on_max_error = part && !nan && total == 0.0;
-
+  const double fg_below = block_scan<threads>(thread_fg, scratch.sum, &all_fg);
+  const double bg_below = block_scan<threads>(thread_bg, scratch.sum, &all_bg);
+  const auto lowest_fg = static_cast<double>(fg_counts[0]), valid = static_cast<double>(counts[0]);
+  const double total = all_fg + lowest_fg, lowest_bg = valid - all_bg - total;
+  // On a GPU a target out of range counts as foreground in bin 0, and its largest error as NaN.
+  const uint32_t largest = args.largest[segment];
+  const bool nan = largest == key_of_nan;
+  const bool part = args.selection.takes_part(segment % classes, valid > 0.0 || (nan && total > 0.0), total > 0.0);
   SegmentResult result{.loss = 0.0, .bound = 0.0, .gradient_deviation = 0.0, .loss_deviation = 0.0, .takes_part = part};
-  T fill = T(0);  // the weight of the bins that the loop below leaves out
-  if (part && nan) {
-    result.loss = result.bound = max_error;
-    fill = static_cast<T>(max_error);
-  } else if (on_max_error) {
-    result.loss = max_error;
-    result.bound = 2.0 * (1.0 - 1.0 / max_error_count);
+  const bool weigh = part && !nan && total > 0.0;
+  const float largest_at = coordinate_of_key(largest);
+  const bool of_largest = part && !nan && total == 0.0 && largest != 0 && largest_at > -3.0e38f;
+  if (!weigh) {
+    const T fill = part && nan ? static_cast<T>(not_a_number) : T(0);
+    for (int k = thread; k < 2 * bins; k += threads) weights[k] = fill;
+    if (part && nan) result.loss = result.bound = not_a_number;
   }
-  if (thread == 0) {
-    max_weight[0] = static_cast<T>(on_max_error ? max_error : 0.0);
-    max_weight[1] = static_cast<T>(on_max_error ? 1.0 / max_error_count : 0.0);
+  if (of_largest) {  // the largest error has the whole weight
+    __syncthreads();
+    int top = 0;
+    for (int k = mine.begin; k < mine.end; ++k) top = counts[k] > 0 ? k : top;
+    top = static_cast<int>(block_reduce<threads>(static_cast<double>(top), scratch.sum, larger));
+    const double pixels = top > 0 ? static_cast<double>(counts[top]) : 1.0;
+    if (thread == 0 && top > 0) weights[top] = static_cast<T>(1.0 / pixels);
+    for (int i = thread; !args.recounted_mask && i < BinLayout::table; i += threads)
+      better[i] = largest_pair(i, largest_at, bins);
+    result.loss = error_of_coordinate(static_cast<double>(largest_at), folded);
+    result.bound = 2.0 * (1.0 - 1.0 / pixels);
+    result.gradient_deviation = 1.0;  // to be counted again, by that table
   }
-  for (int k = thread; k < bins; k += threads)
-    if (!weigh || k == 0 || k >= used) {
-      weights[k] = k == 0 ? T(0) : fill;
-      weights[bins + k] = fill;
-    }
   if (weigh) {
-    double bound_sum = 0, weight_sum = 0, gradient_sum = 0, loss_sum = 0;
-    int cell = begin < end ? cell_of_bin(table, cells, end - 1) : 0;
-    for (int k = end - 1; k >= begin; --k) {
-      while (static_cast<int>(entry_first_bin(table[cell])) > k) --cell;
-      const auto first = static_cast<int>(entry_first_bin(table[cell])), cell_bins = static_cast<int>(entry_bins(table[cell]));
-      const double cell_low = cell_begin(layout, cell), bin_width = (cell_begin(layout, cell + 1) - cell_low) / cell_bins;
-      const auto b = static_cast<double>(counts[k]), f = static_cast<double>(fg_counts[k]);
-      const double low = cell_low + bin_width * (k - first), high = low + bin_width < max_error ? low + bin_width : max_error;
-      const double width = high - low;
-      double middle = 0.5 * (low + high);
-      double fg_slope = slope_of_counts(fg_counts + first, k - first, cell_bins);
-      double bg_slope = slope_of_counts(counts + first, k - first, cell_bins);
-      if (fg + bg == 0.0 && f + b > 0.0) {  // the first: it has the largest error, known exactly
-        middle += (max_error - middle) / (f + b);
-        fg_slope = bg_slope = 0.0;
-      }
+    double fg = all_fg - fg_below - thread_fg, bg = all_bg - bg_below - thread_bg;  // in the bins of larger errors
+    double loss = 0, bound_sum = 0, weight_sum = 0, gradient_sum = 0, loss_sum = 0;
+    BinWalk walk(map, bins - 1, bins);
+    int at_bin = 0;  // of the walk; 0: none of this thread
+    for (int k = mine.end - 1; k >= mine.begin; --k) {
+      const auto f = static_cast<double>(fg_counts[k]), b = static_cast<double>(counts[k]);
       const JaccardBin bin = jaccard_bin(total, fg, bg, f, b);
       weights[k] = static_cast<T>(bin.bg);
       weights[bins + k] = static_cast<T>(-bin.fg);
-      if (f + b == 0.0) continue;  // adds to no sum; skipped because float64 is slow on many GPUs
+      if (f + b == 0.0) {  // adds to no sum; skipped because float64 is slow on many GPUs
+        at_bin = 0;
+        continue;
+      }
+      if (at_bin == k + 1)
+        walk.step(map, k, bins);
+      else
+        walk = BinWalk(map, k, bins);
+      at_bin = k;
+      const double middle = walk.middle(), width = walk.width();
+      const int low = k > 1 ? k - 1 : k, high = k + 1 < bins ? k + 1 : k;
+      const double fg_slope = walk.slope(static_cast<double>(fg_counts[low]), static_cast<double>(fg_counts[high]));
+      const double bg_slope = walk.slope(static_cast<double>(counts[low]), static_cast<double>(counts[high]));
+      const ErrorAt error = error_at(middle, exp2(exponent_of(middle, folded)), folded);
       const JaccardBound bound = jaccard_bin_bound(total, fg, bg, f, b);
-      const JaccardDeviation deviation = jaccard_bin_deviation(bin, bound, f, b, slope_of_error(middle, layout.bounded), width);
-      result.loss += bin.fg * f * mean_error(middle, width, f, fg_slope) + bin.bg * b * mean_error(middle, width, b, bg_slope);
+      const JaccardDeviation deviation =
+          jaccard_bin_deviation(bin, bound, f, b, slope_of_error(error.error, softmax), width * error.first);
+      loss += bin.fg * sum_of_errors(error, width, f, fg_slope) + bin.bg * sum_of_errors(error, width, b, bg_slope);
       bound_sum += bound.fg + bound.bg;
       weight_sum += deviation.weights;
       gradient_sum += deviation.gradient;
@@ -207,28 +279,36 @@ __global__ void __launch_bounds__(threads) lovasz_weigh_kernel(LovaszHistogramWe
       fg += f;
       bg += b;
     }
-    result.loss = block_sum<threads>(result.loss, scratch);
-    result.bound = block_sum<threads>(bound_sum, scratch);
-    weight_sum = block_sum<threads>(weight_sum, scratch);
-    gradient_sum = block_sum<threads>(gradient_sum, scratch);
+    if (thread == 0) {  // bin 0
+      weights[0] = weights[bins] = T(0);
+      if (softmax) {
+        const JaccardBin bin = jaccard_lowest_bin(total, all_bg);
+        const JaccardBound bound = jaccard_lowest_bound(total, all_bg, lowest_fg, lowest_bg);
+        const double error = error_of_coordinate(map.edge(1, bins), folded);
+        const JaccardDeviation deviation =
+            jaccard_bin_deviation(bin, bound, lowest_fg, lowest_bg, slope_of_error(error, softmax), 0.0);
+        weights[bins] = static_cast<T>(-bin.fg);
+        loss += lowest_fg * bin.fg * error;
+        bound_sum += bound.fg + bound.bg;
+        gradient_sum += deviation.gradient;
+        weight_sum += deviation.weights;
+      }
+    }
+    result.loss = block_sum<threads>(loss, scratch.sum);
+    result.bound = block_sum<threads>(bound_sum, scratch.sum);
+    weight_sum = block_sum<threads>(weight_sum, scratch.sum);
+    gradient_sum = block_sum<threads>(gradient_sum, scratch.sum);
     result.gradient_deviation = weight_sum > 0.0 ? sqrt(gradient_sum / weight_sum) : 0.0;
-    result.loss_deviation = sqrt(block_sum<threads>(loss_sum, scratch));
+    result.loss_deviation = sqrt(block_sum<threads>(loss_sum, scratch.sum));
+    // Before it is known how many classes take part: that of the loss falls by the root of their number.
+    const bool may_need = result.gradient_deviation > gradient_tolerance || result.loss_deviation > loss_tolerance;
+    if (may_need && !args.recounted_mask) {
+      __syncthreads();
+      place_segment(counts, fg_counts, map, bins, errors, false, bins, better, scratch);
+    }
   }
-  if (thread == 0) results.store(segment / classes, segment, result);
+  if (thread == 0) results.results[segment] = result;
 }
-
-struct WeighScratch {
-  WeighScratch(const LovaszBatch& b, void* memory) {
-    ScratchArrays arrays(memory);
-    results.in_mean = arrays.take<int32_t>(b.rows());
-    zeroed_bytes = arrays.bytes();
-    results.results = arrays.take<SegmentResult>(b.segments());
-    bytes = arrays.bytes();
-  }
-
-  SegmentResults results;
-  int64_t zeroed_bytes, bytes;
-};
 
 // Calls f with a value of the type of counts.
 template <class F>
@@ -236,14 +316,24 @@ void with_count_type(const BinCounts& counts, const F& f) {
   return counts.is_int64 ? f(int64_t{}) : f(int32_t{});
 }
 
+struct WeighScratch {
+  WeighScratch(const LovaszBatch& b, void* memory) {
+    ScratchArrays arrays(memory);
+    results.results = arrays.take<SegmentResult>(b.segments());
+    bytes = arrays.bytes();
+  }
+
+  SegmentResults results;
+  int64_t bytes;
+};
+
 }  // namespace
 
 namespace kernels {
 
-void lovasz_histogram_allocate_bins(const LovaszHistogramAllocateBins& args) {
+void lovasz_histogram_place(const LovaszHistogramPlace& args) {
   with_count_type(args.counts, [&](auto zero) {
-    launch(lovasz_allocate_bins_kernel<decltype(zero)>, {.blocks = args.segments, .threads = threads, .stream = args.stream},
-           args);
+    launch(lovasz_place_kernel<decltype(zero)>, {.blocks = args.segments, .threads = threads, .stream = args.stream}, args);
   });
 }
 
@@ -253,7 +343,6 @@ int64_t lovasz_histogram_weigh_scratch_bytes(const LovaszBatch& batch) {
 
 void lovasz_histogram_weigh(const LovaszHistogramWeigh& args) {
   const WeighScratch scratch(args.batch, args.scratch);
-  zero_memory(args.scratch, scratch.zeroed_bytes, args.stream);
   with_opmath_type(args.batch.logits.dtype, [&](auto opmath_zero) {
     using T = decltype(opmath_zero);
     with_count_type(args.counts, [&](auto count_zero) {

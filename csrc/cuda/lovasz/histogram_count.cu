@@ -19,12 +19,17 @@ using Policy = Tuning::HistogramCount;
 constexpr uint32_t one_background = 1, one_foreground = 1u << 16;
 static_assert(Policy::most_tiles * Policy::threads < 65536, "counts of 16 bits");
 
+// Words between the counts of two classes: known from the number of classes, also where there are less bins, of the coarse pass.
+VEERLOSS_HD constexpr int64_t plane_of(int64_t classes) {
+  return BinLayout::bins(classes);
+}
+
 // Shared memory of a class: its table, and its counts.
 VEERLOSS_HD constexpr int64_t table_bytes() {
   return BinLayout::table * static_cast<int64_t>(sizeof(Pair));
 }
-VEERLOSS_HD constexpr int64_t class_bytes(int64_t bins) {
-  return table_bytes() + 4 * bins;
+VEERLOSS_HD constexpr int64_t class_bytes(int64_t classes) {
+  return table_bytes() + 4 * plane_of(classes);
 }
 
 // How classes are shared out among blocks.
@@ -32,8 +37,8 @@ struct Groups {
   int classes, groups;  // of a group at most; their number
 };
 
-Groups groups_of(const LovaszBatch& b, int64_t bins) {
-  const int64_t fit = (max_shared_bytes_of_block() - Policy::static_bytes) / class_bytes(bins);
+Groups groups_of(const LovaszBatch& b) {
+  const int64_t fit = (max_shared_bytes_of_block() - Policy::static_bytes) / class_bytes(b.classes());
   if (fit < 1) throw std::runtime_error("veerloss: method 'histogram' needs 36 KiB of shared memory for a block");
   const int64_t groups = ceil_div(b.classes(), fit);
   return {static_cast<int>(ceil_div(b.classes(), groups)), static_cast<int>(groups)};
@@ -42,7 +47,7 @@ Groups groups_of(const LovaszBatch& b, int64_t bins) {
 // What a block has beside the classes.
 struct BlockCounts {
   Pair* tables;  // [classes of the group][BinLayout::table]
-  uint32_t* counts;  // [classes of the group][bins]
+  uint32_t* counts;  // [classes of the group][plane_of], of which args.bins are used
   int64_t row;
   int first_class, end_class;
 };
@@ -70,7 +75,7 @@ __device__ inline bool begin_block(const LovaszHistogramCount& args, const Block
     if (!is_counted(args, block.row, c)) pair = {0.0f, k == 0 ? 0.0f : BinLayout::magic};
     block.tables[i] = pair;
   }
-  const auto words = classes * static_cast<int>(args.bins);
+  const auto words = classes * static_cast<int>(plane_of(args.batch.classes()));
   for (int i = static_cast<int>(threadIdx.x); i < words; i += Policy::threads) block.counts[i] = 0;
   return true;
 }
@@ -78,11 +83,11 @@ __device__ inline bool begin_block(const LovaszHistogramCount& args, const Block
 // Adds a block's counts to those of the segments. `valid` pixels of it count; bad: a target is out of range.
 __device__ inline void end_block(const LovaszHistogramCount& args, const BlockCounts& block, int valid, bool bad, bool nan) {
   const auto bins = static_cast<int>(args.bins);
-  const int64_t classes = args.batch.classes();
+  const int64_t classes = args.batch.classes(), plane = plane_of(classes);
   int32_t* counts = args.counts + (block.row * classes + block.first_class) * 2 * bins;
   for (int c = 0; c < block.end_class - block.first_class; ++c) {
     for (int k = static_cast<int>(threadIdx.x); k < bins; k += Policy::threads) {
-      const uint32_t word = block.counts[c * bins + k];
+      const uint32_t word = block.counts[c * plane + k];
       if (word & 0xffff) atomicAdd(counts + 2 * c * bins + k, static_cast<int32_t>(word & 0xffff));
       if (word >> 16) atomicAdd(counts + (2 * c + 1) * bins + k, static_cast<int32_t>(word >> 16));
     }
@@ -99,11 +104,11 @@ template <class In, class Range, bool grouped>
 __global__ void __launch_bounds__(Policy::threads)
     lovasz_count_softmax_kernel(LovaszHistogramCount args, Chunks chunks, Groups groups) {
   using T = opmath_t<In>;
-  // The bins of a class are known from the number of classes, but of a sample.
+  constexpr int plane = plane_of(Range::most);
   VEERLOSS_DYNAMIC_SHARED(memory);
   __shared__ int block_valid, block_bad, block_nan;
   const LovaszBatch& b = args.batch;
-  const auto classes = static_cast<int>(b.classes()), bins = static_cast<int>(args.bins);
+  const auto classes = static_cast<int>(b.classes());
   const auto [first_image, part, group] = image_part(chunks.chunks, groups.groups);
   const BlockCounts block = block_counts(args, memory, b.per_image ? first_image : 0, static_cast<int>(group), groups);
   if (!begin_block(args, block)) return;
@@ -124,10 +129,8 @@ __global__ void __launch_bounds__(Policy::threads)
     }
     ++valid;
     T below[Range::most];
-    load_classes<Range, In>(below, ClassPointer<In>(b.logits, image, pixel), classes);
-    T max_logit = below[0];
-#pragma unroll
-    for (int c = 1; c < Range::most; ++c) max_logit = max_or_nan(max_logit, below[c]);
+    load_classes<Range>(below, ClassPointer<In>(b.logits, image, pixel), classes);
+    const T max_logit = max_of(below);
     SumExclMax<T> sum;
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) {
@@ -142,14 +145,14 @@ __global__ void __launch_bounds__(Policy::threads)
       if (grouped && (c < block.first_class || c >= block.end_class)) continue;
       const int k = grouped ? c - block.first_class : c;
       const uint32_t bin = bin_offset_of(coordinates.of(below[c]), block.tables + k * BinLayout::table);
-      if (bin != 0 && c != label) atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block.counts + k * bins) + bin), one_background);
+      if (bin != 0 && c != label) atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block.counts + k * plane) + bin), one_background);
     }
     // The label's class, whose logit is in L1.
     if (label < classes && (!grouped || (label >= block.first_class && label < block.end_class))) {
       const int k = grouped ? label - block.first_class : label;
       const T logit = load<In>(b.logits, image, label, pixel);
       const uint32_t bin = bin_offset_of(-coordinates.of(below_largest(logit, max_logit)), block.tables + k * BinLayout::table);
-      atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block.counts + k * bins) + bin), one_foreground);
+      atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block.counts + k * plane) + bin), one_foreground);
     }
   }
   if (valid) atomicAdd(&block_valid, valid);
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(Policy::threads)
   __shared__ int block_valid, block_bad, block_nan;
   __shared__ uint32_t block_largest;
   const LovaszBatch& b = args.batch;
-  const auto bins = static_cast<int>(args.bins);
+  const auto plane = static_cast<int>(plane_of(b.classes()));
   const auto [first_image, part, group] = image_part(chunks.chunks, groups.groups);
   const BlockCounts block = block_counts(args, memory, b.per_image ? first_image : 0, static_cast<int>(group), groups);
   if (!begin_block(args, block)) return;
@@ -201,7 +204,7 @@ __global__ void __launch_bounds__(Policy::threads)
     if (threadIdx.x == 0) block_largest = 0;
     __syncthreads();
     const Pair* table = block.tables + (c - block.first_class) * BinLayout::table;
-    auto* counts = reinterpret_cast<char*>(block.counts + (c - block.first_class) * bins);
+    auto* counts = reinterpret_cast<char*>(block.counts + (c - block.first_class) * plane);
     uint32_t largest = 0;
     for (int64_t j = begin + threadIdx.x; j < end; j += Policy::threads) {
       const auto [image, pixel] = block_pixel(chunks, first_image, j);
@@ -248,8 +251,8 @@ __global__ void __launch_bounds__(Policy::threads)
 // Classes in registers are counted without their largest errors.
 bool fits_registers(const LovaszHistogramCount& args) {
   const LovaszBatch& b = args.batch;
-  const int64_t most = b.logits.dtype == DType::f64 ? most_classes_of_double : most_classes;
-  return b.errors == Errors::softmax && !args.find_largest && b.classes() <= most;
+  return b.errors == Errors::softmax && !args.find_largest && b.logits.dtype != DType::f64 &&
+         b.classes() <= Policy::most_classes;
 }
 
 Chunks count_chunks(const LovaszBatch& b, int64_t groups, bool sampled) {
@@ -260,16 +263,16 @@ template <class In>
 void count(const LovaszHistogramCount& args) {
   using T = opmath_t<In>;
   const LovaszBatch& b = args.batch;
-  const Groups groups = groups_of(b, args.bins);
+  const Groups groups = groups_of(b);
   const Chunks chunks = count_chunks(b, groups.groups, args.sampled);
   const Launch shape{.blocks = chunks.images * chunks.chunks * groups.groups,
                      .threads = Policy::threads,
                      .stream = args.stream,
-                     .shared_bytes = groups.classes * class_bytes(args.bins)};
+                     .shared_bytes = groups.classes * class_bytes(b.classes())};
   if (fits_registers(args))
     return with_class_range<In>(b.classes(), [&](auto range) {
       using Range = decltype(range);
-      if constexpr (Range::most > 0)
+      if constexpr (!std::is_same_v<In, double> && Range::most > 0 && Range::most <= Policy::most_classes)
         launch(groups.groups > 1 ? lovasz_count_softmax_kernel<In, Range, true> : lovasz_count_softmax_kernel<In, Range, false>,
                shape, args, chunks, groups);
     });

@@ -15,7 +15,7 @@ struct SegmentResult {
 // Of all segments, in scratch memory.
 struct SegmentResults {
   SegmentResult* results;  // [segments]
-  int32_t* in_mean;        // [rows]: how many segments take part; zeros before
+  int32_t* in_mean = nullptr;  // [rows]: how many segments take part; zeros before. Null: it is counted at the end
 
   __device__ void store(int64_t row, int64_t segment, const SegmentResult& result) const {
     results[segment] = result;
@@ -36,13 +36,20 @@ __global__ void __launch_bounds__(Tuning::Finish::threads)
   constexpr int threads = Tuning::Finish::threads;
   __shared__ double scratch[threads];
   const bool reduces = out.reduction != Reduction::none, is_mean = out.reduction == Reduction::mean;
+  const auto in_mean_of = [&](int64_t row) {
+    if (segments.in_mean) return segments.in_mean[row];
+    int32_t count = 0;
+    for (int64_t c = 0; c < classes; ++c) count += segments.results[row * classes + c].takes_part;
+    return count;
+  };
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < rows * classes; i += threads) {
     const SegmentResult result = segments.results[i];
     const int64_t row = i / classes, c = i % classes;
+    const double in_mean = result.takes_part ? static_cast<double>(in_mean_of(row)) : 0.0;
     double factor = result.takes_part ? 1.0 : 0.0;
     if (result.takes_part && out.class_weight) factor = static_cast<double>(static_cast<const T*>(out.class_weight)[c]);
-    if (result.takes_part && is_mean) factor /= static_cast<double>(segments.in_mean[row]) * static_cast<double>(rows);
+    if (result.takes_part && is_mean) factor /= in_mean * static_cast<double>(rows);
     const double loss = result.takes_part ? factor * result.loss : 0.0;
     sum += loss;
     static_cast<T*>(out.scale)[i] = static_cast<T>(factor);
@@ -51,7 +58,7 @@ __global__ void __launch_bounds__(Tuning::Finish::threads)
     if (binning.needs_rebin)
       binning.needs_rebin[i] =
           result.takes_part && (result.gradient_deviation > gradient_tolerance ||
-                                result.loss_deviation > loss_tolerance * sqrt(static_cast<double>(segments.in_mean[row])));
+                                result.loss_deviation > loss_tolerance * sqrt(in_mean));
   }
   sum = block_sum<threads>(sum, scratch);
   if (threadIdx.x == 0 && reduces) store_element(out.loss, out.loss_dtype, 0, sum);

@@ -1,0 +1,202 @@
+// Lovász losses on a GPU, method "histogram": the passes that look weights up by the bins of errors. veerloss/_histogram.py has the
+// order of the steps.
+//
+//   in shared memory  softmax of classes in registers: a block has the tables of all classes, and the weights of background, each
+//                     times what its segment is multiplied by. The weight of the label's class comes from L2
+//   from L2           everything else, by gradient.cuh
+//   sum               probabilities and a hinge: weight times error, in fixed point
+//
+// All are integers or one value for each element: the results are the same bits in every run.
+
+#include "../gradient.cuh"
+#include "coordinates.cuh"
+
+namespace veerloss {
+namespace {
+
+// ---- in shared memory
+
+using Policy = Tuning::HistogramGradient;
+
+int64_t shared_bytes(int64_t classes, int64_t bins) {
+  return classes * (BinLayout::table * static_cast<int64_t>(sizeof(Pair)) + 4 * bins);
+}
+
+template <class In, class Range>
+__global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(LovaszHistogramBackward args, Chunks chunks) {
+  VEERLOSS_DYNAMIC_SHARED(memory);
+  const LovaszBatch& b = args.batch;
+  constexpr int bins = BinLayout::bins(Range::most), table = BinLayout::table;
+  const auto classes = static_cast<int>(b.classes());
+  const auto [first_image, part, none] = image_part(chunks.chunks);
+  const int64_t segment = b.segment(b.per_image ? first_image : 0, 0);  // of class 0
+  const SegmentFactor<float> factor(args.out);
+  const float* weights = static_cast<const float*>(args.weights) + segment * 2 * bins;
+  auto* tables = reinterpret_cast<Pair*>(memory);                                // [classes][table]
+  auto* background = reinterpret_cast<float*>(tables + classes * table);  // [classes][bins]
+  for (int i = static_cast<int>(threadIdx.x); i < classes * table; i += Policy::threads)
+    tables[i] = args.table[segment * table + i];
+  for (int c = 0; c < classes; ++c) {
+    const float times = factor(segment + c);
+    for (int k = static_cast<int>(threadIdx.x); k < bins; k += Policy::threads)
+      background[c * bins + k] = weights[2 * c * bins + k] * times;
+  }
+  __syncthreads();
+
+  const int64_t begin = part * chunks.chunk;
+  const int64_t end = begin + chunks.chunk < chunks.pixels ? begin + chunks.chunk : chunks.pixels;
+  for (int64_t j = begin + threadIdx.x; j < end; j += Policy::threads) {
+    const auto [image, pixel] = block_pixel(chunks, first_image, j);
+    const int32_t label = load_label(b.target, b.rule, image, pixel);
+    ClassPointer<In> out(args.out.grad_logits, image, pixel);
+    if (label < 0) {  // ignored: its logits are not read; out of range: the loss is NaN, whatever is here
+#pragma unroll
+      for (int c = 0; c < Range::most; ++c, ++out)
+        if (Range::has(c, classes)) out.store(0.0f);
+      continue;
+    }
+    float exps[Range::most], g[Range::most];
+    load_classes<Range>(g, ClassPointer<In>(b.logits, image, pixel), classes);
+    const float max_logit = max_of(g);
+    SumExclMax<float> sum;
+#pragma unroll
+    for (int c = 0; c < Range::most; ++c) {
+      g[c] = below_largest(g[c], max_logit);
+      exps[c] = exp2_of(g[c]);
+      sum.add(exps[c]);
+    }
+    const PixelCoordinates<float> coordinates(sum.sum);
+    const float inv_sumexp = 1.0f / add_rn(1.0f, sum.sum);
+    // The label's class, whose logit is in L1.
+    float foreground = 0.0f;
+    if (label < classes) {
+      const float logit = load<In>(b.logits, image, label, pixel);
+      const uint32_t bin = bin_offset_of(-coordinates.of(below_largest(logit, max_logit)), tables + label * table);
+      foreground = weights[(2 * label + 1) * bins + bin / 4] * factor(segment + label);
+    }
+    // As SoftmaxGradient, in two steps: the weight of a most probable class is the pivot, and all others are relative to it.
+    float pivot = 0.0f;
+#pragma unroll
+    for (int c = 0; c < Range::most; ++c) {
+      if (!Range::has(c, classes)) continue;
+      const bool top = g[c] == 0.0f;
+      const uint32_t bin = bin_offset_of(coordinates.of(g[c]), tables + c * table);
+      g[c] = *reinterpret_cast<const float*>(reinterpret_cast<const char*>(background + c * bins) + bin);
+      g[c] = c == label ? foreground : g[c];
+      pivot = top ? g[c] : pivot;
+    }
+    float mean = 0.0f;
+#pragma unroll
+    for (int c = 0; c < Range::most; ++c) {
+      if (!Range::has(c, classes)) continue;
+      g[c] -= pivot;
+      mean = fma_rn(exps[c], g[c], mean);
+    }
+    mean *= inv_sumexp * inv_sumexp;
+#pragma unroll
+    for (int c = 0; c < Range::most; ++c, ++out)
+      if (Range::has(c, classes)) out.store(exps[c] * fma_rn(g[c], inv_sumexp, -mean));
+  }
+}
+
+// ---- from L2
+
+// The signed weights of errors, by their bins.
+template <class T>
+struct BinWeights {
+  static constexpr bool reads_label = true;
+
+  template <class Args>
+  explicit BinWeights(const Args& args) : table(args.table), weights(static_cast<const T*>(args.weights)), bins(args.bins) {}
+
+  __device__ T at(const LovaszBatch& b, int64_t segment, float coordinate, bool foreground, bool zero_bin) const {
+    auto bin = static_cast<int32_t>(bin_offset_of(coordinate, table + segment * BinLayout::table) / 4);
+    bin = bin_of_error(bin, coordinate, zero_bin);
+    return weights[segment * 2 * bins + bin + (foreground ? bins : 0)];
+  }
+
+  // Of a class of a softmax.
+  __device__ T operator()(const LovaszBatch& b, int64_t image, int64_t, int64_t c, int32_t label, T logit,
+                          const Softmax<T>& softmax) const {
+    if (label < 0) return T(0);
+    const float background = PixelCoordinates<T>(softmax.sumexp_excl_max).of(below_largest(logit, softmax.max_logit));
+    return at(b, b.segment(image, c), label == c ? -background : background, label == c, false);
+  }
+  // Of a probability, or a hinge.
+  __device__ T operator()(const LovaszBatch& b, int64_t image, int64_t, int64_t c, int32_t label, T x) const {
+    if (label < 0) return T(0);
+    const bool foreground = label == b.foreground(c);
+    const float coordinate = b.errors == Errors::hinge ? coordinate_of_error<Errors::hinge>(x, foreground)
+                                                       : coordinate_of_error<Errors::probabilities>(x, foreground);
+    return at(b, b.segment(image, c), coordinate, foreground, true);
+  }
+
+  const Pair* table;
+  const T* weights;
+  int64_t bins;
+};
+
+// ---- sum
+
+template <class In>
+__global__ void __launch_bounds__(Tuning::HistogramSum::threads, 1)
+    lovasz_sum_kernel(LovaszHistogramSum args, BinWeights<opmath_t<In>> weights, int64_t chunks) {
+  using T = opmath_t<In>;
+  using SumPolicy = Tuning::HistogramSum;
+  __shared__ unsigned long long scratch[SumPolicy::threads];
+  const LovaszBatch& b = args.batch;
+  const auto [image, part, c] = image_part(chunks, b.classes());
+  const int64_t segment = b.segment(image, c), begin = part * SumPolicy::chunk;
+  const int64_t end = begin + SumPolicy::chunk < b.geometry.pixels ? begin + SumPolicy::chunk : b.geometry.pixels;
+  unsigned long long sum = 0;
+  for (int64_t pixel = begin + threadIdx.x; pixel < end; pixel += SumPolicy::threads) {
+    const int32_t label = load_label(b.target, b.rule, image, pixel);
+    if (label < 0) continue;
+    const T x = load<In>(b.logits, image, c, pixel);
+    const T error = magnitude(signed_error(b.errors, x, label == b.foreground(c)));
+    const auto weight = static_cast<double>(weights(b, image, pixel, c, label, x));
+    const double product = magnitude(weight) * static_cast<double>(narrow_error(error));
+    if (weight != 0.0 && product == product) sum += static_cast<unsigned long long>(product * args.units[segment] + 0.5);
+  }
+  sum = block_sum<SumPolicy::threads>(sum, scratch);
+  if (threadIdx.x == 0) atomicAdd(reinterpret_cast<unsigned long long*>(args.sums) + segment, sum);
+}
+
+}  // namespace
+
+namespace kernels {
+
+void lovasz_histogram_sum(const LovaszHistogramSum& args) {
+  using SumPolicy = Tuning::HistogramSum;
+  const LovaszBatch& b = args.batch;
+  zero_memory(args.sums, b.segments() * static_cast<int64_t>(sizeof(int64_t)), args.stream);
+  const int64_t chunks = ceil_div(b.geometry.pixels, SumPolicy::chunk);
+  with_element_type(b.logits.dtype, [&](auto zero) {
+    using In = decltype(zero);
+    launch(lovasz_sum_kernel<In>,
+           {.blocks = b.geometry.images * chunks * b.classes(), .threads = SumPolicy::threads, .stream = args.stream}, args,
+           BinWeights<opmath_t<In>>(args), chunks);
+  });
+}
+
+void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
+  const LovaszBatch& b = args.batch;
+  const int64_t shared = shared_bytes(b.classes(), args.bins);
+  if (b.errors != Errors::softmax || b.logits.dtype == DType::f64 || b.classes() > Policy::most_classes ||
+      shared > max_shared_bytes_of_block() - Policy::static_bytes)
+    return launch_gradient<BinWeights>(args);
+  const Chunks chunks = chunks_of(b, Policy::threads, int64_t{1} << 40, multiprocessors(), 1, false);
+  with_element_type(b.logits.dtype, [&](auto zero) {
+    using In = decltype(zero);
+    with_class_range<In>(b.classes(), [&](auto range) {
+      using Range = decltype(range);
+      if constexpr (!std::is_same_v<In, double> && Range::most > 0 && Range::most <= Policy::most_classes)
+        launch(lovasz_gradient_kernel<In, Range>,
+               {.blocks = chunks.images * chunks.chunks, .threads = Policy::threads, .stream = args.stream, .shared_bytes = shared},
+               args, chunks);
+    });
+  });
+}
+
+}  // namespace kernels
+}  // namespace veerloss
