@@ -86,6 +86,12 @@ void with_element_type(DType dtype, const F& f) {
   }
 }
 
+// Calls f with a std::bool_constant.
+template <class F>
+void with_flag(bool flag, const F& f) {
+  return flag ? f(std::true_type{}) : f(std::false_type{});
+}
+
 // Calls f with a std::integral_constant.
 template <class F>
 void with_errors(Errors errors, const F& f) {

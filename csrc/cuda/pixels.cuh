@@ -82,6 +82,21 @@ __device__ inline int32_t label_of(double value, const TargetRule& rule) {
   return is_class ? static_cast<int32_t>(value) : label_bad;
 }
 
+// From a target [N, P] of integers: less to choose from.
+__device__ inline int32_t load_integer_label(const View& target, const TargetRule& rule, int64_t image, int64_t pixel) {
+  const int64_t i = ptr_offset(target, image, 0, pixel);
+  const void* data = target.data;
+  int64_t value;
+  switch (target.dtype) {
+    case DType::i64: value = static_cast<const int64_t*>(data)[i]; break;
+    case DType::u8: value = static_cast<const uint8_t*>(data)[i]; break;
+    case DType::i32: value = static_cast<const int32_t*>(data)[i]; break;
+    case DType::i16: value = static_cast<const int16_t*>(data)[i]; break;
+    default: value = static_cast<const int8_t*>(data)[i];
+  }
+  return label_of(value, rule);
+}
+
 // From a target [N, P] of any type.
 __device__ inline int32_t load_label(const View& target, const TargetRule& rule, int64_t image, int64_t pixel) {
   const int64_t i = ptr_offset(target, image, 0, pixel);

@@ -115,6 +115,49 @@ __device__ inline Softmax<opmath_t<In>> statistics_of_pixel(const View& logits, 
   return {max_logit, sum.sum};
 }
 
+// The classes of a pixel at distances of 32 bits, which multiply in one instruction.
+template <class In>
+struct NearClasses {
+  char* first;
+  uint32_t step;
+
+  __device__ NearClasses(const View& view, uint32_t image, uint32_t pixel)
+      : first(near(image_of(view, image), pixel, static_cast<uint32_t>(view.stride_pixel) * static_cast<uint32_t>(sizeof(In)))),
+        step(static_cast<uint32_t>(view.stride_channel) * static_cast<uint32_t>(sizeof(In))) {}
+
+  __device__ opmath_t<In> load(int c) const {
+#if defined(VEERLOSS_EMULATED)
+    return convert<opmath_t<In>>(*at(c));
+#else
+    return convert<opmath_t<In>>(__ldg(at(c)));
+#endif
+  }
+  __device__ void store(int c, opmath_t<In> value) const { *at(c) = convert<In>(value); }
+
+ private:
+  static __device__ char* image_of(const View& view, uint32_t image) {
+    return view.data + static_cast<int64_t>(image) * view.stride_image * static_cast<int64_t>(sizeof(In));
+  }
+  static __device__ char* near(char* base, uint32_t i, uint32_t bytes) { return base + static_cast<uint64_t>(i) * bytes; }
+  __device__ In* at(int c) const { return reinterpret_cast<In*>(near(first, static_cast<uint32_t>(c), step)); }
+};
+
+inline bool are_near(const View& view) {
+  const auto is_near = [](int64_t stride) { return stride >= 0 && stride < int64_t{1} << 29; };
+  return is_near(view.stride_channel) && is_near(view.stride_pixel);
+}
+inline bool is_integer(DType dtype) {
+  return dtype != DType::f32 && dtype != DType::f64 && dtype != DType::bf16 && dtype != DType::f16;
+}
+
+// All loads of a pixel are under way at once; classes that are missing get -infinity.
+template <class Range, class In>
+__device__ inline void load_near(opmath_t<In> (&values)[Range::most], const NearClasses<In>& pixel, int classes) {
+#pragma unroll
+  for (int c = 0; c < Range::most; ++c)
+    values[c] = Range::has(c, classes) ? pixel.load(c) : -std::numeric_limits<opmath_t<In>>::infinity();
+}
+
 // ---- probabilities, hinge
 
 // The coordinate of an error up to its sign; -infinity for 0, NaN for what is none.
@@ -162,6 +205,20 @@ __device__ inline int64_t sampled_pixel(int64_t j, bool sampled, int64_t pixels)
   const int64_t pixel = static_cast<int64_t>(i / sample_run) * sample_step + i % sample_run;
   return pixel < pixels ? pixel : -1;
 }
+
+// The pixels of a block where that is known to be `flat`, or not: then no thread divides, and images have one address.
+template <bool flat>
+struct BlockPixels {
+  const Chunks& chunks;
+  int64_t first_image;
+
+  __device__ uint32_t image(uint32_t j) const { return flat ? j / chunks.image_pixels : static_cast<uint32_t>(first_image); }
+  // -1: none.
+  __device__ int32_t pixel(uint32_t j) const {
+    if (flat) return static_cast<int32_t>(j % chunks.image_pixels);
+    return static_cast<int32_t>(sampled_pixel(j, chunks.sampled, chunks.image_pixels));
+  }
+};
 
 struct BlockPixel {
   int64_t image, pixel;  // pixel -1: none

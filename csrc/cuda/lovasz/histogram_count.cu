@@ -100,7 +100,7 @@ __device__ inline void end_block(const LovaszHistogramCount& args, const BlockCo
 
 // ---- softmax, in registers
 
-template <class In, class Range, bool grouped>
+template <class In, class Range, bool grouped, bool flat>
 __global__ void __launch_bounds__(Policy::threads)
     lovasz_count_softmax_kernel(LovaszHistogramCount args, Chunks chunks, Groups groups) {
   using T = opmath_t<In>;
@@ -119,17 +119,20 @@ __global__ void __launch_bounds__(Policy::threads)
   const int64_t end = begin + chunks.chunk < chunks.pixels ? begin + chunks.chunk : chunks.pixels;
   int valid = 0;
   bool bad = false, nan = false;
-  for (int64_t j = begin + threadIdx.x; j < end; j += Policy::threads) {
-    const auto [image, pixel] = block_pixel(chunks, first_image, j);
+  const BlockPixels<flat> pixels{chunks, first_image};
+  for (uint32_t j = static_cast<uint32_t>(begin) + threadIdx.x; j < static_cast<uint32_t>(end); j += Policy::threads) {
+    const uint32_t image = pixels.image(j);
+    const int32_t pixel = pixels.pixel(j);
     if (pixel < 0) continue;
-    const int32_t label = load_label(b.target, b.rule, image, pixel);
+    const int32_t label = load_integer_label(b.target, b.rule, image, pixel);
     if (label < 0) {
       bad |= label == label_bad;
       continue;
     }
     ++valid;
+    const NearClasses<In> logits(b.logits, image, static_cast<uint32_t>(pixel));
     T below[Range::most];
-    load_classes<Range>(below, ClassPointer<In>(b.logits, image, pixel), classes);
+    load_near<Range>(below, logits, classes);
     const T max_logit = max_of(below);
     SumExclMax<T> sum;
 #pragma unroll
@@ -150,7 +153,7 @@ __global__ void __launch_bounds__(Policy::threads)
     // The label's class, whose logit is in L1.
     if (label < classes && (!grouped || (label >= block.first_class && label < block.end_class))) {
       const int k = grouped ? label - block.first_class : label;
-      const T logit = load<In>(b.logits, image, label, pixel);
+      const T logit = logits.load(label);
       const uint32_t bin = bin_offset_of(-coordinates.of(below_largest(logit, max_logit)), block.tables + k * BinLayout::table);
       atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block.counts + k * plane) + bin), one_foreground);
     }
@@ -251,7 +254,7 @@ __global__ void __launch_bounds__(Policy::threads)
 // Classes in registers are counted without their largest errors.
 bool fits_registers(const LovaszHistogramCount& args) {
   const LovaszBatch& b = args.batch;
-  return b.errors == Errors::softmax && !args.find_largest && b.logits.dtype != DType::f64 &&
+  return b.errors == Errors::softmax && !args.find_largest && b.logits.dtype != DType::f64 && is_integer(b.target.dtype) && are_near(b.logits) &&
          b.classes() <= Policy::most_classes;
 }
 
@@ -273,8 +276,12 @@ void count(const LovaszHistogramCount& args) {
     return with_class_range<In>(b.classes(), [&](auto range) {
       using Range = decltype(range);
       if constexpr (!std::is_same_v<In, double> && Range::most > 0 && Range::most <= Policy::most_classes)
-        launch(groups.groups > 1 ? lovasz_count_softmax_kernel<In, Range, true> : lovasz_count_softmax_kernel<In, Range, false>,
-               shape, args, chunks, groups);
+        with_flag(groups.groups > 1, [&](auto grouped) {
+          with_flag(chunks.flat, [&](auto flat) {
+            launch(lovasz_count_softmax_kernel<In, Range, decltype(grouped)::value, decltype(flat)::value>, shape, args, chunks,
+                   groups);
+          });
+        });
     });
   auto* statistics = static_cast<Softmax<T>*>(args.scratch);
   if (b.errors == Errors::softmax) {

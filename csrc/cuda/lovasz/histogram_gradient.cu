@@ -22,7 +22,7 @@ int64_t shared_bytes(int64_t classes, int64_t bins) {
   return classes * (BinLayout::table * static_cast<int64_t>(sizeof(Pair)) + 4 * bins);
 }
 
-template <class In, class Range>
+template <class In, class Range, bool flat>
 __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(LovaszHistogramBackward args, Chunks chunks) {
   VEERLOSS_DYNAMIC_SHARED(memory);
   const LovaszBatch& b = args.batch;
@@ -30,14 +30,17 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
   const auto classes = static_cast<int>(b.classes());
   const auto [first_image, part, none] = image_part(chunks.chunks);
   const int64_t segment = b.segment(b.per_image ? first_image : 0, 0);  // of class 0
-  const SegmentFactor<float> factor(args.out);
+  __shared__ float factors[Range::most];
+  if (threadIdx.x < Range::most && static_cast<int>(threadIdx.x) < classes)
+    factors[threadIdx.x] = SegmentFactor<float>(args.out)(segment + threadIdx.x);
+  __syncthreads();
   const float* weights = static_cast<const float*>(args.weights) + segment * 2 * bins;
   auto* tables = reinterpret_cast<Pair*>(memory);                                // [classes][table]
   auto* background = reinterpret_cast<float*>(tables + classes * table);  // [classes][bins]
   for (int i = static_cast<int>(threadIdx.x); i < classes * table; i += Policy::threads)
     tables[i] = args.table[segment * table + i];
   for (int c = 0; c < classes; ++c) {
-    const float times = factor(segment + c);
+    const float times = factors[c];
     for (int k = static_cast<int>(threadIdx.x); k < bins; k += Policy::threads)
       background[c * bins + k] = weights[2 * c * bins + k] * times;
   }
@@ -45,18 +48,20 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
 
   const int64_t begin = part * chunks.chunk;
   const int64_t end = begin + chunks.chunk < chunks.pixels ? begin + chunks.chunk : chunks.pixels;
-  for (int64_t j = begin + threadIdx.x; j < end; j += Policy::threads) {
-    const auto [image, pixel] = block_pixel(chunks, first_image, j);
-    const int32_t label = load_label(b.target, b.rule, image, pixel);
-    ClassPointer<In> out(args.out.grad_logits, image, pixel);
+  const BlockPixels<flat> pixels{chunks, first_image};
+  for (uint32_t j = static_cast<uint32_t>(begin) + threadIdx.x; j < static_cast<uint32_t>(end); j += Policy::threads) {
+    const uint32_t image = pixels.image(j);
+    const auto pixel = static_cast<uint32_t>(pixels.pixel(j));
+    const int32_t label = load_integer_label(b.target, b.rule, image, pixel);
+    const NearClasses<In> logits(b.logits, image, pixel), out(args.out.grad_logits, image, pixel);
     if (label < 0) {  // ignored: its logits are not read; out of range: the loss is NaN, whatever is here
 #pragma unroll
-      for (int c = 0; c < Range::most; ++c, ++out)
-        if (Range::has(c, classes)) out.store(0.0f);
+      for (int c = 0; c < Range::most; ++c)
+        if (Range::has(c, classes)) out.store(c, 0.0f);
       continue;
     }
     float exps[Range::most], g[Range::most];
-    load_classes<Range>(g, ClassPointer<In>(b.logits, image, pixel), classes);
+    load_near<Range>(g, logits, classes);
     const float max_logit = max_of(g);
     SumExclMax<float> sum;
 #pragma unroll
@@ -70,9 +75,9 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
     // The label's class, whose logit is in L1.
     float foreground = 0.0f;
     if (label < classes) {
-      const float logit = load<In>(b.logits, image, label, pixel);
+      const float logit = logits.load(label);
       const uint32_t bin = bin_offset_of(-coordinates.of(below_largest(logit, max_logit)), tables + label * table);
-      foreground = weights[(2 * label + 1) * bins + bin / 4] * factor(segment + label);
+      foreground = weights[(2 * label + 1) * bins + bin / 4] * factors[label];
     }
     // As SoftmaxGradient, in two steps: the weight of a most probable class is the pivot, and all others are relative to it.
     float pivot = 0.0f;
@@ -94,8 +99,8 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
     }
     mean *= inv_sumexp * inv_sumexp;
 #pragma unroll
-    for (int c = 0; c < Range::most; ++c, ++out)
-      if (Range::has(c, classes)) out.store(exps[c] * fma_rn(g[c], inv_sumexp, -mean));
+    for (int c = 0; c < Range::most; ++c)
+      if (Range::has(c, classes)) out.store(c, exps[c] * fma_rn(g[c], inv_sumexp, -mean));
   }
 }
 
@@ -183,6 +188,7 @@ void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
   const LovaszBatch& b = args.batch;
   const int64_t shared = shared_bytes(b.classes(), args.bins);
   if (b.errors != Errors::softmax || b.logits.dtype == DType::f64 || b.classes() > Policy::most_classes ||
+      !is_integer(b.target.dtype) || !are_near(b.logits) || !are_near(args.out.grad_logits) ||
       shared > max_shared_bytes_of_block() - Policy::static_bytes)
     return launch_gradient<BinWeights>(args);
   const Chunks chunks = chunks_of(b, Policy::threads, int64_t{1} << 40, multiprocessors(), 1, false);
@@ -191,7 +197,7 @@ void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
     with_class_range<In>(b.classes(), [&](auto range) {
       using Range = decltype(range);
       if constexpr (!std::is_same_v<In, double> && Range::most > 0 && Range::most <= Policy::most_classes)
-        launch(lovasz_gradient_kernel<In, Range>,
+        launch(chunks.flat ? lovasz_gradient_kernel<In, Range, true> : lovasz_gradient_kernel<In, Range, false>,
                {.blocks = chunks.images * chunks.chunks, .threads = Policy::threads, .stream = args.stream, .shared_bytes = shared},
                args, chunks);
     });
