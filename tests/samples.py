@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from grid import labels, logits
 
-from veerloss._layout import COARSE_BINS, Errors, Reduction, bin_count
+from veerloss._layout import COARSE_BINS, MAGIC, SAMPLE_RUN, SAMPLE_STEP, Errors, Reduction, bin_count
+from veerloss.reference.histogram import cell_knots
 
 FOCAL, LOVASZ = ("sigmoid_focal", "softmax_focal"), ("lovasz_exact", "lovasz_histogram")
 HINGE = 3  # the first of the samples of LOVASZ that are hinges
@@ -114,3 +115,19 @@ RESULTS = {
 def strided(x: torch.Tensor) -> torch.Tensor:
     """Logits whose classes are neighbours in memory."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def rare_foreground(pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and target of which a sample has no foreground."""
+    position = torch.arange(pixels) % SAMPLE_STEP
+    assert SAMPLE_RUN < 500
+    target = ((position >= 500) & (position < 505)).long()[None]
+    return logits((1, 2, pixels), scale=0.25), target
+
+
+def bins_before(pairs: torch.Tensor) -> torch.Tensor:
+    """[..., CELLS]: how many bins tables [..., TABLE, 2] have given out up to the end of each cell."""
+    scale, offset = pairs[..., 1:, :].double().unbind(-1)
+    before = (cell_knots()[1:] * scale + (offset - MAGIC) - 1.5) / 4
+    assert (before - before.round()).abs().max() <= 0.25  # an offset is a multiple of 1 or 1/2, of a quarter of a bin
+    return before.round()

@@ -20,7 +20,9 @@ from .._layout import Errors
 # The window: csrc/math/bins.h says why.
 TAIL_PIXELS, TAIL_REACH, SAMPLE_MARGIN, MARGIN = 8, 2.5, 1 / 16, 1 / 128
 #: The share of the bins that goes by the error of the loss; the others go by that of the gradient.
-LOSS_SHARE = 0.25
+LOSS_SHARE = 0.2
+#: Of the iteration for how much square error is worth a bin.
+WORTH_STEPS = 4
 
 
 # ------------------------------------------------------------------ coordinates
@@ -200,7 +202,8 @@ def place(fg: Tensor, bg: Tensor, table: Table, errors: int, sampled: bool, bins
     """A table of `bins` bins from the counts in those of another.
 
     s bins divide the mean square error that a cell makes by s**2; the sum over the cells is least where s goes by the cube root
-    of that error: of the gradient for most of the bins, of the loss for some.
+    of that error: of the gradient for most of the bins, of the loss for some. Where bins have less than a pixel, they divide
+    the square error of the gradient by s, and s goes by the square root of the error per pixel.
     """
     softmax, folded = errors == Errors.SOFTMAX, is_folded(errors)
     pair = window(fg, bg, table, softmax, sampled)
@@ -222,14 +225,20 @@ def place(fg: Tensor, bg: Tensor, table: Table, errors: int, sampled: bool, bins
     result = weigh(f, b, total.clamp(min=1))
     error, first, _ = errors_of((at[1:] + at[:-1]) / 2, folded)
     slope = error * (1 - error) if softmax else 1  # of the gradient of a logit, over the weight
-    of_gradient = slope**2 * (result.fg_bound**2 / f.clamp(min=1) + result.bg_bound**2 / b.clamp(min=1))
+    fg_square, bg_square = (bound**2 / torch.where(n > 0, n, 1.0) for bound, n in ((result.fg_bound, f), (result.bg_bound, b)))
+    of_gradient = slope**2 * (fg_square + bg_square)
     of_loss = (f * result.fg**2 + b * result.bg**2) * (first * at.diff()) ** 2
-    shares = []
-    for square in (of_gradient, of_loss):
-        root = torch.where(f + b > 0, square.clamp(min=0), 0.0) ** (1 / 3)
-        shares.append(root / root.sum() if root.sum() > 0 else None)
-    gradient, loss = shares
-    loss = torch.full_like(f, 1 / layout.CELLS) if loss is None else loss
+    of_gradient, of_loss = (torch.where(f + b > 0, square.clamp(min=0), 0.0) for square in (of_gradient, of_loss))
+    gradient, worth = None, 1.0
+    if of_gradient.max() > 0:
+        for step in range(WORTH_STEPS + 1):
+            square = of_gradient / of_gradient.max() * worth
+            gradient = torch.maximum(square ** (1 / 3), (square / (f + b).clamp(min=1)).sqrt())
+            if step < WORTH_STEPS:
+                worth *= (bins / gradient.sum().item()) ** 2.5
+        gradient = gradient / gradient.sum()
+    loss = of_loss ** (1 / 3)
+    loss = loss / loss.sum() if loss.sum() > 0 else torch.full_like(loss, 1 / layout.CELLS)
     share = loss if gradient is None else (1 - LOSS_SHARE) * gradient + LOSS_SHARE * loss
     before = torch.arange(1, layout.CELLS + 1, device=fg.device) + share.cumsum(0) * (bins - 1 - layout.CELLS)
     before = torch.cat([before.new_zeros(1), (before + 0.5).floor().clamp(max=bins - 1)])
