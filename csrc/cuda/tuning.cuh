@@ -64,7 +64,13 @@ struct Sm80 {
     // Pairs of a thread. An odd number: item i of thread t, the word items * t + i of shared memory, lies in a bank of its own.
     // 15 keep the shared memory of a block below 48 KiB.
     static constexpr int items = 15, items_of_double = 7;
-    static constexpr int min_blocks = 3;  // on a multiprocessor: 80 registers
+    // Blocks on a multiprocessor: 80 registers, 128 of float64, none of which spills. GPUs for graphics have shared memory for
+    // two blocks.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+    static constexpr int min_blocks = 2, min_blocks_of_double = 2;
+#else
+    static constexpr int min_blocks = 3, min_blocks_of_double = 2;
+#endif
     // Keys that a block counts: its 1280 counters are added to those of its segment at the end.
     static constexpr int64_t chunk = int64_t{1} << 14;
     // Segments are sorted in groups. What a group needs, 18 bytes in float32 for each pair, is no more than the gradient takes,

@@ -65,8 +65,8 @@ struct ClassTotals {
 // Blocks on a multiprocessor: 128, 80 or 64 registers, none of which spills.
 template <class In, class Range>
 constexpr int keys_min_blocks = [] {
-  if (std::is_same_v<In, double> || Range::most > 24) return 2;
-  return Range::most > 12 || Range::most == 0 ? 3 : 4;
+  if (std::is_same_v<In, double> || Range::most > 24 || Range::most == 0) return 2;
+  return Range::most > 12 ? 3 : 4;
 }();
 
 // Range: a ClassRange for the softmax of so many classes, which are then read once; ManyClasses for more, and for other errors.

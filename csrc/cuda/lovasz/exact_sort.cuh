@@ -120,7 +120,7 @@ __device__ inline int load_keys(SortTile<KeyWord<T>>& tile, const SortGroup<T>& 
   const int64_t in_segment = static_cast<int64_t>(at.tile) * Shared::size, left = group.length - in_segment;
   const int64_t begin = at.k * group.length + in_segment;
   const bool nan = group.totals.unranked[at.segment];
-#pragma unroll
+#pragma unroll 5
   for (int i = 0; i < items; ++i) {
     const int j = i * Shared::threads + t;
     const Word marked = j < left ? group.keys[begin + j] : 0, key = marked & ~Sort::foreground;
@@ -148,10 +148,12 @@ __device__ inline int load_keys(SortTile<KeyWord<T>>& tile, const SortGroup<T>& 
   return static_cast<int>(total);
 }
 
+template <class T>
+constexpr int sort_min_blocks = sizeof(T) == 4 ? SortPolicy::min_blocks : SortPolicy::min_blocks_of_double;
+
 // Of a digit but the top one: from the keys if it is the first, else from the other buffer.
 template <class T, bool first>
-__global__ void __launch_bounds__(SortPolicy::threads, SortPolicy::min_blocks)
-    lovasz_sort_kernel(SortGroup<T> group, int pass) {
+__global__ void __launch_bounds__(SortPolicy::threads, sort_min_blocks<T>) lovasz_sort_kernel(SortGroup<T> group, int pass) {
   using Word = KeyWord<T>;
   using Sort = SortWord<Word>;
   using Shared = SortTile<Word>;
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(SortPolicy::threads, SortPolicy::min_blocks)
 
 // Of the top digit.
 template <class T, bool probabilities>
-__global__ void __launch_bounds__(SortPolicy::threads, SortPolicy::min_blocks) lovasz_weigh_kernel(SortGroup<T> group) {
+__global__ void __launch_bounds__(SortPolicy::threads, sort_min_blocks<T>) lovasz_weigh_kernel(SortGroup<T> group) {
   using Word = KeyWord<T>;
   using Sort = SortWord<Word>;
   using Shared = SortTile<Word>;
