@@ -171,8 +171,9 @@ def test_traffic_of_the_softmax_focal_loss(layout, dtype, metered):
 
 
 #: Bytes that the methods of Lovász read and write, forward and backward, in multiples of the logits: as counted at SHAPE, where
-#: the tables of method "histogram" are as large as the logits. At the least 2 and 1.
-LOVASZ_TRAFFIC = {"exact": ((6.1, 4.1), (2.1, 1.01)), "histogram": ((7.5, 2.5), (2.5, 1.01))}
+#: the tables of method "histogram" are as large as the logits. At the least 2 and 1. "exact" with its sort, of what lies above
+#: the least error of foreground; without that it would be 9 and 8.
+LOVASZ_TRAFFIC = {"exact": ((6.1, 4.3), (2.1, 1.01)), "histogram": ((7.5, 2.5), (2.5, 1.01))}
 
 
 @pytest.mark.parametrize("method", LOVASZ_TRAFFIC)

@@ -119,6 +119,22 @@ __device__ inline double exp_neg(double x) {
   return exp(x);
 }
 
+// What the softmax takes exponentials with: exp_neg, or in some more instructions one that is accurate to two units in the last
+// place.
+struct FastExp {
+  template <class T>
+  __device__ T operator()(T x) const {
+    return exp_neg(x);
+  }
+};
+struct AccurateExp {
+  template <class T>
+  __device__ T operator()(T x) const {
+    using std::exp;
+    return exp(x);
+  }
+};
+
 // The sum of exponentials without one of the largest: of each new one and the largest so far, the smaller is added. NaN if one
 // is NaN.
 template <class T>
@@ -140,22 +156,22 @@ __device__ inline T max_of(const T (&values)[most]) {
 }
 
 // Turns logits into exponentials exp(logit - max_logit). Returns their sum without one of the largest.
-template <int most, class T>
-__device__ inline T exponentials_in_place(T (&values)[most], T max_logit) {
+template <int most, class T, class Exp = FastExp>
+__device__ inline T exponentials_in_place(T (&values)[most], T max_logit, const Exp& exp = {}) {
   SumExclMax<T> sum;
 #pragma unroll
   for (int c = 0; c < most; ++c) {
-    values[c] = exp_neg(values[c] - max_logit);
+    values[c] = exp(values[c] - max_logit);
     sum.add(values[c]);
   }
   return sum.sum;
 }
 
 // Turns the logits of a pixel, -infinity where a class is missing, into exponentials.
-template <int most, class T>
-__device__ inline Softmax<T> softmax_in_place(T (&values)[most]) {
+template <int most, class T, class Exp = FastExp>
+__device__ inline Softmax<T> softmax_in_place(T (&values)[most], const Exp& exp = {}) {
   const T max_logit = max_of(values);
-  return {max_logit, exponentials_in_place(values, max_logit)};
+  return {max_logit, exponentials_in_place(values, max_logit, exp)};
 }
 
 // The largest logit of classes that may all be masked out, as what their exponentials are relative to.
@@ -171,13 +187,14 @@ struct SoftmaxOfParts {
   double sumexp_excl_max = 0;  // of thousands of parts, perhaps
 
   // The sum of a part's exponentials exp(logit - finite_max(part_max)) without one of the largest.
-  __device__ void add(T part_max, T part_sumexp_excl_max) {
+  template <class Exp = FastExp>
+  __device__ void add(T part_max, T part_sumexp_excl_max, const Exp& exp = {}) {
     const double part = part_sumexp_excl_max, before = sumexp_excl_max;
     const bool above = part_max > max_logit;
     const T low = above ? max_logit : part_max;
     max_logit = above ? part_max : max_logit;
     sumexp_excl_max =
-        (above ? part : before) + (1.0 + (above ? before : part)) * static_cast<double>(exp_neg(low - finite_max(max_logit)));
+        (above ? part : before) + (1.0 + (above ? before : part)) * static_cast<double>(exp(low - finite_max(max_logit)));
   }
   __device__ Softmax<T> softmax() const {
     return {max_logit, static_cast<T>(sumexp_excl_max) + (max_logit - max_logit)};  // NaN of an infinity
@@ -185,15 +202,15 @@ struct SoftmaxOfParts {
 };
 
 // The softmax of any number of classes, in one read.
-template <class In>
-__device__ inline Softmax<opmath_t<In>> softmax_of_many(ClassPointer<In> pixel, int classes) {
+template <class In, class Exp = FastExp>
+__device__ inline Softmax<opmath_t<In>> softmax_of_many(ClassPointer<In> pixel, int classes, const Exp& exp = {}) {
   constexpr int most = SomeClasses<In>::most;
   SoftmaxOfParts<opmath_t<In>> parts;
   for (int left = classes; left > 0; left -= most, pixel.skip(most)) {
     opmath_t<In> values[most];
     load_classes<SomeClasses<In>>(values, pixel, left);
     const auto part_max = max_of(values);
-    parts.add(part_max, exponentials_in_place(values, finite_max(part_max)));
+    parts.add(part_max, exponentials_in_place(values, finite_max(part_max), exp), exp);
   }
   return parts.softmax();
 }

@@ -50,24 +50,37 @@ struct Sm80 {
 
   struct ExactKeys {
     static constexpr int threads = 256;
-    // Foreground is counted in shared memory first where the counts of a block, 4 bytes a class, fit into the 48 KiB that every
-    // launch may use.
-    static constexpr int64_t max_shared_classes = 8192;
-  };
-
-  struct ExactRanks {
-    static constexpr int threads = 256;
-    // Sorted pixels of a thread. A tile of keys takes 8 KiB of shared memory in float32, 16 KiB in float64.
-    static constexpr int items = 8;
-    static constexpr int tile = threads * items;
+    // What a block finds out about its pixels' classes, 8 or 12 bytes a class, goes through shared memory where it fits into
+    // the 48 KiB that every launch may use.
+    static constexpr int64_t max_shared_classes = 4000;
   };
 
   struct ExactSort {
-    // A radix sort of one long segment fills a GPU; short segments are sorted in groups, with one block for each. Where the
-    // segments are fewer than the multiprocessors, they count as long from a smaller size on.
-    static constexpr int64_t long_segment = int64_t{1} << 18, long_segment_of_few = int64_t{1} << 15;
-    // In the segments of a group: 192 MiB of keys and indices in float32, and 128 MiB for the sort.
-    static constexpr int64_t group_pixels = int64_t{1} << 24;
+    static constexpr int threads = 256;  // one for each value of a digit
+    // Pairs of a thread. An odd number: item i of thread t, the word items * t + i of shared memory, lies in a bank of its own.
+    // 15 keep the shared memory of a block below 48 KiB.
+    static constexpr int items = 15, items_of_double = 7;
+    // Blocks on a multiprocessor: 80 registers, 128 of float64, none of which spills. GPUs for graphics have shared memory for
+    // two blocks.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+    static constexpr int min_blocks = 2, min_blocks_of_double = 2;
+#else
+    static constexpr int min_blocks = 3, min_blocks_of_double = 2;
+#endif
+    // Keys that a block counts: its 1280 counters are added to those of its segment at the end.
+    static constexpr int64_t chunk = int64_t{1} << 14;
+    // Segments are sorted in groups. What a group needs, 18 bytes in float32 for each pair, is no more than the gradient takes,
+    // which is not there yet, but at the least and at most so many bytes.
+#if defined(VEERLOSS_EMULATED)
+    static constexpr int64_t min_bytes = int64_t{1} << 18, max_bytes = int64_t{1} << 18;  // several groups
+#else
+    static constexpr int64_t min_bytes = int64_t{64} << 20, max_bytes = int64_t{320} << 20;
+#endif
+  };
+
+  // The loss of a segment from those of its tiles.
+  struct ExactSegment {
+    static constexpr int threads = 128;
   };
 
   // ---- method "histogram"

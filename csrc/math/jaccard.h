@@ -21,6 +21,12 @@ VEERLOSS_HD double jaccard_bg_weight(int64_t total, int64_t fg, int64_t bg) {
   return static_cast<double>(total - fg) / (unions * (unions + 1.0));
 }
 
+// Either, with one division.
+VEERLOSS_HD double jaccard_weight(int64_t total, int64_t fg, int64_t bg, bool foreground) {
+  const double unions = static_cast<double>(total + bg);
+  return (foreground ? 1.0 : static_cast<double>(total - fg)) / (foreground ? unions : unions * (unions + 1.0));
+}
+
 // Keys: unsigned integers in the order of the errors. The top bit is free and marks foreground.
 //
 // The bits of a float >= 0 are ordered as the float. They resolve errors near 0 but not near 1, where floats are 2^-24 apart:

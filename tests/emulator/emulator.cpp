@@ -1,4 +1,4 @@
-// The parts of the emulator that are compiled once: fibers and their turns, and a sort in place of csrc/cuda/lovasz/sort.cu.
+// The part of the emulator that is compiled once: fibers and their turns.
 
 #include "emulator.h"
 
@@ -10,7 +10,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../../csrc/cuda/lovasz/sort.h"
 #include "meter.h"
 
 #if !defined(__x86_64__)
@@ -136,33 +135,3 @@ void launch(const void* kernel, const std::function<void()>& call, int64_t block
 }
 
 }  // namespace emulator
-
-namespace veerloss {
-
-template <class Word>
-int64_t sort_scratch_bytes(const SortedSegments&) {
-  return 1;
-}
-
-template <class Word>
-void sort_pairs(const SortPairs<Word>& args) {
-  constexpr Word mask = ~(Word(1) << (8 * sizeof(Word) - 1));
-  const auto [segments, length] = args.shape;
-  std::vector<int64_t> order(static_cast<size_t>(length));
-  for (int64_t base = 0; base < segments * length; base += length) {
-    std::iota(order.begin(), order.end(), base);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return (args.keys[a] & mask) > (args.keys[b] & mask); });
-    for (int64_t i = 0; i < length; ++i) {
-      args.sorted_keys[base + i] = args.keys[order[i]];
-      args.sorted_values[base + i] = args.values[order[i]];
-    }
-  }
-}
-
-template int64_t sort_scratch_bytes<uint32_t>(const SortedSegments&);
-template int64_t sort_scratch_bytes<uint64_t>(const SortedSegments&);
-template void sort_pairs<uint32_t>(const SortPairs<uint32_t>&);
-template void sort_pairs<uint64_t>(const SortPairs<uint64_t>&);
-
-}  // namespace veerloss

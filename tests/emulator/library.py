@@ -16,7 +16,7 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
-#: The longest to compile first. The emulator has a sort of its own in place of sort.cu.
+#: The longest to compile first.
 SOURCES = (
     *(CSRC / "cuda/lovasz" / name for name in ("histogram_gradient.cu", "histogram_count.cu", "exact.cu", "histogram_bins.cu")),
     *(CSRC / "cuda" / name for name in ("focal_softmax.cu", "focal_shared.cu")),
