@@ -150,7 +150,7 @@ struct BinCounts {
 
 struct LovaszHistogramCount {
   LovaszBatch batch;
-  const Pair* table;         // null: that of the coarse pass
+  const BinPair* table;         // null: that of the coarse pass
   const bool* segment_mask;  // [segments] that are counted, or null for all
   bool sampled;
   bool find_largest;   // else `largest` has only NaN, and not how large errors are
@@ -166,10 +166,10 @@ struct LovaszHistogramPlace {
   int64_t segments;
   BinCounts counts;
   int64_t counted_bins;       // bins of `counts`
-  const Pair* counted_table;  // the table that they were made with, or null for that of the coarse pass
+  const BinPair* counted_table;  // the table that they were made with, or null for that of the coarse pass
   bool sampled;               // whether they are of a sample
   int64_t bins;               // to distribute in the table
-  Pair* table;
+  BinPair* table;
   Stream stream;
 };
 
@@ -180,18 +180,17 @@ struct LovaszHistogramWeigh {
   BinCounts counts;
   const bool* recounted_mask;  // [segments] whose counts are `recounts`, or null for none
   BinCounts recounts;
-  const Pair* recounted_table;
+  const BinPair* recounted_table;
   const uint32_t* largest;  // [segments]
-  const Pair* table;
+  const BinPair* table;
   LovaszLoss out;
   void* weights;       // [rows, classes, 2, bins], opmath type, signed: background positive, foreground negative
   double* bounds;      // [segments]: upper bound on the sum of |weight - exact weight|
   bool* needs_rebin;   // [segments]: it has no foreground, or its estimated errors exceed the tolerances of layout.h
-  Pair* better_table;  // for segments to count again: those that need it, and on a GPU some more. Of a second call the table
-                       // that the weights are for
+  BinPair* better_table;  // for segments that need it; of a second call the table that the weights are for
 
   VEERLOSS_HD bool recounted(int64_t segment) const { return recounted_mask && recounted_mask[segment]; }
-  VEERLOSS_HD const Pair* table_of(int64_t segment) const {
+  VEERLOSS_HD const BinPair* table_of(int64_t segment) const {
     return (recounted(segment) ? recounted_table : table) + segment * BinLayout::table;
   }
   void* scratch;       // lovasz_histogram_weigh_scratch_bytes()
@@ -201,7 +200,7 @@ struct LovaszHistogramWeigh {
 struct LovaszHistogramSum {
   LovaszBatch batch;  // errors that may be 0 where foreground is right: probabilities or a hinge
   int64_t bins;
-  const Pair* table;
+  const BinPair* table;
   const void* weights;
   const double* units;  // [segments]
   int64_t* sums;        // [segments]: |weight| * error over the pixels, in units of 1 / units
@@ -211,7 +210,7 @@ struct LovaszHistogramSum {
 struct LovaszHistogramBackward {
   LovaszBatch batch;
   int64_t bins;
-  const Pair* table;
+  const BinPair* table;
   const void* weights;
   LovaszGradient out;
   Stream stream;

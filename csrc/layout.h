@@ -25,7 +25,7 @@ enum class Errors : int64_t { softmax = 0, probabilities = 1, hinge = 2 };
 // Bin 0 holds the errors below the window. In a softmax these are not counted: the window begins about where the smallest
 // foreground error is, and background below it has weight 0. Their number follows from that of all pixels, which is what the
 // background count of bin 0 holds in place of its own. Of other losses bin 0 holds the errors that are exactly 0, alone.
-struct Pair {
+struct BinPair {
   float scale, offset;
 };
 
@@ -53,8 +53,7 @@ struct BinLayout {
 constexpr int64_t sample_run = 64, sample_step = 1031;
 
 // A segment whose estimated errors (root mean square; of the gradient relative, of the loss absolute) exceed these gets its
-// bins allocated again, from the counts of all pixels: a sample of 1 in 16 is too poor where foreground is rare. The losses of
-// classes err independently, so the mean of m losses has 1 / sqrt(m) of their error.
+// bins placed again, from the counts of all pixels: a sample of 1 in 16 is too poor where foreground is rare.
 constexpr double gradient_tolerance = 5e-4, loss_tolerance = 1e-6;
 
 }  // namespace veerloss

@@ -29,7 +29,7 @@ TABLE = 1 + CELLS
 #: Bins of the coarse pass, over coordinates from -COARSE_REACH to COARSE_REACH.
 COARSE_BINS, COARSE_REACH = 1024, 32.0
 #: Where the coordinates of errors above 1 begin.
-PAST_ONE = 64.0
+PAST_ONE = 24.0
 #: 2^23, which puts an integer into the low bits of a float32.
 MAGIC = 2.0**23
 

@@ -3,6 +3,7 @@
 // A `Weights<T>` is made from the arguments of a backward pass, and tells a kernel
 //
 //   static constexpr bool reads_label                         whether it uses the label; if not, the target is not read
+//   Exp                                                       the exponential that its softmax is made of
 //   T operator()(batch, image, pixel, c, label, x, softmax)   the signed weight d(loss of the segment)/dp of a pixel in class c,
 //                                                             of logit x; the last argument only of a softmax
 //
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
     SumExclMax<T> sum;
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) {
-      exps[c] = exp2_of(below_largest(g[c], softmax.max_logit));
+      exps[c] = Weights::Exp::of(g[c], softmax.max_logit);
       sum.add(exps[c]);
     }
     softmax.sumexp_excl_max = sum.sum;
@@ -92,14 +93,14 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
     for (int c = 0; c < Range::most; ++c, ++to)
       if (Range::has(c, count)) to.store(gradient(exps[c], g[c], inv_sumexp));
   } else {
-    const Softmax<T> softmax = statistics_of_pixel<In>(batch.logits, classes, image, pixel);
+    const Softmax<T> softmax = statistics_of_pixel<In, typename Weights::Exp>(batch.logits, classes, image, pixel);
     const T inv_sumexp = softmax.inv_sumexp();
     SumOfParts<T> parts;
     ClassPointer<In> at(batch.logits, image, pixel);
     for (int64_t c = 0; c < classes; ++c, ++at) {
       const T logit = at.load();
       parts.before(c, gradient.others);
-      gradient.add(exp2_of(below_largest(logit, softmax.max_logit)), weigh(c, logit, softmax));
+      gradient.add(Weights::Exp::of(logit, softmax.max_logit), weigh(c, logit, softmax));
     }
     parts.end(classes, gradient.others);
     gradient.end(softmax.sumexp_excl_max, inv_sumexp);
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
     ClassPointer<In> to(out.grad_logits, image, pixel);
     for (int64_t c = 0; c < classes; ++c, ++at, ++to) {
       const T logit = at.load();
-      to.store(gradient(exp2_of(below_largest(logit, softmax.max_logit)), weigh(c, logit, softmax), inv_sumexp));
+      to.store(gradient(Weights::Exp::of(logit, softmax.max_logit), weigh(c, logit, softmax), inv_sumexp));
     }
   }
 }

@@ -84,13 +84,13 @@ VEERLOSS_HD JaccardDeviation jaccard_bin_deviation(JaccardBin bin, JaccardBound 
 constexpr double log2_e = 1.44269504088896340736;
 constexpr double ln_2 = 0.69314718055994530942;
 
-// Below, `Math` supplies log2 of normal T > 0. Of 1 - error, float32 knows no number between 2^-24 and 0, which counts as 2^-52.
-// "Probabilities" may have errors above 1: their coordinates begin at past_one.
-constexpr double past_one = 64.0;
+// Below, `Math` supplies log2 of normal T > 0. Of probabilities 1 - error counts as 2^-24 at least, which has the coordinate 23:
+// float32 knows no smaller number but 0. They may have errors above 1, up to 256: those begin at past_one.
+constexpr double past_one = 24.0;
 
 template <class Math, class T>
 VEERLOSS_HD T folded_coordinate(T error) {
-  constexpr T least = T(0x1p-52);
+  constexpr T least = T(0x1p-24);
   const bool high = error > T(0.5), past = error > T(1);
   const T complement = T(1) - error, part = high ? (complement > least ? complement : least) : error;
   const T value = Math::log2(past ? error : part);
@@ -148,7 +148,7 @@ VEERLOSS_HD float narrow_error(T error) {
 
 // ---- the bin of a coordinate
 
-VEERLOSS_HD float position_of(float coordinate, Pair window) {
+VEERLOSS_HD float position_of(float coordinate, BinPair window) {
   const float x = coordinate * window.scale + window.offset;
   const float above = x > 0.0f ? x : 0.0f;  // NaN is 0
   return above < 1.0f ? above : 1.0f;
@@ -161,11 +161,11 @@ VEERLOSS_HD uint32_t cell_offset(float position) {
 }
 
 // Four times the bin: a byte offset in counts or weights of 4 bytes.
-VEERLOSS_HD uint32_t bin_offset(float position, Pair cell) {
+VEERLOSS_HD uint32_t bin_offset(float position, BinPair cell) {
   return bit_cast<uint32_t>(position * cell.scale + cell.offset) & (4 * BinLayout::max_bins - 4);
 }
 
-VEERLOSS_HD int32_t bin_of(float coordinate, const Pair* table) {
+VEERLOSS_HD int32_t bin_of(float coordinate, const BinPair* table) {
   const float position = position_of(coordinate, table[0]);
   return static_cast<int32_t>(bin_offset(position, table[1 + cell_offset(position) / 8]) >> 2);
 }
@@ -183,7 +183,7 @@ VEERLOSS_HD double cell_begin(int64_t cell) {
 
 // A table as the function that it is, for the steps over bins: of bins as real numbers, bin k being [k, k + 1].
 struct BinMap {
-  const Pair* table;
+  const BinPair* table;
 
   VEERLOSS_HD double coordinate_at(double position) const {
     return (position - static_cast<double>(table[0].offset)) / static_cast<double>(table[0].scale);
@@ -193,7 +193,7 @@ struct BinMap {
     return x > 0.0 ? (x < 1.0 ? x : 1.0) : 0.0;
   }
   VEERLOSS_HD double bin_in_cell(int64_t cell, double position) const {
-    const Pair pair = table[1 + cell];
+    const BinPair pair = table[1 + cell];
     return (position * static_cast<double>(pair.scale) + static_cast<double>(pair.offset - BinLayout::magic) + 0.5) * 0.25;
   }
   VEERLOSS_HD double bin_at(double position) const {
@@ -214,7 +214,7 @@ struct BinMap {
   }
   // The coordinate at which bin k begins, in the cell of cell_of_edge.
   VEERLOSS_HD double edge_in_cell(int64_t cell, double k) const {
-    const Pair pair = table[1 + cell];
+    const BinPair pair = table[1 + cell];
     const double position =
         (4.0 * k - 0.5 - static_cast<double>(pair.offset - BinLayout::magic)) / static_cast<double>(pair.scale);
     return coordinate_at(position);
@@ -226,7 +226,7 @@ struct BinMap {
 };
 
 // The pair of cell `cell` in which bin numbers, the middle of bin k being k + 1/2, grow from `begin` to `end`.
-VEERLOSS_HD Pair cell_pair(int64_t cell, double begin, double end) {
+VEERLOSS_HD BinPair cell_pair(int64_t cell, double begin, double end) {
   const double from = cell_begin(cell), to = cell_begin(cell + 1);
   const auto scale = static_cast<float>(4.0 * (end - begin) / (to - from));
   const double first = static_cast<double>(BinLayout::magic) + 4.0 * begin + 1.5;
@@ -234,7 +234,7 @@ VEERLOSS_HD Pair cell_pair(int64_t cell, double begin, double end) {
 }
 
 // The table of the coarse pass.
-VEERLOSS_HD Pair coarse_pair(int64_t i) {
+VEERLOSS_HD BinPair coarse_pair(int64_t i) {
   if (i == 0) return {0.5f / BinLayout::coarse_reach, 0.5f};
   constexpr double last = static_cast<double>(BinLayout::coarse_bins - 1);
   return cell_pair(i - 1, last * cell_begin(i - 1), last * cell_begin(i));
@@ -255,7 +255,7 @@ struct CountedRange {
 constexpr int64_t tail_pixels = 8;
 constexpr double tail_reach = 2.5, sample_margin = 1.0 / 16.0, margin = 1.0 / 128.0;
 
-VEERLOSS_HD Pair window_pair(double low, double high) {
+VEERLOSS_HD BinPair window_pair(double low, double high) {
   // Of coordinates as float32: 2^7 of them at least.
   const double reach = (low < 0.0 ? -low : low) > (high < 0.0 ? -high : high) ? (low < 0.0 ? -low : low) : high < 0.0 ? -high : high;
   const double least = (reach > 1.0 ? reach : 1.0) * 0x1p-17;
@@ -267,7 +267,7 @@ VEERLOSS_HD Pair window_pair(double low, double high) {
   return {scale, static_cast<float>(-low * static_cast<double>(scale))};
 }
 
-VEERLOSS_HD Pair window_of(const CountedRange& range, const BinMap& map, int64_t bins, bool sampled) {
+VEERLOSS_HD BinPair window_of(const CountedRange& range, const BinMap& map, int64_t bins, bool sampled) {
   if (range.least == 0) return window_pair(-1.0, 1.0);
   double low = map.edge(range.least, bins), high = map.edge(range.largest + 1, bins);
   const double width = high - low;
@@ -280,7 +280,7 @@ VEERLOSS_HD Pair window_of(const CountedRange& range, const BinMap& map, int64_t
 
 // The table of a segment without foreground, whose whole weight is on its largest error: only pixels that have it are above bin
 // 0, in the last bin.
-VEERLOSS_HD Pair largest_pair(int64_t i, float largest, int64_t bins) {
+VEERLOSS_HD BinPair largest_pair(int64_t i, float largest, int64_t bins) {
   if (i > 0) return {4.0f * static_cast<float>(bins - 1), BinLayout::magic + 1.5f};
   const float size = largest < 0.0f ? -largest : largest;
   const float step = size * 0x1p-23f > 0x1p-40f ? size * 0x1p-23f : 0x1p-40f;

@@ -10,8 +10,8 @@ namespace veerloss {
 namespace {
 
 // Tables of `segments`. On the CPU their entries are checked: counting writes where they say; on a GPU they are taken as they are.
-const Pair* table_data(const Op& op, const char* argument, const Tensor& table, int64_t segments, int64_t bins) {
-  const auto* pairs = op.data<const Pair>(argument, table, 2 * segments * BinLayout::table, DType::f32,
+const BinPair* table_data(const Op& op, const char* argument, const Tensor& table, int64_t segments, int64_t bins) {
+  const auto* pairs = op.data<const BinPair>(argument, table, 2 * segments * BinLayout::table, DType::f32,
                                           "[rows, C, cells + 1, 2] float32, contiguous");
 #if !defined(VEERLOSS_CUDA) && !defined(VEERLOSS_EMULATED)
   bool valid = true;
@@ -92,7 +92,7 @@ Tensor lovasz_histogram_place(const Tensor& counts, std::optional<Tensor> counte
        .counted_table = counted_table ? table_data(op, "counted_table", *counted_table, segments, counted_bins) : nullptr,
        .sampled = sampled,
        .bins = bins,
-       .table = static_cast<Pair*>(table.data_ptr()),
+       .table = static_cast<BinPair*>(table.data_ptr()),
        .stream = device.stream()});
   return table;
 }
@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
        .weights = weights.data_ptr(),
        .bounds = static_cast<double*>(bounds.data_ptr()),
        .needs_rebin = static_cast<bool*>(needs_rebin.data_ptr()),
-       .better_table = static_cast<Pair*>(better_table.data_ptr()),
+       .better_table = static_cast<BinPair*>(better_table.data_ptr()),
        .scratch = scratch.data_ptr(),
        .stream = device.stream()});
   return {out.loss, out.scale, weights, bounds, needs_rebin, better_table};

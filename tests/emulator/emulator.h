@@ -101,16 +101,6 @@ __attribute__((always_inline)) inline T atomicMin(T* at, T value) {
   return emulator_exchange(at, [value](T before) { return value < before ? value : before; });
 }
 
-template <class T>
-__attribute__((always_inline)) inline T atomicMax(T* at, T value) {
-  if (emulator::state.yields_at_atomics) emulator::yield();
-  emulator::begin_atomic(at, sizeof(T));
-  const T before = *at;
-  *at = before < value ? value : before;
-  emulator::end_atomic();
-  return before;
-}
-
 inline const char* cudaGetErrorString(cudaError_t) {
   return "an error";
 }

@@ -32,12 +32,14 @@ def is_folded(errors: int) -> bool:
     return errors != Errors.HINGE
 
 
-def coordinates(error: Tensor, folded: bool) -> Tensor:
+def coordinates(error: Tensor, errors: int) -> Tensor:
     """float32: monotone in the errors, which it tells apart near 0 and near 1 as well as in between; -inf for 0, NaN for what is
     not finite."""
-    low = 1 + error.log2()
-    high = torch.where(error > 1, layout.PAST_ONE + error.log2(), -1 - (1 - error).clamp(min=2.0**-52).log2())
-    found = torch.where(error > 0.5, high, low) if folded else error.log2()
+    found = error.log2()
+    if is_folded(errors):
+        least = 2.0**-52 if errors == Errors.SOFTMAX else 2.0**-24
+        high = -1 - (1 - error).clamp(min=least).log2()
+        found = torch.where(error > 1, layout.PAST_ONE + found, torch.where(error > 0.5, high, 1 + found))
     return torch.where(error.isfinite(), found, torch.nan).float()
 
 
@@ -273,7 +275,7 @@ def segment(
         at_largest = (error == largest).double()
         pixels = all_reduce(at_largest.sum(), "sum").clamp(min=1)
         return torch.where(inside, at_largest / pixels, 0.0), largest.clamp(min=0), 2 * (1 - 1 / pixels) + undefined
-    coordinate = coordinates(error, folded)
+    coordinate = coordinates(error, errors)
 
     def count(table: Table) -> tuple[Tensor, Tensor, Tensor]:
         found = table.bin_of(coordinate)
@@ -283,16 +285,27 @@ def segment(
             all_reduce(found[kind].bincount(minlength=table.bins), "sum") for kind in (foreground, ~foreground)
         )
 
-    table = Table.coarse(error.device)
-    for _ in range(2):  # the second time by finer counts, where kernels do so only if their first are too coarse
-        _, fg, bg = count(table)
-        table = place(fg, bg, table, errors, False, bins)
-    found, fg, bg = count(table)
-    result = weigh(fg, bg, total, softmax)
-    if not softmax:
-        result.fg[0] = result.bg[0] = result.fg_bound[0] = result.bg_bound[0] = 0
+    def by(table: Table) -> tuple:
+        """The bins of pixels, counts and weights, all by `table`, and whether these are too coarse."""
+        found, fg, bg = count(table)
+        result, edge = weigh(fg, bg, total, softmax), table.edges()
+        if not softmax:
+            result.fg[0] = result.bg[0] = result.fg_bound[0] = result.bg_bound[0] = 0
+        value, first, _ = errors_of((edge[1:] + edge[:-1]) / 2, folded)
+        value = torch.cat([errors_of(edge[:1], folded)[0], value])
+        slope = value * (1 - value) if softmax else torch.ones_like(value)
+        square = fg * result.fg**2 + bg * result.bg**2
+        gradient = slope**2 * (result.fg_bound**2 / fg.clamp(min=1) + result.bg_bound**2 / bg.clamp(min=1))
+        gradient = (gradient.sum() / (slope**2 * square).sum().clamp(min=1e-300)).sqrt()
+        loss = (square[1:] * (edge.diff() * first) ** 2 / 12).sum().sqrt()
+        return found, fg, bg, result, edge, bool(gradient > layout.GRADIENT_TOLERANCE or loss > layout.LOSS_TOLERANCE)
 
-    edge = table.edges()
+    table = Table.coarse(error.device)
+    _, fg, bg = count(table)
+    table = place(fg, bg, table, errors, False, bins)
+    found, fg, bg, result, edge, too_coarse = by(table)
+    if too_coarse:
+        found, fg, bg, result, edge, _ = by(place(fg, bg, table, errors, False, bins))
     width, middle = edge.diff(), (edge[1:] + edge[:-1]) / 2
     value, first, second = errors_of(middle, folded)
     beside = lambda x: torch.cat([x[:1], x, x[-1:]])  # noqa: E731

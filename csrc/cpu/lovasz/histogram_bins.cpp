@@ -29,8 +29,8 @@ class Weigher {
   // are 0.
   SegmentResult operator()(int64_t i, const Count* counts, char* takes_part) {
     const LovaszBatch& b = args_.batch;
-    const Pair* table = args_.table_of(i);
-    Pair* better = args_.better_table + i * BinLayout::table;
+    const BinPair* table = args_.table_of(i);
+    BinPair* better = args_.better_table + i * BinLayout::table;
     T* weights = static_cast<T*>(args_.weights) + 2 * i * bins_;
     const Count* const fg_counts = counts + bins_;
     const uint32_t largest = args_.largest[i];
@@ -55,7 +55,7 @@ class Weigher {
 
  private:
   // A segment without foreground: its loss is its largest error.
-  SegmentResult weigh_largest(int64_t i, const Count* counts, T* weights, Pair* better) {
+  SegmentResult weigh_largest(int64_t i, const Count* counts, T* weights, BinPair* better) {
     const float largest = coordinate_of_key(args_.largest[i]);
     if (args_.largest[i] == 0 || largest < -3.0e38f) return {};  // all errors are 0
     for (int64_t k = 0; !args_.recounted_mask && k < BinLayout::table; ++k) better[k] = largest_pair(k, largest, bins_);
@@ -158,12 +158,10 @@ void weigh(const LovaszHistogramWeigh& args) {
     for (int64_t i = begin; i < end; ++i) results[i] = weigher(i, counts_of(i), &takes_part[i]);
   });
   for (int64_t i = 0; i < b.segments(); ++i) {
-    const auto* row = &takes_part[i - i % b.classes()];
-    const auto in_row = static_cast<double>(std::count(row, row + b.classes(), 1));
     losses[i] = results[i].loss;
     args.bounds[i] = results[i].bound;
     args.needs_rebin[i] = results[i].of_largest || results[i].gradient_deviation > gradient_tolerance ||
-                          results[i].loss_deviation > loss_tolerance * std::sqrt(in_row);
+                          results[i].loss_deviation > loss_tolerance;
   }
   if (!args.recounted_mask)  // else this is the last count
     parallel_for(b.segments(), [&](int64_t begin, int64_t end) {
@@ -184,7 +182,7 @@ void kernels::lovasz_histogram_place(const LovaszHistogramPlace& args) {
       BinPlacer placer;
       for (int64_t i = begin; i < end; ++i) {
         const auto* bg = counts + i * 2 * args.counted_bins;
-        const Pair* counted = args.counted_table ? args.counted_table + i * BinLayout::table : coarse_table().data();
+        const BinPair* counted = args.counted_table ? args.counted_table + i * BinLayout::table : coarse_table().data();
         placer.place(bg, bg + args.counted_bins, BinMap{counted}, args.counted_bins, args.errors, args.sampled, args.bins,
                      args.table + i * BinLayout::table);
       }

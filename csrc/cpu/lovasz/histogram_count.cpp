@@ -42,7 +42,7 @@ class Counter {
   }
 
   // Counts the pixels of class c by their coordinates.
-  void add(int64_t c, const float* coordinate, int64_t n, const int32_t* label, const Pair* table) {
+  void add(int64_t c, const float* coordinate, int64_t n, const int32_t* label, const BinPair* table) {
     const auto bins = static_cast<int32_t>(size_ / 2), fg = static_cast<int32_t>(batch_.foreground(c));
     const int64_t counted =
         batch_.errors == Errors::softmax

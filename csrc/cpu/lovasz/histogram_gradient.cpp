@@ -14,14 +14,14 @@ template <class T>
 struct BinWeights {
   static constexpr bool by_error = true;
 
-  BinWeights(const LovaszBatch& b, int64_t bins, const Pair* table, const void* weights, int64_t capacity)
+  BinWeights(const LovaszBatch& b, int64_t bins, const BinPair* table, const void* weights, int64_t capacity)
       : batch_(b), bins_(bins), table_(table), weights_(static_cast<const T*>(weights)), coordinates_(b, capacity) {}
 
   void operator()(const TileRows<T>& rows, const Tile& tile, int64_t c, T factor, T* grad) {
     const int64_t segment = tile.row * batch_.classes() + c, n = tile.loaded();
     const int32_t* label = rows.label.data();
     const auto bins = static_cast<int32_t>(bins_), fg = static_cast<int32_t>(batch_.foreground(c));
-    const Pair* table = table_ + segment * BinLayout::table;
+    const BinPair* table = table_ + segment * BinLayout::table;
     const T* weights = weights_ + segment * 2 * bins_;
     if (c == 0) coordinates_.begin(rows, n);
     coordinates_.find(rows, c);
@@ -35,7 +35,7 @@ struct BinWeights {
  private:
   const LovaszBatch& batch_;
   const int64_t bins_;
-  const Pair* table_;
+  const BinPair* table_;
   const T* weights_;
   TileCoordinates<T> coordinates_;
 };

@@ -14,7 +14,7 @@ class BinPlacer {
  public:
   template <class Count>
   void place(const Count* bg_counts, const Count* fg_counts, const BinMap& map, int64_t bins, Errors errors, bool sampled,
-             int64_t new_bins, Pair* table) {
+             int64_t new_bins, BinPair* table) {
     constexpr int64_t cells = BinLayout::cells;
     const bool softmax = errors == Errors::softmax, folded = errors != Errors::hinge;
     fg_below_.assign(bins + 1, 0.0);  // in the bins from 1 on
@@ -101,9 +101,9 @@ class BinPlacer {
 };
 
 // The table of the coarse pass.
-inline const std::vector<Pair>& coarse_table() {
-  static const std::vector<Pair> table = [] {
-    std::vector<Pair> pairs;
+inline const std::vector<BinPair>& coarse_table() {
+  static const std::vector<BinPair> table = [] {
+    std::vector<BinPair> pairs;
     for (int64_t i = 0; i < BinLayout::table; ++i) pairs.push_back(coarse_pair(i));
     return pairs;
   }();

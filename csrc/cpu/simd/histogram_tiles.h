@@ -79,7 +79,7 @@ struct HistogramTiles {
   // foreground. Background in bin 0 is not counted, ignored pixels neither.
   template <bool zero_bin>
   static int64_t find_slots(const float* __restrict coordinate, int64_t n, const int32_t* __restrict label, int32_t c,
-                            const Pair* __restrict table, int32_t bins, uint32_t* __restrict slots) {
+                            const BinPair* __restrict table, int32_t bins, uint32_t* __restrict slots) {
     int64_t i = 0, count = 0;
 #if defined(VEERLOSS_AVX512)
     const Table in_registers(table);
@@ -114,7 +114,7 @@ struct HistogramTiles {
   // dL/dp from the weights [2, bins] of background and foreground; 0 for ignored pixels.
   template <bool zero_bin, class T>
   static void look_up(const float* __restrict coordinate, int64_t n, const int32_t* __restrict label, int32_t c,
-                      const Pair* __restrict table, int32_t bins, const T* __restrict weights, T factor, T* __restrict g) {
+                      const BinPair* __restrict table, int32_t bins, const T* __restrict weights, T factor, T* __restrict g) {
     int64_t i = 0;
 #if defined(VEERLOSS_AVX512)
     if constexpr (sizeof(T) == 4) {
@@ -160,7 +160,7 @@ struct HistogramTiles {
 #if defined(VEERLOSS_AVX512)
   // A table in registers. Looking up 16 of 128 cells takes 7 permutations and blends, 1.6 ns where a gather takes 5.7 (Zen 4).
   struct Table {
-    explicit VEERLOSS_HD Table(const Pair* table)
+    explicit VEERLOSS_HD Table(const BinPair* table)
         : window_scale(_mm512_set1_ps(table[0].scale)), window_offset(_mm512_set1_ps(table[0].offset)) {
       static_assert(BinLayout::cells == 128, "8 registers for each");
       const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);

@@ -42,21 +42,21 @@ __device__ inline float saturate(float x) {
 }
 
 // As in math/bins.h, where compilers are free to round the product.
-__device__ inline float device_position(float coordinate, Pair window) {
+__device__ inline float device_position(float coordinate, BinPair window) {
   return saturate(fma_rn(coordinate, window.scale, window.offset));
 }
 __device__ inline uint32_t device_cell_offset(float position) {
   return bit_cast<uint32_t>(fma_rn(position, cell_scale, BinLayout::magic)) & (8 * BinLayout::cells - 8);
 }
-__device__ inline uint32_t device_bin_offset(float position, Pair cell) {
+__device__ inline uint32_t device_bin_offset(float position, BinPair cell) {
   return bit_cast<uint32_t>(fma_rn(position, cell.scale, cell.offset)) & (4 * BinLayout::max_bins - 4);
 }
 
 // Four times the bin of a coordinate. `table`: of a segment, in any memory; 8-byte aligned.
-__device__ inline uint32_t bin_offset_of(float coordinate, const Pair* table) {
+__device__ inline uint32_t bin_offset_of(float coordinate, const BinPair* table) {
   const float position = device_position(coordinate, table[0]);
   const auto* cells = reinterpret_cast<const char*>(table + 1);
-  return device_bin_offset(position, *reinterpret_cast<const Pair*>(cells + device_cell_offset(position)));
+  return device_bin_offset(position, *reinterpret_cast<const BinPair*>(cells + device_cell_offset(position)));
 }
 
 // ---- softmax
@@ -89,13 +89,23 @@ __device__ inline float exp2_of(float below) {
   return result;
 #endif
 }
-__device__ inline double exp2_of(double below) {
-  return exp2(below);
-}
+
+// The exponential of a logit from what is binned; in float64, where it is no more work, from the logit.
+struct CoordinateExp {
+  static __device__ float of(float logit, float max_logit) { return exp2_of(below_largest(logit, max_logit)); }
+  static __device__ double of(double logit, double max_logit) { return exp(logit - max_logit); }
+};
+// To the last digits of its type.
+struct LogitExp {
+  template <class T>
+  static __device__ T of(T logit, T max_logit) {
+    return AccurateExp{}(logit - max_logit);
+  }
+};
 
 // Of more classes than registers hold, or of any: reads the logits of a pixel twice, the second time from the cache. The same
 // operations in the same order as those of classes in registers.
-template <class In>
+template <class In, class Exp>
 __device__ inline Softmax<opmath_t<In>> statistics_of_pixel(const View& logits, int64_t classes, int64_t image, int64_t pixel) {
   using T = opmath_t<In>;
   ClassPointer<In> at(logits, image, pixel);
@@ -109,7 +119,7 @@ __device__ inline Softmax<opmath_t<In>> statistics_of_pixel(const View& logits, 
   at = ClassPointer<In>(logits, image, pixel);
   for (int64_t c = 0; c < classes; ++c, ++at) {
     parts.before(c, sum.sum);
-    sum.add(exp2_of(below_largest(at.load(), max_logit)));
+    sum.add(Exp::of(at.load(), max_logit));
   }
   parts.end(classes, sum.sum);
   return {max_logit, sum.sum};

@@ -27,7 +27,7 @@ namespace {
 
 // One block for each segment; `group`: all of them.
 template <class T>
-__global__ void __launch_bounds__(Tuning::ExactSegment::threads) lovasz_segment_kernel(SortGroup<T> group, SegmentResults out) {
+__global__ void __launch_bounds__(Tuning::ExactSegment::threads) lovasz_segment_kernel(SortGroup<T> group, SegmentResult* results) {
   constexpr int threads = Tuning::ExactSegment::threads;
   __shared__ double scratch[threads];
   const int64_t k = blockIdx.x, segment = group.segment(k);
@@ -36,12 +36,8 @@ __global__ void __launch_bounds__(Tuning::ExactSegment::threads) lovasz_segment_
   for (int64_t tile = threadIdx.x; tile < tiles; tile += threads) loss += group.tile_losses[k * group.tiles + tile];
   loss = block_sum<threads>(loss, scratch);
   if (threadIdx.x != 0) return;
-  out.store(static_cast<uint32_t>(segment) / static_cast<uint32_t>(group.totals.classes), segment,
-            {.loss = group.totals.unranked[segment] ? not_a_number : loss,
-             .bound = 0.0,
-             .gradient_deviation = 0.0,
-             .loss_deviation = 0.0,
-             .takes_part = group.totals.takes_part(segment)});
+  results[segment] = {.loss = group.totals.unranked[segment] ? not_a_number : loss,
+                      .takes_part = group.totals.takes_part(segment)};
 }
 
 // ---- backward
@@ -50,6 +46,7 @@ __global__ void __launch_bounds__(Tuning::ExactSegment::threads) lovasz_segment_
 template <class T>
 struct StoredWeights {
   static constexpr bool reads_label = false;  // the weights already depend on it
+  using Exp = LogitExp;
 
   explicit StoredWeights(const LovaszExactBackward& args) : weights(static_cast<const T*>(args.weights)) {}
 
@@ -76,10 +73,9 @@ struct ExactScratch {
     totals.reach = arrays.take<Word>(b.segments());
     totals.unranked = arrays.take<int32_t>(b.segments());
     totals.rows = arrays.take<RowCounts>(b.rows());
-    results.in_mean = arrays.take<int32_t>(b.rows());
     group.sorted = arrays.take<uint32_t>(b.segments());
     zeroed_bytes = arrays.bytes();
-    results.results = arrays.take<SegmentResult>(b.segments());
+    results = arrays.take<SegmentResult>(b.segments());
 
     constexpr int64_t states_of_tile = digits * ((SortWord<Word>::passes - 1) * sizeof(Place) + sizeof(RankedPlace));
     constexpr int64_t bytes_of_pair = 2 * sizeof(Pair<Word>) + ceil_div(states_of_tile, SortTile<Word>::size);
@@ -107,7 +103,7 @@ struct ExactScratch {
   static int64_t bytes_of(DType logits) { return logits == DType::f64 ? 8 : logits == DType::f32 ? 4 : 2; }
 
   SortGroup<T> group;
-  SegmentResults results;
+  SegmentResult* results;
   int64_t zeroed_bytes, group_zeroed_bytes, bytes;
 };
 
@@ -156,7 +152,7 @@ void forward(const LovaszExactForward& args) {
   }
   launch(lovasz_segment_kernel<T>, {.blocks = b.segments(), .threads = Tuning::ExactSegment::threads, .stream = args.stream},
          s.group, s.results);
-  launch_finish<T>(b, s.results, args.out, {}, args.stream);
+  launch_finish<T>(b, s.results, args.out, args.stream);
 }
 
 }  // namespace

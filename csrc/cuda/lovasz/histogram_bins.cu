@@ -34,7 +34,7 @@ struct PlaceScratch {
   double sum[threads];
   double fg_at[cells + 1], bg_at[cells + 1], fg[cells], bg[cells];
   double at[cells + 1];  // where cells begin, in the bins that were counted
-  Pair window;
+  BinPair window;
   int least, any_least, largest, tail;
 };
 
@@ -45,7 +45,7 @@ __device__ inline double larger(double a, double b) {
 // The table of a segment from counts in `bins` bins of `map`.
 template <class Count>
 __device__ void place_segment(const Count* bg_counts, const Count* fg_counts, const BinMap& map, int bins, Errors errors, bool sampled,
-                              int new_bins, Pair* table, PlaceScratch& s) {
+                              int new_bins, BinPair* table, PlaceScratch& s) {
   const bool softmax = errors == Errors::softmax, folded = errors != Errors::hinge;
   const auto thread = static_cast<int>(threadIdx.x);
   const ThreadBins mine(1, bins);
@@ -147,14 +147,14 @@ __device__ void place_segment(const Count* bg_counts, const Count* fg_counts, co
 }
 
 // Loads a table, that of the coarse pass for null.
-__device__ inline void load_table(const Pair* table, Pair* out) {
+__device__ inline void load_table(const BinPair* table, BinPair* out) {
   for (int i = static_cast<int>(threadIdx.x); i < BinLayout::table; i += threads) out[i] = table ? table[i] : coarse_pair(i);
   __syncthreads();
 }
 
 template <class Count>
 __global__ void __launch_bounds__(threads, 1) lovasz_place_kernel(LovaszHistogramPlace args) {
-  __shared__ Pair table[BinLayout::table];
+  __shared__ BinPair table[BinLayout::table];
   __shared__ PlaceScratch scratch;
   const int64_t segment = blockIdx.x;
   const auto bins = static_cast<int>(args.counted_bins);
@@ -193,8 +193,8 @@ struct BinWalk {
 };
 
 template <class T, class Count>
-__global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogramWeigh args, SegmentResults results) {
-  __shared__ Pair table[BinLayout::table];
+__global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogramWeigh args, SegmentResult* results) {
+  __shared__ BinPair table[BinLayout::table];
   __shared__ PlaceScratch scratch;
   const Errors errors = args.batch.errors;
   const bool softmax = errors == Errors::softmax, folded = errors != Errors::hinge;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
   const auto* counts = static_cast<const Count*>(args.recounted(segment) ? args.recounts.data : args.counts.data) + segment * 2 * bins;
   const Count* fg_counts = counts + bins;
   T* weights = static_cast<T*>(args.weights) + segment * 2 * bins;
-  Pair* better = args.better_table + segment * BinLayout::table;
+  BinPair* better = args.better_table + segment * BinLayout::table;
   load_table(args.table_of(segment), table);
   const BinMap map{table};
   for (int i = thread; i < BinLayout::table; i += threads) better[i] = table[i];
@@ -222,14 +222,16 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
   const uint32_t largest = args.largest[segment];
   const bool nan = largest == key_of_nan;
   const bool part = args.selection.takes_part(segment % classes, valid > 0.0 || (nan && total > 0.0), total > 0.0);
-  SegmentResult result{.loss = 0.0, .bound = 0.0, .gradient_deviation = 0.0, .loss_deviation = 0.0, .takes_part = part};
+  SegmentResult result{.loss = 0.0, .takes_part = part};
+  double bound = 0.0;
+  bool needs_rebin = false;
   const bool weigh = part && !nan && total > 0.0;
   const float largest_at = coordinate_of_key(largest);
   const bool of_largest = part && !nan && total == 0.0 && largest != 0 && largest_at > -3.0e38f;
   if (!weigh) {
     const T fill = part && nan ? static_cast<T>(not_a_number) : T(0);
     for (int k = thread; k < 2 * bins; k += threads) weights[k] = fill;
-    if (part && nan) result.loss = result.bound = not_a_number;
+    if (part && nan) result.loss = bound = not_a_number;
   }
   if (of_largest) {  // the largest error has the whole weight
     __syncthreads();
@@ -241,8 +243,8 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
     for (int i = thread; !args.recounted_mask && i < BinLayout::table; i += threads)
       better[i] = largest_pair(i, largest_at, bins);
     result.loss = error_of_coordinate(static_cast<double>(largest_at), folded);
-    result.bound = 2.0 * (1.0 - 1.0 / pixels);
-    result.gradient_deviation = 1.0;  // to be counted again, by that table
+    bound = 2.0 * (1.0 - 1.0 / pixels);
+    needs_rebin = true;  // to be counted by that table
   }
   if (weigh) {
     double fg = all_fg - fg_below - thread_fg, bg = all_bg - bg_below - thread_bg;  // in the bins of larger errors
@@ -268,11 +270,11 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
       const double fg_slope = walk.slope(static_cast<double>(fg_counts[low]), static_cast<double>(fg_counts[high]));
       const double bg_slope = walk.slope(static_cast<double>(counts[low]), static_cast<double>(counts[high]));
       const ErrorAt error = error_at(middle, exp2(exponent_of(middle, folded)), folded);
-      const JaccardBound bound = jaccard_bin_bound(total, fg, bg, f, b);
+      const JaccardBound bin_bound = jaccard_bin_bound(total, fg, bg, f, b);
       const JaccardDeviation deviation =
-          jaccard_bin_deviation(bin, bound, f, b, slope_of_error(error.error, softmax), width * error.first);
+          jaccard_bin_deviation(bin, bin_bound, f, b, slope_of_error(error.error, softmax), width * error.first);
       loss += bin.fg * sum_of_errors(error, width, f, fg_slope) + bin.bg * sum_of_errors(error, width, b, bg_slope);
-      bound_sum += bound.fg + bound.bg;
+      bound_sum += bin_bound.fg + bin_bound.bg;
       weight_sum += deviation.weights;
       gradient_sum += deviation.gradient;
       loss_sum += deviation.loss;
@@ -283,31 +285,34 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
       weights[0] = weights[bins] = T(0);
       if (softmax) {
         const JaccardBin bin = jaccard_lowest_bin(total, all_bg);
-        const JaccardBound bound = jaccard_lowest_bound(total, all_bg, lowest_fg, lowest_bg);
+        const JaccardBound bin_bound = jaccard_lowest_bound(total, all_bg, lowest_fg, lowest_bg);
         const double error = error_of_coordinate(map.edge(1, bins), folded);
         const JaccardDeviation deviation =
-            jaccard_bin_deviation(bin, bound, lowest_fg, lowest_bg, slope_of_error(error, softmax), 0.0);
+            jaccard_bin_deviation(bin, bin_bound, lowest_fg, lowest_bg, slope_of_error(error, softmax), 0.0);
         weights[bins] = static_cast<T>(-bin.fg);
         loss += lowest_fg * bin.fg * error;
-        bound_sum += bound.fg + bound.bg;
+        bound_sum += bin_bound.fg + bin_bound.bg;
         gradient_sum += deviation.gradient;
         weight_sum += deviation.weights;
       }
     }
     result.loss = block_sum<threads>(loss, scratch.sum);
-    result.bound = block_sum<threads>(bound_sum, scratch.sum);
+    bound = block_sum<threads>(bound_sum, scratch.sum);
     weight_sum = block_sum<threads>(weight_sum, scratch.sum);
     gradient_sum = block_sum<threads>(gradient_sum, scratch.sum);
-    result.gradient_deviation = weight_sum > 0.0 ? sqrt(gradient_sum / weight_sum) : 0.0;
-    result.loss_deviation = sqrt(block_sum<threads>(loss_sum, scratch.sum));
-    // Before it is known how many classes take part: that of the loss falls by the root of their number.
-    const bool may_need = result.gradient_deviation > gradient_tolerance || result.loss_deviation > loss_tolerance;
-    if (may_need && !args.recounted_mask) {
+    const double gradient_deviation = weight_sum > 0.0 ? sqrt(gradient_sum / weight_sum) : 0.0;
+    const double loss_deviation = sqrt(block_sum<threads>(loss_sum, scratch.sum));
+    needs_rebin = gradient_deviation > gradient_tolerance || loss_deviation > loss_tolerance;
+    if (needs_rebin && !args.recounted_mask) {
       __syncthreads();
       place_segment(counts, fg_counts, map, bins, errors, false, bins, better, scratch);
     }
   }
-  if (thread == 0) results.results[segment] = result;
+  if (thread == 0) {
+    results[segment] = result;
+    args.bounds[segment] = bound;
+    args.needs_rebin[segment] = needs_rebin;
+  }
 }
 
 // Calls f with a value of the type of counts.
@@ -319,11 +324,11 @@ void with_count_type(const BinCounts& counts, const F& f) {
 struct WeighScratch {
   WeighScratch(const LovaszBatch& b, void* memory) {
     ScratchArrays arrays(memory);
-    results.results = arrays.take<SegmentResult>(b.segments());
+    results = arrays.take<SegmentResult>(b.segments());
     bytes = arrays.bytes();
   }
 
-  SegmentResults results;
+  SegmentResult* results;
   int64_t bytes;
 };
 
@@ -349,8 +354,7 @@ void lovasz_histogram_weigh(const LovaszHistogramWeigh& args) {
       launch(lovasz_weigh_kernel<T, decltype(count_zero)>,
              {.blocks = args.batch.segments(), .threads = threads, .stream = args.stream}, args, scratch.results);
     });
-    launch_finish<T>(args.batch, scratch.results, args.out, {.bounds = args.bounds, .needs_rebin = args.needs_rebin},
-                     args.stream);
+    launch_finish<T>(args.batch, scratch.results, args.out, args.stream);
   });
 }
 

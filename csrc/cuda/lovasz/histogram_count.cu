@@ -26,7 +26,7 @@ VEERLOSS_HD constexpr int64_t plane_of(int64_t classes) {
 
 // Shared memory of a class: its table, and its counts.
 VEERLOSS_HD constexpr int64_t table_bytes() {
-  return BinLayout::table * static_cast<int64_t>(sizeof(Pair));
+  return BinLayout::table * static_cast<int64_t>(sizeof(BinPair));
 }
 VEERLOSS_HD constexpr int64_t class_bytes(int64_t classes) {
   return table_bytes() + 4 * plane_of(classes);
@@ -46,7 +46,7 @@ Groups groups_of(const LovaszBatch& b) {
 
 // What a block has beside the classes.
 struct BlockCounts {
-  Pair* tables;  // [classes of the group][BinLayout::table]
+  BinPair* tables;  // [classes of the group][BinLayout::table]
   uint32_t* counts;  // [classes of the group][plane_of], of which args.bins are used
   int64_t row;
   int first_class, end_class;
@@ -55,7 +55,7 @@ struct BlockCounts {
 __device__ inline BlockCounts block_counts(const LovaszHistogramCount& args, unsigned char* memory, int64_t row, int group, Groups groups) {
   const auto classes = static_cast<int>(args.batch.classes());
   const int first = group * groups.classes, end = first + groups.classes < classes ? first + groups.classes : classes;
-  auto* tables = reinterpret_cast<Pair*>(memory);
+  auto* tables = reinterpret_cast<BinPair*>(memory);
   return {tables, reinterpret_cast<uint32_t*>(tables + (end - first) * BinLayout::table), row, first, end};
 }
 
@@ -71,7 +71,7 @@ __device__ inline bool begin_block(const LovaszHistogramCount& args, const Block
   const int classes = block.end_class - block.first_class, table = BinLayout::table;
   for (int i = static_cast<int>(threadIdx.x); i < classes * table; i += Policy::threads) {
     const int c = block.first_class + i / table, k = i % table;
-    Pair pair = args.table ? args.table[(block.row * args.batch.classes() + c) * table + k] : coarse_pair(k);
+    BinPair pair = args.table ? args.table[(block.row * args.batch.classes() + c) * table + k] : coarse_pair(k);
     if (!is_counted(args, block.row, c)) pair = {0.0f, k == 0 ? 0.0f : BinLayout::magic};
     block.tables[i] = pair;
   }
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Tuning::HistogramStatistics::threads)
   for (int64_t j = begin + threadIdx.x; any && j < end; j += threads) {
     const auto [image, pixel] = block_pixel(chunks, first_image, j);
     if (pixel < 0 || load_label(b.target, b.rule, image, pixel) < 0) continue;
-    statistics[image * b.geometry.pixels + pixel] = statistics_of_pixel<In>(b.logits, b.classes(), image, pixel);
+    statistics[image * b.geometry.pixels + pixel] = statistics_of_pixel<In, CoordinateExp>(b.logits, b.classes(), image, pixel);
   }
 }
 
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(Policy::threads)
   for (int c = block.first_class; c < block.end_class; ++c) {
     if (threadIdx.x == 0) block_largest = 0;
     __syncthreads();
-    const Pair* table = block.tables + (c - block.first_class) * BinLayout::table;
+    const BinPair* table = block.tables + (c - block.first_class) * BinLayout::table;
     auto* counts = reinterpret_cast<char*>(block.counts + (c - block.first_class) * plane);
     uint32_t largest = 0;
     for (int64_t j = begin + threadIdx.x; j < end; j += Policy::threads) {

@@ -19,7 +19,7 @@ namespace {
 using Policy = Tuning::HistogramGradient;
 
 int64_t shared_bytes(int64_t classes, int64_t bins) {
-  return classes * (BinLayout::table * static_cast<int64_t>(sizeof(Pair)) + 4 * bins);
+  return classes * (BinLayout::table * static_cast<int64_t>(sizeof(BinPair)) + 4 * bins);
 }
 
 template <class In, class Range, bool flat>
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
     factors[threadIdx.x] = SegmentFactor<float>(args.out)(segment + threadIdx.x);
   __syncthreads();
   const float* weights = static_cast<const float*>(args.weights) + segment * 2 * bins;
-  auto* tables = reinterpret_cast<Pair*>(memory);                                // [classes][table]
+  auto* tables = reinterpret_cast<BinPair*>(memory);                                // [classes][table]
   auto* background = reinterpret_cast<float*>(tables + classes * table);  // [classes][bins]
   for (int i = static_cast<int>(threadIdx.x); i < classes * table; i += Policy::threads)
     tables[i] = args.table[segment * table + i];
@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
 template <class T>
 struct BinWeights {
   static constexpr bool reads_label = true;
+  using Exp = CoordinateExp;
 
   template <class Args>
   explicit BinWeights(const Args& args) : table(args.table), weights(static_cast<const T*>(args.weights)), bins(args.bins) {}
@@ -136,7 +137,7 @@ struct BinWeights {
     return at(b, b.segment(image, c), coordinate, foreground, true);
   }
 
-  const Pair* table;
+  const BinPair* table;
   const T* weights;
   int64_t bins;
 };
