@@ -63,7 +63,9 @@ def forward(
     # Counts of the three passes and their largest errors: zeros, by one launch on a GPU.
     sizes = [rows * c * size for size in (2 * COARSE_BINS, 2 * bins, 2 * bins, 1, 1, 1)]
     *all_counts, largest, _largest_of_sample, _largest_again = logits.new_zeros(sum(sizes), dtype=torch.int32).split(sizes)
-    coarse, counts, recounts = (part.view(rows, c, 2, -1) for part in all_counts)
+    coarse, counts, recounts = (
+        part.view(rows, c, 2, size) for part, size in zip(all_counts, (COARSE_BINS, bins, bins), strict=True)
+    )
     largest, _largest_of_sample, _largest_again = (
         part.view(rows, c) for part in (largest, _largest_of_sample, _largest_again)
     )
