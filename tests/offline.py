@@ -14,7 +14,6 @@ file in a process of its own.
 from __future__ import annotations
 
 import argparse
-import functools
 import re
 import subprocess
 import sys
@@ -27,8 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from veerloss import _histogram
-from veerloss._layout import Errors, Reduction, bin_count, cell_count, pack_entry
+from veerloss._layout import Errors, Reduction
 
 CAPABILITIES = (80, 90, 100)
 #: Bytes per thread. The assembler gives up a few registers to fit one more group of threads, which costs next to nothing.
@@ -179,7 +177,7 @@ def focal() -> Iterator[tuple]:
             )  # fmt: skip
 
 
-def lovasz(stem: str, pixels: int, **options) -> Iterator[tuple]:
+def lovasz_exact() -> Iterator[tuple]:
     for errors, dtype, classes in (
         (Errors.SOFTMAX, torch.float32, 19),
         (Errors.PROBABILITIES, torch.float32, 19),
@@ -190,33 +188,18 @@ def lovasz(stem: str, pixels: int, **options) -> Iterator[tuple]:
         (Errors.SOFTMAX, torch.bfloat16, 19),
         (Errors.PROBABILITIES, torch.float32, 2),
     ):
-        x, target = torch.empty((2, classes, pixels), dtype=dtype), torch.zeros((2, pixels), dtype=torch.int64)
+        x, target = torch.empty((2, classes, 4096), dtype=dtype), torch.zeros((2, 4096), dtype=torch.int64)
         if dtype == torch.bfloat16:
             x, target = channels_last(x), target.byte()
         yield from passes(
-            f"{errors.name.lower()} {dtype} C={classes}", stem, x, target=target, errors=errors, per_image=False,
+            f"{errors.name.lower()} {dtype} C={classes}", "lovasz_exact", x, target=target, errors=errors, per_image=False,
             selected=torch.ones(classes, dtype=torch.bool), present=True,
             class_weight=torch.ones(classes, dtype=opmath_dtype(dtype)), ignore_index=255, background_index=254,
-            reduction=Reduction.MEAN, valid_pixels=None, upcast_loss=False, **options,
+            reduction=Reduction.MEAN, valid_pixels=None, keep_weights=True, upcast_loss=False,
         )  # fmt: skip
 
 
-def lovasz_exact() -> Iterator[tuple]:
-    return lovasz("lovasz_exact", 4096, keep_weights=True)
-
-
-def lovasz_histogram() -> Iterator[tuple]:
-    """Of enough pixels for the coarse pass to sample."""
-    yield from lovasz("lovasz_histogram", _histogram.SAMPLED_FROM)
-    for errors in (Errors.SOFTMAX, Errors.HINGE):  # bins are allocated again where the values of tensors say so
-        counts = torch.zeros((1, 2, 2, bin_count(errors)), dtype=torch.int32)
-        table = torch.full((1, 2, cell_count(errors)), pack_entry(1, 1), dtype=torch.int32)
-        allocate_bins = torch.ops.veerloss_triton.lovasz_histogram_allocate_bins
-        again = functools.partial(allocate_bins, counts=counts, counted_table=table, errors=errors)
-        yield from recorded(f"{errors.name.lower()}, from bins", again)
-
-
-MODULES = {f"veerloss.triton.{f.__name__}": f for f in (focal, lovasz_exact, lovasz_histogram)}
+MODULES = {f"veerloss.triton.{f.__name__}": f for f in (focal, lovasz_exact)}
 
 
 def specializations_of(module: str) -> Iterator[tuple]:

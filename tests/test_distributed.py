@@ -97,6 +97,7 @@ def errors(rank: int, group) -> dict[str, str]:
         "per class": error_of(lambda: lovasz_hinge_loss(x, x > 0, per_class=True, per_image=False, process_group=group)),
         "other backends": error_of(lambda: softmax(x, y, backend="reference" if first else "native")),
         "exact": error_of(lambda: softmax(x, y, method="exact")),
+        "triton": error_of(lambda: softmax(x, y, backend="triton")),
         "per image": error_of(lambda: softmax(x, y, per_image=True)),
         "hinge per image": error_of(lambda: lovasz_hinge_loss(x[:, 0], y.clamp(max=1), process_group=group)),
         "compiled": error_of(lambda: torch.compile(softmax, backend="eager", fullgraph=True)(x, y)),
@@ -185,6 +186,7 @@ def test_errors_reach_every_rank(results):
             assert found[f"other {name}"].endswith("and options that differ")
         assert "got per_class=True" in found["per class"]
         assert "got method='exact'" in found["exact"]
+        assert found["triton"].startswith("RuntimeError: backend='triton' cannot run") and "process_group" in found["triton"]
         assert "got per_image=True" in found["per image"] and "got per_image=True" in found["hinge per image"]
         assert "cannot be used inside torch.compile" in found["compiled"]
         assert found["no group"].startswith(

@@ -15,14 +15,15 @@ from veerloss.reference import histogram
 from veerloss.reference.lovasz import lovasz_weights
 
 
-@pytest.mark.parametrize("folded", [True, False], ids=["folded", "hinge"])
-def test_coordinates_are_monotone_in_the_errors(folded):
+@pytest.mark.parametrize("kind", list(_layout.Errors), ids=str)
+def test_coordinates_are_monotone_in_the_errors(kind):
     """And tell them apart: the error comes back from its coordinate, with the digits that float32 leaves this."""
+    folded = histogram.is_folded(kind)
     small = torch.logspace(-38, 0, 5000, dtype=torch.float64)
     errors = torch.cat([small, 1 - small[small > 1e-15], 0.5 + torch.linspace(-1e-6, 1e-6, 201).double()])
     errors = torch.cat([errors, torch.logspace(0, 38, 5000, dtype=torch.float64)]).unique()
     errors = errors[errors > 0]
-    found = histogram.coordinates(errors, folded)
+    found = histogram.coordinates(errors, kind)
     assert found.dtype == torch.float32 and (found.diff() >= 0).all()
     assert found.unique().numel() > 0.8 * errors.numel()
     inside = errors < (1 if folded else math.inf)
@@ -38,15 +39,17 @@ def test_coordinates_are_monotone_in_the_errors(folded):
     torch.testing.assert_close(((above - below) / (2 * step))[smooth], first[smooth], rtol=1e-6, atol=0)
     bend = (above - 2 * back + below) / step**2
     torch.testing.assert_close(bend[smooth], second[smooth], rtol=1e-2, atol=1e-6 * errors[inside][smooth].max().item())
-    special = histogram.coordinates(torch.tensor([0.0, math.inf, math.nan]), folded)
+    special = histogram.coordinates(torch.tensor([0.0, math.inf, math.nan]), kind)
     assert special[0] == -math.inf and special[1:].isnan().all()
 
 
 def test_coordinates_are_odd_in_the_foreground():
     """Foreground has the negative coordinate of background of the same probability."""
     p = torch.tensor([0.0625, 0.25, 0.375, 0.5, 0.75], dtype=torch.float64)
-    torch.testing.assert_close(histogram.coordinates(1 - p, True), -histogram.coordinates(p, True), rtol=0, atol=0)
-    assert histogram.coordinates(torch.tensor([0.5, 1.0, 2.0]), True).tolist() == [0.0, 51.0, _layout.PAST_ONE + 1]
+    torch.testing.assert_close(histogram.coordinates(1 - p, _layout.Errors.SOFTMAX), -histogram.coordinates(p, _layout.Errors.SOFTMAX), rtol=0, atol=0)
+    special = torch.tensor([0.5, 1.0, 2.0])
+    found = histogram.coordinates(special, _layout.Errors.PROBABILITIES)
+    assert found.tolist() == [0.0, 23.0, _layout.PAST_ONE + 1]
 
 
 def check_table(table: histogram.Table) -> None:

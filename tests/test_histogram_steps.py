@@ -38,11 +38,12 @@ def steps(operators, x, target, errors, *, per_image=False, ignore_index=None):
         )  # fmt: skip
         return counts, largest
 
-    def weigh(counts, largest, table, *, present=False, reduction=Reduction.NONE, recounted_mask=None, recounts=None):
+    def weigh(counts, largest, table, *, present=False, reduction=Reduction.NONE, again=(None, None, None)):
+        """`again`: (recounted_mask, recounts, recounted_table)."""
         return operators.lovasz_histogram_weigh(
-            logits=x, counts=counts, recounted_mask=recounted_mask, recounts=recounts, largest=largest, table=table,
-            selected=None, present=present, class_weight=None, errors=errors, per_image=per_image, reduction=reduction,
-            upcast_loss=True,
+            logits=x, counts=counts, recounted_mask=again[0], recounts=again[1], recounted_table=again[2], largest=largest,
+            table=table, selected=None, present=present, class_weight=None, errors=errors, per_image=per_image,
+            reduction=reduction, upcast_loss=True,
         )  # fmt: skip
 
     def sum_(**kept):
@@ -87,7 +88,7 @@ def test_steps_are_those_of_the_reference(share, sampled, errors, backend):
     count, weigh, _, _ = steps(operators, x, target, errors)
     softmax, bins, c = errors == Errors.SOFTMAX, bin_count(x.size(1)), min(1, x.size(1) - 1)
     error, foreground = errors_of_class(x, target, errors, c)
-    coordinate = histogram.coordinates(error, histogram.is_folded(errors))
+    coordinate = histogram.coordinates(error, errors)
     slot = torch.arange(pixels)
     part = slot // _layout.SAMPLE_RUN * _layout.SAMPLE_STEP + slot % _layout.SAMPLE_RUN if sampled else slot
     part = part[part < pixels]
@@ -119,10 +120,6 @@ def test_steps_are_those_of_the_reference(share, sampled, errors, backend):
     counted = histogram.Table(table[0, c], bins)
     assert_counts_of(counts, counted, slot)
     assert_placed(place(operators, counts, errors, counted_table=table), counts, counted, False)
-    largest_error = _histogram.largest_errors(largest, errors)[0, c]
-    if errors != Errors.PROBABILITIES:  # of which those below 1 have no need of it
-        torch.testing.assert_close(largest_error if not softmax else error.max(), error.max(), rtol=1e-5, atol=0)
-
     _, _, weights, bounds, _, _ = weigh(counts, largest, table)
     bg, fg = counts[0, c].double()
     bg[0] = pixels - bg[1:].sum() - fg.sum() if softmax else 0  # below the window
@@ -230,7 +227,8 @@ def test_without_foreground_the_largest_errors_have_the_weight(errors, backend):
     recounts, _ = count(better_table, segment_mask=needs_rebin)
     below = 0 if errors == Errors.SOFTMAX else int((error > 0).sum()) - pixels  # which a softmax does not count
     assert recounts[0, -1, 0, -1] == pixels and recounts[0, -1, 0, 1:-1].sum() == below
-    _, _, weights, bounds, _, _ = weigh(counts, largest, table, recounted_mask=needs_rebin, recounts=recounts)
+    _, _, weights, bounds, _, used = weigh(counts, largest, table, again=(needs_rebin, recounts, better_table))
+    assert torch.equal(used[needs_rebin], better_table[needs_rebin])
     assert weights[0, -1, 0, -1].item() == pytest.approx(1 / pixels) and weights[0, -1].count_nonzero() == 1
     assert bounds[0, -1].item() == pytest.approx(2 * (1 - 1 / pixels))
 

@@ -102,7 +102,7 @@ BAD = [
     ("lovasz_histogram_weigh", "counts", shorter),
     ("lovasz_histogram_weigh", "largest", shorter),
     ("lovasz_histogram_weigh", "table", shorter),
-    ("lovasz_histogram_weigh", "recounts", lambda _: torch.zeros((1, 3, 2, 8192), dtype=torch.int32)),
+    ("lovasz_histogram_weigh", "recounted_mask", lambda _: torch.ones((1, 3), dtype=torch.bool)),  # alone
     ("lovasz_histogram_sum", "units", shorter),
     ("lovasz_histogram_sum", "errors", lambda _: Errors.SOFTMAX),
     *(("lovasz_histogram_backward", name, shorter) for name in ("table", "weights", "scale")),

@@ -50,10 +50,13 @@ class Ranks:
         self.pixels, self.image = sum(pixels), min(image)
 
     def sum(self, count: Callable[[], tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """(counts, max_error) of all ranks from those that `count` gives on this one: int64 of `shape`, [..., 2]."""
-        problem, counts, max_error = None, torch.zeros(shape, dtype=torch.int64, device=self.device), None
+        """(counts, largest) of all ranks from those that `count` gives on this one: counts of `shape` [rows, C, 2, bins], added
+        up as int64; and the keys of the largest errors [rows, C], int32 that hold unsigned integers."""
+        problem = None
+        counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        largest = torch.zeros(shape[:2], dtype=torch.int32, device=self.device)
         try:
-            counts, max_error = count()
+            counts, largest = count()
         except Exception as e:
             problem = e
         failed = torch.zeros(self.size, dtype=torch.int64, device=self.device)
@@ -61,10 +64,9 @@ class Ranks:
         total = torch.cat([counts.flatten().long(), failed])
         dist.all_reduce(total, group=self.group)
         self._raise(problem, total[-self.size :].tolist())
-        # On a GPU -1 pixels mean a target out of range, of which no rank has raised an error.
-        errors, bad = self.all_reduce(torch.stack([max_error[..., 0], (max_error[..., 1] < 0).double()]), "max")
-        pixels = self.all_reduce(torch.where(max_error[..., 0] == errors, max_error[..., 1], 0.0), "sum")
-        return total[: -self.size].view(shape), torch.stack([errors, torch.where(bad > 0, -1.0, pixels)], -1)
+        keys = largest.long() & 0xFFFFFFFF
+        dist.all_reduce(keys, dist.ReduceOp.MAX, group=self.group)
+        return total[: -self.size].view(shape), torch.where(keys < 1 << 31, keys, keys - (1 << 32)).int()
 
     def all_reduce(self, values: Tensor, op: str) -> Tensor:
         """The "sum" or "max" of all ranks; the maximum is NaN if any is."""

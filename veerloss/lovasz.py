@@ -308,7 +308,8 @@ def _prepare(check, check_values, logits, target, method, process_group, backend
     What they raise, all ranks of a process group learn.
     """
 
-    loss = "lovasz histogram" if method == "histogram" or process_group is not None else "lovasz"
+    counting = isinstance(method, str) and method == "histogram"  # `check` has yet to see what it is
+    loss = "lovasz histogram" if counting or process_group is not None else "lovasz"
 
     def check_all() -> tuple[torch.Size, int | None, object]:
         shape, ignored, options = check()

@@ -1,8 +1,8 @@
-"""Method "histogram" of the Lovász losses: weights from counts by error, without sorting. The specification of csrc/math/bins.h.
+"""Method "histogram" of the Lovász losses: weights from counts by error, without sorting. What csrc/math/bins.h computes.
 
 The weight of a pixel depends only on how many foreground and background pixels have a larger error. So errors are counted in
-bins. A first count, in coarse bins, tells the window of a segment's errors, and how much each part of it is worth; the more, the
-more bins it gets. A second count is in these bins.
+bins. A first count, in coarse bins, tells the window of a segment's errors, and how much each part of it is worth; the more,
+the more bins it gets. A second count is in these bins.
 """
 
 from __future__ import annotations
@@ -166,6 +166,20 @@ def weigh(fg: Tensor, bg: Tensor, total: Tensor, lowest_fg_first: bool = False) 
     return Bins(at_fg, at_bg, f * at_fg + b * at_bg, fg_bound, bg_bound)
 
 
+def squared_bounds(result: Bins, fg: Tensor, bg: Tensor) -> Tensor:
+    """What binning changes of weights at most, as a sum of squares over the pixels of a bin that share it evenly."""
+    return sum(bound**2 / torch.where(n > 0, n, 1.0) for bound, n in ((result.fg_bound, fg), (result.bg_bound, bg)))
+
+
+def weigh_segment(fg: Tensor, bg: Tensor, total: Tensor, softmax: bool) -> Bins:
+    """`weigh`, where bin 0 is the one below the window of a softmax, or of errors that are 0."""
+    result = weigh(fg, bg, total, lowest_fg_first=softmax)
+    if not softmax:
+        for values in (result.fg, result.bg, result.fg_bound, result.bg_bound):
+            values[0] = 0
+    return result
+
+
 # ------------------------------------------------------------------ placing
 
 
@@ -227,8 +241,7 @@ def place(fg: Tensor, bg: Tensor, table: Table, errors: int, sampled: bool, bins
     result = weigh(f, b, total.clamp(min=1))
     error, first, _ = errors_of((at[1:] + at[:-1]) / 2, folded)
     slope = error * (1 - error) if softmax else 1  # of the gradient of a logit, over the weight
-    fg_square, bg_square = (bound**2 / torch.where(n > 0, n, 1.0) for bound, n in ((result.fg_bound, f), (result.bg_bound, b)))
-    of_gradient = slope**2 * (fg_square + bg_square)
+    of_gradient = slope**2 * squared_bounds(result, f, b)
     of_loss = (f * result.fg**2 + b * result.bg**2) * (first * at.diff()) ** 2
     of_gradient, of_loss = (torch.where(f + b > 0, square.clamp(min=0), 0.0) for square in (of_gradient, of_loss))
     gradient, worth = None, 1.0
@@ -246,6 +259,20 @@ def place(fg: Tensor, bg: Tensor, table: Table, errors: int, sampled: bool, bins
     before = torch.cat([before.new_zeros(1), (before + 0.5).floor().clamp(max=bins - 1)])
     before[-1] = bins - 1
     return Table(torch.cat([pair[None], cell_pairs(before)]), bins)
+
+
+def deviates(fg: Tensor, bg: Tensor, total: Tensor, table: Table, errors: int) -> bool:
+    """Whether the errors of binning, estimated from the counts in a table, ask for bins that are placed by these counts."""
+    softmax, f, b = errors == Errors.SOFTMAX, fg.double(), bg.double()
+    result, edge = weigh_segment(fg, bg, total, softmax), table.edges()
+    at = torch.cat([edge[:1], (edge[1:] + edge[:-1]) / 2])  # bin 0, which has no width here, and the others
+    error, first, _ = errors_of(at, is_folded(errors))
+    slope = error * (1 - error) if softmax else torch.ones_like(error)
+    squares = f * result.fg**2 + b * result.bg**2
+    gradient = (slope**2 * squared_bounds(result, f, b)).sum() / (slope**2 * squares).sum()
+    width = torch.cat([torch.zeros_like(edge[:1]), edge.diff()])
+    loss = (squares * (first * width) ** 2).sum() / 12
+    return bool(gradient.sqrt() > layout.GRADIENT_TOLERANCE or loss.sqrt() > layout.LOSS_TOLERANCE)
 
 
 # ------------------------------------------------------------------ a segment
@@ -281,31 +308,17 @@ def segment(
         found = table.bin_of(coordinate)
         if not softmax:  # bin 0 holds errors of exactly 0 alone
             found = torch.where(inside, found.clamp(min=1), 0)
-        return found, *(
-            all_reduce(found[kind].bincount(minlength=table.bins), "sum") for kind in (foreground, ~foreground)
-        )
-
-    def by(table: Table) -> tuple:
-        """The bins of pixels, counts and weights, all by `table`, and whether these are too coarse."""
-        found, fg, bg = count(table)
-        result, edge = weigh(fg, bg, total, softmax), table.edges()
-        if not softmax:
-            result.fg[0] = result.bg[0] = result.fg_bound[0] = result.bg_bound[0] = 0
-        value, first, _ = errors_of((edge[1:] + edge[:-1]) / 2, folded)
-        value = torch.cat([errors_of(edge[:1], folded)[0], value])
-        slope = value * (1 - value) if softmax else torch.ones_like(value)
-        square = fg * result.fg**2 + bg * result.bg**2
-        gradient = slope**2 * (result.fg_bound**2 / fg.clamp(min=1) + result.bg_bound**2 / bg.clamp(min=1))
-        gradient = (gradient.sum() / (slope**2 * square).sum().clamp(min=1e-300)).sqrt()
-        loss = (square[1:] * (edge.diff() * first) ** 2 / 12).sum().sqrt()
-        return found, fg, bg, result, edge, bool(gradient > layout.GRADIENT_TOLERANCE or loss > layout.LOSS_TOLERANCE)
+        return found, *(all_reduce(found[kind].bincount(minlength=table.bins), "sum") for kind in (foreground, ~foreground))
 
     table = Table.coarse(error.device)
     _, fg, bg = count(table)
     table = place(fg, bg, table, errors, False, bins)
-    found, fg, bg, result, edge, too_coarse = by(table)
-    if too_coarse:
-        found, fg, bg, result, edge, _ = by(place(fg, bg, table, errors, False, bins))
+    found, fg, bg = count(table)
+    if deviates(fg, bg, total, table, errors):
+        table = place(fg, bg, table, errors, False, bins)
+        found, fg, bg = count(table)
+    result = weigh_segment(fg, bg, total, softmax)
+    edge = table.edges()
     width, middle = edge.diff(), (edge[1:] + edge[:-1]) / 2
     value, first, second = errors_of(middle, folded)
     beside = lambda x: torch.cat([x[:1], x, x[-1:]])  # noqa: E731

@@ -78,8 +78,7 @@ def lovasz_softmax_loss(
         errors = (foreground.to(x.dtype) - x).abs() + (x - x).detach()
     valid = valid.expand_as(errors)
     segments = _segments(errors, foreground, valid, per_image)
-    values, bounds, has_foreground, has_valid = _values(*segments, method, Errors.SOFTMAX if from_logits else Errors.PROBABILITIES, all_reduce)
-
+    has_foreground, has_valid = all_reduce(torch.stack([t.sum(-1) for t in segments[1:]]), "sum") > 0
     selected = has_valid
     if isinstance(classes, str):
         if classes == "present":
@@ -89,6 +88,8 @@ def lovasz_softmax_loss(
             selected = selected & has_foreground
         ids = torch.as_tensor(list(classes), device=x.device)
         selected = selected & (torch.arange(c, device=x.device)[:, None] == ids).any(-1)
+    kind = Errors.SOFTMAX if from_logits else Errors.PROBABILITIES
+    values, bounds = _values(*segments, method, kind, all_reduce)
     if class_weight is not None:
         values = values * class_weight.to(values)
     values = torch.where(selected, values, torch.zeros_like(values))
@@ -123,7 +124,7 @@ def lovasz_hinge_loss(
     sign = torch.where(foreground, 1.0, -1.0).to(x.dtype)
     errors = torch.relu(1 - sign * x) + (x - x).detach()  # an infinite logit: NaN
     segments = _segments(errors, foreground, valid, per_image)
-    values, bounds, _, _ = _values(*segments, method, Errors.HINGE, all_reduce)
+    values, bounds = _values(*segments, method, Errors.HINGE, all_reduce)
     values, bounds = values[:, 0], bounds[:, 0]
     if reduction == "none":
         loss = values if per_image else values[0]
@@ -146,12 +147,12 @@ def _segments(errors: Tensor, foreground: Tensor, valid: Tensor, per_image: bool
 
 def _values(
     errors: Tensor, foreground: Tensor, valid: Tensor, method: str, kind: Errors, all_reduce: AllReduce
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of segments [N, C, P]: losses, certificates, and whether they have foreground and valid pixels; [N, C]."""
+) -> tuple[Tensor, Tensor]:
+    """Of segments [N, C, P]: losses and certificates [N, C]."""
     used = torch.where(valid, errors, torch.zeros_like(errors))
     if method == "exact":
         values = (lovasz_weights(errors, foreground, valid) * used).sum(-1)
-        return values, torch.zeros_like(values, dtype=torch.float64), foreground.any(-1), valid.any(-1)
+        return values, torch.zeros_like(values, dtype=torch.float64)
     values, bounds = used.sum(-1), torch.zeros(used.shape[:2], dtype=torch.float64, device=used.device)
     for n, c in torch.cartesian_prod(*(torch.arange(size) for size in bounds.shape)).tolist():
         e, inside = errors[n, c], valid[n, c]
@@ -160,6 +161,4 @@ def _values(
         )
         weighted = (weights.to(e.dtype) * e[inside]).sum()
         values[n, c] = weighted + (loss - weighted).detach()  # the loss by the counts, the gradient by the weights
-    counts = torch.stack([foreground.sum(-1), valid.sum(-1)])
-    has_foreground, has_valid = all_reduce(counts, "sum") > 0
-    return values, bounds, has_foreground, has_valid
+    return values, bounds
