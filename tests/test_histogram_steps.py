@@ -153,7 +153,8 @@ def test_steps_are_those_of_the_native_library(per_image, backend):
         found, largest = count()
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         largest, expected_largest = (_histogram.largest_errors(found, errors) for found in (largest, expected_largest))
-        torch.testing.assert_close(largest, expected_largest)
+        # A unit in the last place of coordinates up to 16: log2 differs by that.
+        torch.testing.assert_close(largest, expected_largest, rtol=1e-6, atol=0)
         found_table, table = (place(o, expected, errors) for o in both)
         torch.testing.assert_close(found_table[..., 0, :], table[..., 0, :])
         assert (bins_before(found_table) - bins_before(table)).abs().max() <= 2

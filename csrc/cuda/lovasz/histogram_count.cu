@@ -86,12 +86,13 @@ __device__ inline void end_block(const LovaszHistogramCount& args, const BlockCo
   const int64_t classes = args.batch.classes(), plane = plane_of(classes);
   int32_t* counts = args.counts + (block.row * classes + block.first_class) * 2 * bins;
   for (int c = 0; c < block.end_class - block.first_class; ++c) {
+    if (!is_counted(args, block.row, block.first_class + c)) continue;
     for (int k = static_cast<int>(threadIdx.x); k < bins; k += Policy::threads) {
       const uint32_t word = block.counts[c * plane + k];
       if (word & 0xffff) atomicAdd(counts + 2 * c * bins + k, static_cast<int32_t>(word & 0xffff));
       if (word >> 16) atomicAdd(counts + (2 * c + 1) * bins + k, static_cast<int32_t>(word >> 16));
     }
-    if (threadIdx.x != 0 || !is_counted(args, block.row, block.first_class + c)) continue;
+    if (threadIdx.x != 0) continue;
     atomicAdd(counts + 2 * c * bins, valid);
     if (bad) atomicAdd(counts + (2 * c + 1) * bins, 1);
     if (bad || nan) atomicMax(args.largest + block.row * classes + block.first_class + c, key_of_nan);
