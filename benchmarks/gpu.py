@@ -83,7 +83,8 @@ def contestants(task: str, device: torch.device) -> dict[str, peers.Loss]:
     found = {}
     for name, loss in peers.TASKS[task]().items():
         if name.startswith(OURS):
-            found |= {f"{name}, {b}": peers.Lazy(functools.partial(load, b, loss)) for b in backends}
+            ours = ("native",) if name == HISTOGRAM else backends  # of which Triton has no kernels
+            found |= {f"{name}, {b}": peers.Lazy(functools.partial(load, b, loss)) for b in ours}
         else:
             found[name] = loss
             if name != peers.CROSS_ENTROPY and "compile" not in name:

@@ -300,14 +300,14 @@ def test_backends_of_a_gpu(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setitem(arguments.native_missing, "cuda", None)
     monkeypatch.setattr(arguments, "triton_missing", lambda _: None)
-    for loss in ("lovasz", "softmax focal"):
+    for loss in ("lovasz", "lovasz histogram", "softmax focal"):
         assert arguments.choose_backend("auto", gpu, loss) == "native"
     assert arguments.choose_backend("auto", gpu, "sigmoid focal") == "triton"
     with pytest.raises(RuntimeError, match="on a GPU the sigmoid focal loss is a Triton kernel"):
         arguments.choose_backend("native", gpu, "sigmoid focal")
     monkeypatch.setitem(arguments.native_missing, "cuda", "no library")
     for loss in arguments.LOSSES:
-        assert arguments.choose_backend("auto", gpu, loss) == "triton"
+        assert arguments.choose_backend("auto", gpu, loss) == ("reference" if loss == "lovasz histogram" else "triton")
     with pytest.raises(RuntimeError, match="backend='native' cannot run on device 'cuda': no library"):
         arguments.choose_backend("native", gpu, "lovasz")
     monkeypatch.setattr(arguments, "triton_missing", lambda _: "no triton")

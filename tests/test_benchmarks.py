@@ -156,7 +156,7 @@ def test_gpu_benchmark_runs_on_the_cpu(tmp_path):
 def test_gpu_contestants():
     """Ours runs on each backend of the device, and says why where it cannot; peers run compiled too, but for another loss."""
     names = list(gpu.contestants("lovasz_softmax", torch.device("cuda")))
-    assert names[:2] == ["veerloss histogram, native", "veerloss histogram, triton"]
+    assert names[:3] == ["veerloss histogram, native", "veerloss exact, native", "veerloss exact, triton"]
     assert {"kornia", "kornia, torch.compile", "torch cross_entropy"} <= set(names)
     assert "torch cross_entropy, torch.compile" not in names
     found = gpu.contestants("lovasz_softmax", torch.device("xpu"))

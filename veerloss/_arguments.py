@@ -17,7 +17,7 @@ from ._extension import cuda_missing, native_missing, triton_missing
 
 REDUCTIONS = ("none", "mean", "sum")
 #: What backends are chosen for.
-LOSSES = ("sigmoid focal", "softmax focal", "lovasz")
+LOSSES = ("sigmoid focal", "softmax focal", "lovasz", "lovasz histogram")
 BACKENDS = ("auto", "native", "triton", "reference")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -1,7 +1,7 @@
 """Everything once, and small: what `make gpu` runs under compute-sanitizer."""
 
 import torch
-from gpu_cases import evaluate, needs_gpu, out_of_range, over_cases, over_lovasz_backends
+from gpu_cases import evaluate, needs_gpu, out_of_range, over_cases, over_histogram_backends
 from grid import labels, layouts, logits
 
 pytestmark = needs_gpu
@@ -27,9 +27,9 @@ def test_sanitizer_of_a_target_out_of_range(case, monkeypatch):
         assert loss.cpu().isnan()
 
 
-@over_lovasz_backends
+@over_histogram_backends
 def test_sanitizer_of_lovasz_bins_from_a_sample(backend):
-    """One class is rare: its bins are allocated again."""
+    """One class is rare: its bins are placed again."""
     x, y = logits((1, 2, 300_000), scale=0.25), torch.zeros(1, 300_000, dtype=torch.long)
     y[0, ::200] = 1
     loss, gradient = evaluate(f"lovasz-softmax-{backend}-histogram", x.cuda(), y.cuda())
