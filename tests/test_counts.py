@@ -45,7 +45,10 @@ def focal(kernel: str, dtype: str, variant: int, instructions: float, bar: str) 
     return Budget("focal_softmax.cu", name, 19, instructions, bar, warps=32)
 
 
-HISTOGRAM = "lovasz/histogram_pixels.cu"
+#: Of all classes, and of none that is not there; of one image or more, not as one sequence.
+COUNT, GRADIENT = "lovasz/histogram_count.cu", "lovasz/histogram_gradient.cu"
+#: Tables and counts, or weights, of 19 classes.
+SHARED = 19 * (129 * 8 + 4 * 1920)
 BUDGETS = [
     focal("forward", "float", 0, 30, MEMORY),
     focal("backward", "float", 0, 40, MEMORY),
@@ -58,13 +61,21 @@ BUDGETS = [
         "focal_shared.cu", r"softmax_focal_shared_backward_kernel<float, ClassRange<12, 20>, false>", 19, 50, COUNTED, warps=32
     ),
     Budget("focal_shared.cu", r"softmax_focal_shared_forward_kernel<float, ClassRange<12, 20>>", 19, 46, COUNTED, warps=32),
-    # Three classes of four pixels; 24 classes of a pixel.
     Budget(
-        HISTOGRAM, r"lovasz_count_kernel<float, \(Errors\)0, false>", 12, 200, COUNTED, wide_multiplies=80, warps=32,
-        static_shared=9 * 1024,
+        COUNT, r"lovasz_count_softmax_kernel<float, ClassRange<17, 20>, false, false>", 19, 45, MEMORY, warps=32,
+        dynamic_shared=SHARED,
     ),
     Budget(
-        HISTOGRAM, r"softmax_gradient_kernel<float, 24, BinWeights<float>>", 24, 220, COUNTED, wide_multiplies=180, warps=16
+        COUNT, r"lovasz_count_softmax_kernel<__nv_bfloat16, ClassRange<17, 20>, false, false>", 19, 45, MEMORY, warps=32,
+        dynamic_shared=SHARED,
+    ),
+    # The aim is 36: the longest way has a label of every type, a class that is missing, and a pivot for confident pixels.
+    Budget(
+        GRADIENT, r"lovasz_gradient_kernel<float, ClassRange<17, 20>, false>", 19, 44, COUNTED, warps=24, dynamic_shared=SHARED
+    ),
+    Budget(
+        GRADIENT, r"lovasz_gradient_kernel<__nv_bfloat16, ClassRange<17, 20>, false>", 19, 47, COUNTED, warps=24,
+        dynamic_shared=SHARED,
     ),
 ]  # fmt: skip
 

@@ -106,7 +106,8 @@ def test_fused_arithmetic_changes_little(loss, emulated):
         emulated(namespace)
         results.append(forward_and_backward(loss, x, y))
     (plain, plain_gradient), (fused, fused_gradient) = results
-    assert not torch.equal(fused_gradient, plain_gradient)  # something has been fused
+    if loss is not LOSSES["lovasz histogram"]:  # in which nothing of moment is left to the compiler
+        assert not torch.equal(fused_gradient, plain_gradient)  # something has been fused
     assert (fused - plain).abs() <= 1e-6 * plain
     assert (fused_gradient - plain_gradient).norm() <= 1e-5 * plain_gradient.norm()
 

@@ -52,7 +52,7 @@ inline State state;
 
 // The device: few multiprocessors, for few blocks; the shared memory of an H100, and what kernels may have of it that is
 // static.
-constexpr int multiprocessors = 2, shared_bytes_of_block = 227 * 1024, static_shared_bytes = 9 * 1024;
+constexpr int multiprocessors = 2, shared_bytes_of_block = 227 * 1024, static_shared_bytes = 1024;
 
 // All threads that have not ended have to come to the same barrier.
 void barrier(int line);

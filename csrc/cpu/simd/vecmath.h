@@ -109,22 +109,36 @@ struct VecMath {
 
   // ln x for normal x > 0; infinity gives NaN.
   static VEERLOSS_HD T log(T x) {
+    const Parts parts = split(x);
+    const T f = parts.f;
+    return parts.n * F::ln2_high + (f * polynomial(F::log1p_over_x_near_0, f) + parts.n * F::ln2_low) + (x - x);
+  }
+
+  // log2 x, likewise; exact for powers of 2.
+  static VEERLOSS_HD T log2(T x) {
+    const Parts parts = split(x);
+    const T f = parts.f;
+    return parts.n + f * polynomial(F::log1p_over_x_near_0, f) * T(1.44269504088896340736) + (x - x);
+  }
+
+  // ln(1 + x) for 0 <= x <= 1.
+  static VEERLOSS_HD T log1p_unit(T x) { return x * polynomial(F::log1p_over_x_unit, x); }
+
+ private:
+  // x = 2^n (1 + f).
+  struct Parts {
+    T n, f;
+  };
+  static VEERLOSS_HD Parts split(T x) {
     const UInt root_half = bit_cast<UInt>(T(0.70710678118654752440));
     const UInt bits = bit_cast<UInt>(x);
     const Int exponent = static_cast<Int>(bits - root_half) >> F::mantissa_bits;
     const T m = bit_cast<T>(static_cast<UInt>(bits - (static_cast<UInt>(exponent) << F::mantissa_bits)));
     // An integer becomes a float through the mantissa of round_shift: AVX2 has no conversion from 64-bit integers.
     const T n = bit_cast<T>(bit_cast<UInt>(F::round_shift) + static_cast<UInt>(exponent)) - F::round_shift;
-    const T f = m - T(1);
-    return n * F::ln2_high + (f * polynomial(F::log1p_over_x_near_0, f) + n * F::ln2_low) + (x - x);
+    return {n, m - T(1)};
   }
 
-  static VEERLOSS_HD T log2(T x) { return log(x) * T(1.44269504088896340736); }
-
-  // ln(1 + x) for 0 <= x <= 1.
-  static VEERLOSS_HD T log1p_unit(T x) { return x * polynomial(F::log1p_over_x_unit, x); }
-
- private:
   template <int terms>
   static VEERLOSS_HD T polynomial(const T (&coefficients)[terms], T x) {
     T sum = coefficients[terms - 1];
