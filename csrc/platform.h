@@ -13,6 +13,13 @@
 #define VEERLOSS_HD inline __attribute__((always_inline))
 #endif
 
+// Before a loop that nvcc is not to unroll.
+#if defined(__CUDACC__)
+#define VEERLOSS_NO_UNROLL _Pragma("unroll 1")
+#else
+#define VEERLOSS_NO_UNROLL
+#endif
+
 namespace veerloss {
 
 template <class To, class From>

@@ -111,6 +111,7 @@ __device__ inline T block_reduce(T value, T* scratch, const F& combine) {
   const int t = static_cast<int>(threadIdx.x);
   scratch[t] = value;
   __syncthreads();
+  VEERLOSS_NO_UNROLL
   for (int step = threads / 2; step > 0; step /= 2) {
     if (t < step) scratch[t] = combine(scratch[t], scratch[t + step]);
     __syncthreads();
@@ -131,6 +132,7 @@ __device__ inline T block_scan(T value, T* scratch, T* total) {
   const int t = static_cast<int>(threadIdx.x);
   scratch[t] = value;
   __syncthreads();
+  VEERLOSS_NO_UNROLL
   for (int step = 1; step < threads; step *= 2) {
     const T left = t >= step ? scratch[t - step] : T(0);
     __syncthreads();

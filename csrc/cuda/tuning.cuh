@@ -96,7 +96,6 @@ struct Sm80 {
     static constexpr int64_t most_tiles = 63;
     // Static shared memory, and what the driver reserves.
     static constexpr int64_t static_bytes = 1280;
-    // Classes in registers: 24 of float32 take 63 of 64; 4 of float64 would spill.
     static constexpr int64_t most_classes = 24;
   };
 

@@ -203,6 +203,7 @@ struct BinMap {
   // The cell in which bin k begins, k >= 1.
   VEERLOSS_HD int64_t cell_of_edge(double k) const {
     int64_t low = 0, high = BinLayout::cells;
+    VEERLOSS_NO_UNROLL
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
       if (bin_in_cell(middle, cell_begin(middle)) <= k)

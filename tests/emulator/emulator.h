@@ -29,12 +29,14 @@
 #undef __shared__
 #undef __launch_bounds__
 #undef __forceinline__
+#undef __noinline__
 #define __global__
 #define __device__
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __forceinline__ inline
+#define __noinline__
 
 namespace emulator {
 

@@ -42,9 +42,9 @@ __device__ inline double larger(double a, double b) {
   return a > b ? a : b;
 }
 
-// The table of a segment from counts in `bins` bins of `map`.
+// The table of a segment from counts in `bins` bins of `map`. A function of its own: float64 takes much code.
 template <class Count>
-__device__ void place_segment(const Count* bg_counts, const Count* fg_counts, const BinMap& map, int bins, Errors errors, bool sampled,
+__device__ __noinline__ void place_segment(const Count* bg_counts, const Count* fg_counts, const BinMap& map, int bins, Errors errors, bool sampled,
                               int new_bins, BinPair* table, PlaceScratch& s) {
   const bool softmax = errors == Errors::softmax, folded = errors != Errors::hinge;
   const auto thread = static_cast<int>(threadIdx.x);
@@ -129,6 +129,7 @@ __device__ void place_segment(const Count* bg_counts, const Count* fg_counts, co
   const double max_gradient = block_reduce<threads>(cell.gradient, s.sum, larger);
   const double max_loss = block_reduce<threads>(cell.loss, s.sum, larger);
   double worth = 1, gradient = 0, sum_gradient = 0;
+  VEERLOSS_NO_UNROLL
   for (int step = 0; step <= worth_steps; ++step) {
     gradient = bins_for_gradient(cell.gradient, max_gradient, fg + bg, worth);
     sum_gradient = block_sum<threads>(gradient, s.sum);
@@ -251,6 +252,7 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
     double loss = 0, bound_sum = 0, weight_sum = 0, gradient_sum = 0, loss_sum = 0;
     BinWalk walk(map, bins - 1, bins);
     int at_bin = 0;  // of the walk; 0: none of this thread
+    VEERLOSS_NO_UNROLL
     for (int k = mine.end - 1; k >= mine.begin; --k) {
       const auto f = static_cast<double>(fg_counts[k]), b = static_cast<double>(counts[k]);
       const JaccardBin bin = jaccard_bin(total, fg, bg, f, b);

@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(Policy::threads)
   int valid = 0;
   bool bad = false, nan = false;
   const BlockPixels<flat> pixels{chunks, first_image};
+  VEERLOSS_NO_UNROLL  // registers are for the classes
   for (uint32_t j = static_cast<uint32_t>(begin) + threadIdx.x; j < static_cast<uint32_t>(end); j += Policy::threads) {
     const uint32_t image = pixels.image(j);
     const int32_t pixel = pixels.pixel(j);
@@ -210,8 +211,9 @@ __global__ void __launch_bounds__(Policy::threads)
     const BinPair* table = block.tables + (c - block.first_class) * BinLayout::table;
     auto* counts = reinterpret_cast<char*>(block.counts + (c - block.first_class) * plane);
     uint32_t largest = 0;
+    VEERLOSS_NO_UNROLL
     for (int64_t j = begin + threadIdx.x; j < end; j += Policy::threads) {
-      const auto [image, pixel] = block_pixel(chunks, first_image, j);
+        const auto [image, pixel] = block_pixel(chunks, first_image, j);
       if (pixel < 0) continue;
       const int32_t label = load_label(b.target, b.rule, image, pixel);
       if (label < 0) {
