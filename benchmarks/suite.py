@@ -144,7 +144,9 @@ def gradient_of(weights: Tensor, x: Tensor, foreground: Tensor, segments: int) -
 
 def binned_weights(error: Tensor, foreground: Tensor, table: Tensor, weights: Tensor, softmax: bool) -> Tensor:
     """[P] that "histogram" gives to errors, from what its forward pass kept of a segment."""
-    found = histogram.Table(table, weights.size(1)).bin_of(histogram.coordinates(error, _layout.Errors.SOFTMAX if softmax else _layout.Errors.HINGE))
+    found = histogram.Table(table, weights.size(1)).bin_of(
+        histogram.coordinates(error, _layout.Errors.SOFTMAX if softmax else _layout.Errors.HINGE)
+    )
     found = found if softmax else torch.where(error > 0, found.clamp(min=1), 0)
     bg, fg = weights.double()
     return torch.where(foreground, -fg[found], bg[found])

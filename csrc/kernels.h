@@ -139,8 +139,8 @@ void lovasz_exact_backward(const LovaszExactBackward& args);
 
 // ---- method "histogram"
 //
-// Counts are [rows, classes, 2, bins] of background and foreground; bin 0 of the background holds the number of all pixels of the
-// segment that count. Tables are [rows, classes, BinLayout::table] of pairs (layout.h).
+// Counts are [rows, classes, 2, bins] of background and foreground; bin 0 of the background holds the number of all pixels of
+// the segment that count. Tables are [rows, classes, BinLayout::table] of pairs (layout.h).
 
 // Counts that may have been added up over ranks.
 struct BinCounts {
@@ -150,14 +150,14 @@ struct BinCounts {
 
 struct LovaszHistogramCount {
   LovaszBatch batch;
-  const BinPair* table;         // null: that of the coarse pass
+  const BinPair* table;      // null: that of the coarse pass
   const bool* segment_mask;  // [segments] that are counted, or null for all
   bool sampled;
-  bool find_largest;   // else `largest` has only NaN, and not how large errors are
-  int64_t bins;        // of the counts
-  int32_t* counts;     // zeros before. On a GPU a target out of range counts as foreground in bin 0 of every class
-  uint32_t* largest;   // [segments], zeros before: key_of_coordinate of the largest error, 0: no pixel
-  void* scratch;       // lovasz_histogram_scratch_bytes()
+  bool find_largest;  // else `largest` has only NaN, and not how large errors are
+  int64_t bins;       // of the counts
+  int32_t* counts;    // zeros before. On a GPU a target out of range counts as foreground in bin 0 of every class
+  uint32_t* largest;  // [segments], zeros before: key_of_coordinate of the largest error, 0: no pixel
+  void* scratch;      // lovasz_histogram_scratch_bytes()
   Stream stream;
 };
 
@@ -165,10 +165,10 @@ struct LovaszHistogramPlace {
   Errors errors;
   int64_t segments;
   BinCounts counts;
-  int64_t counted_bins;       // bins of `counts`
+  int64_t counted_bins;          // bins of `counts`
   const BinPair* counted_table;  // the table that they were made with, or null for that of the coarse pass
-  bool sampled;               // whether they are of a sample
-  int64_t bins;               // to distribute in the table
+  bool sampled;                  // whether they are of a sample
+  int64_t bins;                  // to distribute in the table
   BinPair* table;
   Stream stream;
 };
@@ -184,16 +184,16 @@ struct LovaszHistogramWeigh {
   const uint32_t* largest;  // [segments]
   const BinPair* table;
   LovaszLoss out;
-  void* weights;       // [rows, classes, 2, bins], opmath type, signed: background positive, foreground negative
-  double* bounds;      // [segments]: upper bound on the sum of |weight - exact weight|
-  bool* needs_rebin;   // [segments]: it has no foreground, or its estimated errors exceed the tolerances of layout.h
+  void* weights;          // [rows, classes, 2, bins], opmath type, signed: background positive, foreground negative
+  double* bounds;         // [segments]: upper bound on the sum of |weight - exact weight|
+  bool* needs_rebin;      // [segments]: it has no foreground, or its estimated errors exceed the tolerances of layout.h
   BinPair* better_table;  // for segments that need it; of a second call the table that the weights are for
 
   VEERLOSS_HD bool recounted(int64_t segment) const { return recounted_mask && recounted_mask[segment]; }
   VEERLOSS_HD const BinPair* table_of(int64_t segment) const {
     return (recounted(segment) ? recounted_table : table) + segment * BinLayout::table;
   }
-  void* scratch;       // lovasz_histogram_weigh_scratch_bytes()
+  void* scratch;  // lovasz_histogram_weigh_scratch_bytes()
   Stream stream;
 };
 

@@ -15,8 +15,8 @@ from torch import Tensor
 FACTOR = 2.0
 UNITS_FLOAT64 = 32
 
-#: By method. A pixel whose coordinate is rounded across the edge of a bin moves the loss by its weight times the width of a bin:
-#: no more than the loss may be off. Its gradient moves by the step between the weights of two bins, by GRADIENT_SLACK times as
+#: By method. A pixel whose coordinate is rounded across the edge of a bin moves the loss by its weight times a bin's width, no
+#: more than the loss may be off. Its gradient moves by the step between the weights of two bins, by GRADIENT_SLACK times as
 #: much at the most when measured, a thirtieth of what the gradient may be off.
 SLACK = {"exact": 0.0, "histogram": 3e-6}
 GRADIENT_SLACK = 10

@@ -102,7 +102,8 @@ def test_budget(budget):
         assert kernel.shared_bytes <= budget.static_shared, report
 
 
-#: Bytes that a thread may spill, by kernel: of 5 to 12 classes in 64 registers, and on sm_100 of one class at a time.
+#: Bytes that a thread may spill, by kernel: of 5 to 12 classes, and on sm_100 of one class at a time, outside of the loop over
+#: pixels.
 SPILLS = {"lovasz_count_softmax_kernel": 40, "lovasz_count_classes_kernel": 4}
 
 

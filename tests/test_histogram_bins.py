@@ -47,7 +47,9 @@ def test_coordinates_are_monotone_in_the_errors(kind):
 def test_coordinates_are_odd_in_the_foreground():
     """Foreground has the negative coordinate of background of the same probability."""
     p = torch.tensor([0.0625, 0.25, 0.375, 0.5, 0.75], dtype=torch.float64)
-    torch.testing.assert_close(histogram.coordinates(1 - p, _layout.Errors.SOFTMAX), -histogram.coordinates(p, _layout.Errors.SOFTMAX), rtol=0, atol=0)
+    torch.testing.assert_close(
+        histogram.coordinates(1 - p, _layout.Errors.SOFTMAX), -histogram.coordinates(p, _layout.Errors.SOFTMAX), rtol=0, atol=0
+    )
     special = torch.tensor([0.5, 1.0, 2.0])
     found = histogram.coordinates(special, _layout.Errors.PROBABILITIES)
     assert found.tolist() == [0.0, 23.0, _layout.PAST_ONE + 1]

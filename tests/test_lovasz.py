@@ -437,8 +437,8 @@ def test_auto_counts_the_pixels_that_are_not_ignored(monkeypatch):
 @pytest.mark.parametrize("ignore_index", [None, 254])
 @pytest.mark.parametrize("from_logits", [False, True], ids=["probabilities", "softmax"])
 def test_background_index(from_logits, ignore_index, method, backend):
-    """As if the value were a class more, which has no part in the mean. Of as many pixels as it takes for "histogram" to be held to
-    its accuracy."""
+    """As if the value were a class more, which has no part in the mean. As many pixels as "histogram" takes to be held to its
+    accuracy."""
     x, target = logits((2, 4, 90, 70)), labels((2, 4, 90, 70), 4, ignore_index=ignore_index)
     p = x.softmax(1)
     options = {"ignore_index": ignore_index, "method": method, "backend": backend, "from_logits": from_logits}

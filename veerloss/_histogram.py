@@ -3,13 +3,13 @@
     count     the pixels by their errors, in the coarse bins of _layout.py: of a sample, or all of them
     place     bins for each segment: a window of errors, and in it bins where they are worth most; a table finds them
     count     all pixels in these bins
-    weigh     counts to the weights of the bins, the losses, and bounds on what binning changed; where that is too much, and where
-              there is no foreground, to a better table: then these segments are counted and weighed again
+    weigh     counts to the weights of the bins, the losses, and bounds on what binning changed; where that is too much, and
+              where there is no foreground, to a better table: then these segments are counted and weighed again
     sum       weight times error over the pixels, where the loss does not follow from the counts
     backward  a pixel's bin gives its weight, by look-up
 
-The steps are operators (ops.py), implemented by csrc/cpu/lovasz and csrc/cuda/lovasz; csrc/kernels.h describes the tensors. Only
-counts travel between them, so the loss of a batch that is spread over ranks takes sums of integers, and its bits do not depend
+The steps are operators (ops.py), implemented by csrc/cpu/lovasz and csrc/cuda/lovasz; csrc/kernels.h describes the tensors.
+Only counts travel between them, so the loss of a batch that is spread over ranks takes sums of integers, and its bits do not depend
 on the number of threads or ranks.
 """
 
@@ -66,9 +66,7 @@ def forward(
     coarse, counts, recounts = (
         part.view(rows, c, 2, size) for part, size in zip(all_counts, (COARSE_BINS, bins, bins), strict=True)
     )
-    largest, _largest_of_sample, _largest_again = (
-        part.view(rows, c) for part in (largest, _largest_of_sample, _largest_again)
-    )
+    largest, _largest_of_sample, _largest_again = (part.view(rows, c) for part in (largest, _largest_of_sample, _largest_again))
 
     def count(counts, largest, table, segment_mask, sampled=False):
         def local():
@@ -83,7 +81,8 @@ def forward(
     def weigh(**again):
         return ops.lovasz_histogram_weigh(
             logits=logits, counts=counts, largest=largest, table=table, selected=selected, present=present,
-            class_weight=class_weight, errors=errors, per_image=per_image, reduction=reduction, upcast_loss=upcast_loss, **again,
+            class_weight=class_weight, errors=errors, per_image=per_image, reduction=reduction, upcast_loss=upcast_loss,
+            **again,
         )  # fmt: skip
 
     segment_mask = None if selected is None else selected.expand(rows, c).contiguous()

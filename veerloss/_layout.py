@@ -52,6 +52,6 @@ def bin_count(classes: int) -> int:
 
 #: In the order of operator ``layout_constants`` (csrc/ops/layout.cpp).
 CONSTANTS = (
-    *Errors, *Reduction, CELLS, TABLE, COARSE_BINS, COARSE_REACH, PAST_ONE, MAGIC, *map(bin_count, range(1, 25)), SAMPLE_RUN, SAMPLE_STEP,
-    GRADIENT_TOLERANCE, LOSS_TOLERANCE,
+    *Errors, *Reduction, CELLS, TABLE, COARSE_BINS, COARSE_REACH, PAST_ONE, MAGIC, *map(bin_count, range(1, 25)),
+    SAMPLE_RUN, SAMPLE_STEP, GRADIENT_TOLERANCE, LOSS_TOLERANCE,
 )  # fmt: skip

@@ -51,16 +51,16 @@ _SCHEMAS = {
     "bool find_largest) -> ()",
     "lovasz_histogram_place": "(Tensor counts, Tensor? counted_table, int errors, bool sampled, int bins) -> Tensor",
     "lovasz_histogram_weigh": "(Tensor logits, Tensor counts, Tensor? recounted_mask, Tensor? recounts, "
-    "Tensor? recounted_table, Tensor largest, Tensor table, Tensor? selected, bool present, Tensor? class_weight, int errors, bool per_image, int reduction, "
-    "bool upcast_loss) "
+    "Tensor? recounted_table, Tensor largest, Tensor table, Tensor? selected, bool present, Tensor? class_weight, "
+    "int errors, bool per_image, int reduction, bool upcast_loss) "
     "-> (Tensor loss, Tensor scale, Tensor weights, Tensor bounds, Tensor needs_rebin, Tensor better_table)",
     "lovasz_histogram_sum": "(Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor units, int errors, "
     "bool per_image, int? ignore_index, int? background_index) -> Tensor",
     "lovasz_histogram_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor scale, "
     "int errors, bool per_image, int? ignore_index, int? background_index, int reduction) -> Tensor",
 }
-#: Operator families, each with a <stem>_forward and a <stem>_backward; and the module of triton/ that has its kernels, None where
-#: there are none.
+#: Operator families, each with a <stem>_forward and a <stem>_backward; and the module of triton/ that has its kernels, None
+#: where there are none.
 FAMILIES = {
     "sigmoid_focal": "focal",
     "softmax_focal": "focal",

@@ -4,7 +4,8 @@
 //
 //   static constexpr bool reads_label                         whether it uses the label; if not, the target is not read
 //   Exp                                                       the exponential that its softmax is made of
-//   T operator()(batch, image, pixel, c, label, x, softmax)   the signed weight d(loss of the segment)/dp of a pixel in class c,
+//   T operator()(batch, image, pixel, c, label, x, softmax)   the signed weight d(loss of the segment)/dp of a pixel in class
+//   c,
 //                                                             of logit x; the last argument only of a softmax
 //
 // The weight is multiplied by the incoming gradient and the scale of the segment, and by the derivative of p.
@@ -52,8 +53,8 @@ struct SoftmaxGradient {
   }
 };
 
-// One thread for each pixel, its classes in registers, or for ManyClasses read four times, all but the first from the caches. (One
-// block at the least: without it ptxas holds the last to 32 registers, and spills some.)
+// One thread for each pixel, its classes in registers, or for ManyClasses read four times, all but the first from the caches.
+// (One block at the least: without it ptxas holds the last to 32 registers, and spills some.)
 template <class In, class Range, class Weights>
 __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
     softmax_gradient_kernel(LovaszBatch batch, Weights weights, LovaszGradient out, PixelGrid grid) {

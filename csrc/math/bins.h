@@ -46,8 +46,8 @@ VEERLOSS_HD JaccardBound jaccard_bin_bound(double total, double fg_before, doubl
   return bound;
 }
 
-// The lowest bin of a softmax, where all foreground that is left lies: "foreground first", in which background has weight 0, for
-// most of that foreground is just below the window, most of the background far below it.
+// The lowest bin of a softmax, where all foreground that is left lies: "foreground first", in which background has weight 0,
+// for most of that foreground is just below the window, most of the background far below it.
 VEERLOSS_HD JaccardBin jaccard_lowest_bin(double total, double bg_before) {
   return {1.0 / (total + bg_before), 0.0};
 }
@@ -76,16 +76,16 @@ VEERLOSS_HD JaccardDeviation jaccard_bin_deviation(JaccardBin bin, JaccardBound 
 
 // ---- coordinates
 //
-// Of errors in [0, 1] ("folded": softmax, probabilities): 1 + log2(error) up to 1/2, and the negative of that of 1 - error above.
-// So foreground has the negative coordinate of background of the same probability; and of the classes of a pixel all but the
-// most probable one have p <= 1/2, where 1 + log2 p is the logit times log2 e plus what the classes share. Of a hinge: log2(error).
-// Errors of 0 have the coordinate -infinity.
+// Of errors in [0, 1] ("folded": softmax, probabilities): 1 + log2(error) up to 1/2, and the negative of that of 1 - error
+// above. So foreground has the negative coordinate of background of the same probability; and of the classes of a pixel all but
+// the most probable one have p <= 1/2, where 1 + log2 p is the logit times log2 e plus what the classes share. Of a hinge:
+// log2(error). Errors of 0 have the coordinate -infinity.
 
 constexpr double log2_e = 1.44269504088896340736;
 constexpr double ln_2 = 0.69314718055994530942;
 
-// Below, `Math` supplies log2 of normal T > 0. Of probabilities 1 - error counts as 2^-24 at least, which has the coordinate 23:
-// float32 knows no smaller number but 0. They may have errors above 1, up to 256: those begin at past_one.
+// Below, `Math` supplies log2 of normal T > 0. Of probabilities 1 - error counts as 2^-24 at least, which has the coordinate
+// 23: float32 knows no smaller number but 0. They may have errors above 1, up to 256: those begin at past_one.
 constexpr double past_one = 24.0;
 
 template <class Math, class T>
@@ -97,8 +97,8 @@ VEERLOSS_HD T folded_coordinate(T error) {
   return past ? T(past_one) + value : high ? -T(1) - value : T(1) + value;
 }
 
-// The coordinate of background in a most probable class from excl, the sum of the other exponentials, where the largest is 1, and
-// log2_sum = log2(1 + excl).
+// The coordinate of background in a most probable class from excl, the sum of the other exponentials, where the largest is 1,
+// and log2_sum = log2(1 + excl).
 template <class Math, class T>
 VEERLOSS_HD T top_coordinate(T excl, T log2_sum) {
   constexpr T least = T(0x1p-126);
@@ -258,7 +258,9 @@ constexpr double tail_reach = 2.5, sample_margin = 1.0 / 16.0, margin = 1.0 / 12
 
 VEERLOSS_HD BinPair window_pair(double low, double high) {
   // Of coordinates as float32: 2^7 of them at least.
-  const double reach = (low < 0.0 ? -low : low) > (high < 0.0 ? -high : high) ? (low < 0.0 ? -low : low) : high < 0.0 ? -high : high;
+  const double reach = (low < 0.0 ? -low : low) > (high < 0.0 ? -high : high) ? (low < 0.0 ? -low : low)
+                       : high < 0.0                                           ? -high
+                                                                              : high;
   const double least = (reach > 1.0 ? reach : 1.0) * 0x1p-17;
   if (high - low < least) {
     low = 0.5 * (low + high) - 0.5 * least;
@@ -331,9 +333,9 @@ VEERLOSS_HD CellDeviation cell_deviation(double fg, double bg, double total, dou
                                          double width, bool softmax, bool folded) {
   if (fg + bg == 0.0) return {0.0, 0.0};
   const ErrorAt error = error_at(middle, std::exp2(exponent_of(middle, folded)), folded);
-  const JaccardDeviation deviation =
-      jaccard_bin_deviation(jaccard_bin(total, fg_before, bg_before, fg, bg), jaccard_bin_bound(total, fg_before, bg_before, fg, bg),
-                            fg, bg, slope_of_error(error.error, softmax), error.first * width);
+  const JaccardDeviation deviation = jaccard_bin_deviation(jaccard_bin(total, fg_before, bg_before, fg, bg),
+                                                           jaccard_bin_bound(total, fg_before, bg_before, fg, bg), fg, bg,
+                                                           slope_of_error(error.error, softmax), error.first * width);
   return {deviation.gradient > 0.0 ? deviation.gradient : 0.0, deviation.loss};
 }
 
@@ -345,8 +347,7 @@ VEERLOSS_HD double share_of_cell(double gradient, double sum_gradient, double lo
 
 // The bins given out to the cells before cell `cell` from the sum of their shares: one to each, the others by the shares.
 VEERLOSS_HD double bins_before(int64_t cell, double shares, int64_t bins) {
-  const double before =
-      std::floor(static_cast<double>(cell) + shares * static_cast<double>(bins - 1 - BinLayout::cells) + 0.5);
+  const double before = std::floor(static_cast<double>(cell) + shares * static_cast<double>(bins - 1 - BinLayout::cells) + 0.5);
   return before < static_cast<double>(bins - 1) ? before : static_cast<double>(bins - 1);
 }
 

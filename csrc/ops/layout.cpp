@@ -11,10 +11,18 @@ namespace {
 
 // float64, in the order of `CONSTANTS` in veerloss/_layout.py.
 Tensor layout_constants(const Tensor& like) {
-  std::vector<double> values = {
-      double(Errors::softmax), double(Errors::probabilities), double(Errors::hinge),
-      double(Reduction::none), double(Reduction::mean), double(Reduction::sum),
-      BinLayout::cells, BinLayout::table, BinLayout::coarse_bins, BinLayout::coarse_reach, past_one, BinLayout::magic};
+  std::vector<double> values = {double(Errors::softmax),
+                                double(Errors::probabilities),
+                                double(Errors::hinge),
+                                double(Reduction::none),
+                                double(Reduction::mean),
+                                double(Reduction::sum),
+                                BinLayout::cells,
+                                BinLayout::table,
+                                BinLayout::coarse_bins,
+                                BinLayout::coarse_reach,
+                                past_one,
+                                BinLayout::magic};
   for (int64_t classes = 1; classes < 25; ++classes) values.push_back(static_cast<double>(BinLayout::bins(classes)));
   values.insert(values.end(), {sample_run, sample_step, gradient_tolerance, loss_tolerance});
   Tensor result = empty(like, {static_cast<int64_t>(values.size())}, ScalarType::Double);

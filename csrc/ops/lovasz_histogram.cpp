@@ -9,10 +9,11 @@
 namespace veerloss {
 namespace {
 
-// Tables of `segments`. On the CPU their entries are checked: counting writes where they say; on a GPU they are taken as they are.
+// Tables of `segments`. On the CPU their entries are checked: counting writes where they say; on a GPU they are taken as they
+// are.
 const BinPair* table_data(const Op& op, const char* argument, const Tensor& table, int64_t segments, int64_t bins) {
   const auto* pairs = op.data<const BinPair>(argument, table, 2 * segments * BinLayout::table, DType::f32,
-                                          "[rows, C, cells + 1, 2] float32, contiguous");
+                                             "[rows, C, cells + 1, 2] float32, contiguous");
 #if !defined(VEERLOSS_CUDA) && !defined(VEERLOSS_EMULATED)
   bool valid = true;
   for (int64_t i = 0; i < segments; ++i) {
@@ -58,7 +59,8 @@ void lovasz_histogram_count(Tensor counts, Tensor largest, const Tensor& logits,
   const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
   const int64_t bins = bins_of(op, counts), segments = batch.segments();
-  op.check(table || bins == BinLayout::coarse_bins, "counts", counts, "of the bins of the coarse pass, where there is no table");
+  op.check(table || bins == BinLayout::coarse_bins, "counts", counts,
+           "of the bins of the coarse pass, where there is no table");
   LovaszHistogramCount args{
       .batch = batch,
       .table = table ? table_data(op, "table", *table, segments, bins) : nullptr,
@@ -99,8 +101,8 @@ Tensor lovasz_histogram_place(const Tensor& counts, std::optional<Tensor> counte
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weigh(
     const Tensor& logits, const Tensor& counts, std::optional<Tensor> recounted_mask, std::optional<Tensor> recounts,
-    std::optional<Tensor> recounted_table, const Tensor& largest, const Tensor& table, std::optional<Tensor> selected, bool present,
-    std::optional<Tensor> class_weight, int64_t errors, bool per_image, int64_t reduction, bool upcast_loss) {
+    std::optional<Tensor> recounted_table, const Tensor& largest, const Tensor& table, std::optional<Tensor> selected,
+    bool present, std::optional<Tensor> class_weight, int64_t errors, bool per_image, int64_t reduction, bool upcast_loss) {
   const Op op("lovasz_histogram_weigh");
   const LovaszBatch batch = lovasz_batch(op, logits, errors, per_image);
   const Device device(logits);
@@ -125,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
            op.data<const bool>("recounted_mask", recounted_mask, segments, DType::u8, "[rows, C] bool, contiguous"),
        .recounts = again,
        .recounted_table = recounted_table ? table_data(op, "recounted_table", *recounted_table, segments, bins) : nullptr,
-       .largest = op.data<const uint32_t>("largest", largest, segments, DType::i32,
-                                          "[rows, C] int32, contiguous, of a counting pass"),
+       .largest =
+           op.data<const uint32_t>("largest", largest, segments, DType::i32, "[rows, C] int32, contiguous, of a counting pass"),
        .table = table_data(op, "table", table, segments, bins),
        .out = out.output(op, batch, class_weight),
        .weights = weights.data_ptr(),
@@ -145,7 +147,8 @@ Tensor lovasz_histogram_sum(const Tensor& logits, const Tensor& target, const Te
   const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
   const int64_t bins = BinLayout::bins(batch.classes());
-  op.check(batch.errors != Errors::softmax, "errors", errors, "1 (probabilities) or 2 (hinge): that of a softmax follows from counts");
+  op.check(batch.errors != Errors::softmax, "errors", errors,
+           "1 (probabilities) or 2 (hinge): that of a softmax follows from counts");
   const Tensor sums = empty(logits, {batch.rows(), batch.classes()}, ScalarType::Long);
   kernels::lovasz_histogram_sum(
       {.batch = batch,

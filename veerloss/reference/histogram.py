@@ -33,8 +33,8 @@ def is_folded(errors: int) -> bool:
 
 
 def coordinates(error: Tensor, errors: int) -> Tensor:
-    """float32: monotone in the errors, which it tells apart near 0 and near 1 as well as in between; -inf for 0, NaN for what is
-    not finite."""
+    """float32: monotone in the errors, which it tells apart near 0 and near 1 as well as in between; -inf for 0, NaN for what
+    is not finite."""
     found = error.log2()
     if is_folded(errors):
         least = 2.0**-52 if errors == Errors.SOFTMAX else 2.0**-24

@@ -101,9 +101,8 @@ class Weigher {
       weights[k] = static_cast<T>(s_.bg_weight[k]);
       weights[bins_ + k] = static_cast<T>(-s_.fg_weight[k]);
     }
-    SegmentResult result{.loss = sums[BinSums::loss],
-                         .bound = sums[BinSums::bound],
-                         .loss_deviation = std::sqrt(sums[BinSums::loss_deviation])};
+    SegmentResult result{
+        .loss = sums[BinSums::loss], .bound = sums[BinSums::bound], .loss_deviation = std::sqrt(sums[BinSums::loss_deviation])};
     double gradient = sums[BinSums::gradient_deviation], squares = sums[BinSums::weights];
     if (softmax) {
       const auto lowest_fg = static_cast<double>(fg_counts[0]);
@@ -130,7 +129,8 @@ class Weigher {
       const int64_t last = cell + 1 == BinLayout::cells ? bins_ - 1 : std::min(static_cast<int64_t>(end), bins_ - 1);
       if (last < k) continue;
       const double first = map.edge_in_cell(cell, static_cast<double>(k));
-      const double step = last > k ? (map.edge_in_cell(cell, static_cast<double>(last)) - first) / static_cast<double>(last - k) : 0;
+      const double step =
+          last > k ? (map.edge_in_cell(cell, static_cast<double>(last)) - first) / static_cast<double>(last - k) : 0;
       VEERLOSS_DISPATCH(BinTiles::edges(s_.edge, k, last, first, step));
       k = last + 1;
     }
@@ -147,9 +147,7 @@ void weigh(const LovaszHistogramWeigh& args) {
   const LovaszBatch& b = args.batch;
   const auto* counts = static_cast<const Count*>(args.counts.data);
   const auto* recounts = static_cast<const Count*>(args.recounts.data);
-  const auto counts_of = [&](int64_t i) {
-    return (args.recounted(i) ? recounts : counts) + 2 * i * args.bins;
-  };
+  const auto counts_of = [&](int64_t i) { return (args.recounted(i) ? recounts : counts) + 2 * i * args.bins; };
   std::vector<SegmentResult> results(b.segments());
   std::vector<char> takes_part(b.segments(), 0);
   std::vector<double> losses(b.segments());

@@ -1,6 +1,6 @@
-// Method "histogram" of the Lovász losses on the CPU: count pixels by the bins of their errors. veerloss/_histogram.py has the order
-// of the steps. No temporary has the size of the logits, and all that threads add up are integers: the same bits for any number
-// of threads.
+// Method "histogram" of the Lovász losses on the CPU: count pixels by the bins of their errors. veerloss/_histogram.py has the
+// order of the steps. No temporary has the size of the logits, and all that threads add up are integers: the same bits for any
+// number of threads.
 
 #include <mutex>
 
@@ -13,8 +13,8 @@ namespace {
 
 // The counts of all threads.
 struct SharedCounts {
-  int32_t* counts;    // [segments][2 * bins]
-  uint32_t* largest;  // [segments]: see LovaszHistogramCount
+  int32_t* counts;                // [segments][2 * bins]
+  uint32_t* largest;              // [segments]: see LovaszHistogramCount
   std::vector<std::mutex> locks;  // by class
 };
 

@@ -1,5 +1,5 @@
-// Method "histogram" of the Lovász losses on the CPU, the passes that look weights up by the bins of errors: the gradient, and the
-// sum of weight times error. veerloss/_histogram.py has the order of the steps.
+// Method "histogram" of the Lovász losses on the CPU, the passes that look weights up by the bins of errors: the gradient, and
+// the sum of weight times error. veerloss/_histogram.py has the order of the steps.
 
 #include <atomic>
 

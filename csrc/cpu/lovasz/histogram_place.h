@@ -33,7 +33,8 @@ class BinPlacer {
     table[0] = window_of(range, map, bins, sampled);
 
     const BinMap window{table};
-    double fg_at[cells + 1], bg_at[cells + 1], fg[cells], bg[cells], gradient[cells] = {}, loss[cells] = {}, bins_of_gradient[cells];
+    double fg_at[cells + 1], bg_at[cells + 1], fg[cells], bg[cells], gradient[cells] = {}, loss[cells] = {},
+                                                                     bins_of_gradient[cells];
     for (int64_t c = 0; c <= cells; ++c) {
       const double position = map.position_at(window.coordinate_at(cell_begin(c)));
       fg_at[c] = count_below(fg_below_, position, map, bins);
@@ -53,7 +54,8 @@ class BinPlacer {
     total = std::max(total, 1.0);
     for (int64_t c = cells - 1; c >= 0; --c) {
       const double low = window.coordinate_at(cell_begin(c)), width = window.coordinate_at(cell_begin(c + 1)) - low;
-      const CellDeviation cell = cell_deviation(fg[c], bg[c], total, fg_before, bg_before, low + 0.5 * width, width, softmax, folded);
+      const CellDeviation cell =
+          cell_deviation(fg[c], bg[c], total, fg_before, bg_before, low + 0.5 * width, width, softmax, folded);
       gradient[c] = cell.gradient;
       loss[c] = cell.loss;
       max_gradient = std::max(max_gradient, gradient[c]);

@@ -17,8 +17,8 @@ class SegmentBins {
     }
   }
 
-  double *edge, *middle, *width;                // lower edge
-  double *fg, *bg, *fg_before, *bg_before;      // pixels in the bin, and in those of larger errors
+  double *edge, *middle, *width;            // lower edge
+  double *fg, *bg, *fg_before, *bg_before;  // pixels in the bin, and in those of larger errors
   double *fg_weight, *bg_weight;
 
  private:

@@ -31,8 +31,8 @@ struct BinTiles {
         const double bg_slope = slope_of_density(bg[i - 1], width[i - 1], bg[i + 1], width[i + 1], distance);
         fg_weight[i] = bin.fg;
         bg_weight[i] = bin.bg;
-        terms[BinSums::loss][j] = bin.fg * sum_of_errors(error, width[i], fg[i], fg_slope) +
-                                  bin.bg * sum_of_errors(error, width[i], bg[i], bg_slope);
+        terms[BinSums::loss][j] =
+            bin.fg * sum_of_errors(error, width[i], fg[i], fg_slope) + bin.bg * sum_of_errors(error, width[i], bg[i], bg_slope);
         terms[BinSums::bound][j] = bound.fg + bound.bg;
         terms[BinSums::weights][j] = deviation.weights;
         terms[BinSums::gradient_deviation][j] = deviation.gradient;

@@ -1,8 +1,9 @@
-// Method "histogram" of the Lovász losses over one tile of pixels, one class at a time: coordinates of errors to bins, and bins to
-// weights. Included once per instruction set by dispatch_isa.h: no include guard. Loops over pixels vectorise.
+// Method "histogram" of the Lovász losses over one tile of pixels, one class at a time: coordinates of errors to bins, and bins
+// to weights. Included once per instruction set by dispatch_isa.h: no include guard. Loops over pixels vectorise.
 
 struct HistogramTiles {
-  // What the classes of a pixel share: 1 - log2(sum of exponentials), and the coordinate of background in a most probable class.
+  // What the classes of a pixel share: 1 - log2(sum of exponentials), and the coordinate of background in a most probable
+  // class.
   template <class T>
   static void shared_coordinates(const T* __restrict sumexp_excl_max, int64_t n, T* __restrict shared, T* __restrict top) {
     for (int64_t i = 0; i < n; ++i) {
@@ -35,8 +36,7 @@ struct HistogramTiles {
   }
 
   template <class T>
-  static void hinge_coordinates(const T* __restrict logits, int64_t n, const int32_t* __restrict label,
-                                float* __restrict out) {
+  static void hinge_coordinates(const T* __restrict logits, int64_t n, const int32_t* __restrict label, float* __restrict out) {
     for (int64_t i = 0; i < n; ++i) {
       const T error = hinge_error(logits[i], label[i] == 1);
       out[i] = coordinate_or_0(error, VecMath<T>::log2(at_least_tiny(error)));
@@ -175,10 +175,10 @@ struct HistogramTiles {
     }
 
     static VEERLOSS_HD __m512 look_up(const __m512 (&of)[8], __m512i cell, __mmask16 bit_5, __mmask16 bit_6) {
-      const __m512 low = _mm512_mask_blend_ps(bit_5, _mm512_permutex2var_ps(of[0], cell, of[1]),
-                                              _mm512_permutex2var_ps(of[2], cell, of[3]));
-      const __m512 high = _mm512_mask_blend_ps(bit_5, _mm512_permutex2var_ps(of[4], cell, of[5]),
-                                               _mm512_permutex2var_ps(of[6], cell, of[7]));
+      const __m512 low =
+          _mm512_mask_blend_ps(bit_5, _mm512_permutex2var_ps(of[0], cell, of[1]), _mm512_permutex2var_ps(of[2], cell, of[3]));
+      const __m512 high =
+          _mm512_mask_blend_ps(bit_5, _mm512_permutex2var_ps(of[4], cell, of[5]), _mm512_permutex2var_ps(of[6], cell, of[7]));
       return _mm512_mask_blend_ps(bit_6, low, high);
     }
 
@@ -193,8 +193,8 @@ struct HistogramTiles {
       const __mmask16 bit_5 = _mm512_test_epi32_mask(cell, _mm512_set1_epi32(32));
       const __mmask16 bit_6 = _mm512_test_epi32_mask(cell, _mm512_set1_epi32(64));
       const __m512 quarters = _mm512_fmadd_ps(u, look_up(scale, cell, bit_5, bit_6), look_up(offset, cell, bit_5, bit_6));
-      __m512i bin = _mm512_srli_epi32(
-          _mm512_and_si512(_mm512_castps_si512(quarters), _mm512_set1_epi32(4 * BinLayout::max_bins - 4)), 2);
+      __m512i bin =
+          _mm512_srli_epi32(_mm512_and_si512(_mm512_castps_si512(quarters), _mm512_set1_epi32(4 * BinLayout::max_bins - 4)), 2);
       if (!zero_bin) return bin;
       bin = _mm512_max_epi32(bin, _mm512_set1_epi32(1));
       return _mm512_maskz_mov_epi32(_mm512_cmp_ps_mask(coordinate, _mm512_set1_ps(-3.0e38f), _CMP_NLT_UQ), bin);

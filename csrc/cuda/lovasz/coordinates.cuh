@@ -1,5 +1,5 @@
-// Method "histogram" on a GPU: the coordinates of a pixel's errors (math/bins.h), and the pixels of a block. Counting and gradient
-// compute coordinates with the same operations in the same order, and so find the same bins.
+// Method "histogram" on a GPU: the coordinates of a pixel's errors (math/bins.h), and the pixels of a block. Counting and
+// gradient compute coordinates with the same operations in the same order, and so find the same bins.
 #pragma once
 
 #include "../../math/bins.h"
@@ -192,7 +192,8 @@ struct Chunks {
 };
 
 // tile: pixels that a block takes at a time; most: at most so many of them.
-inline Chunks chunks_of(const LovaszBatch& b, int64_t tile, int64_t most, int64_t blocks_at_once, int64_t groups, bool sampled) {
+inline Chunks chunks_of(const LovaszBatch& b, int64_t tile, int64_t most, int64_t blocks_at_once, int64_t groups,
+                        bool sampled) {
   const auto& [images, classes, pixels] = b.geometry;
   Chunks c{};
   c.sampled = sampled;
@@ -201,7 +202,8 @@ inline Chunks chunks_of(const LovaszBatch& b, int64_t tile, int64_t most, int64_
   c.images = c.flat ? 1 : images;
   c.pixels = sampled ? ceil_div(pixels, sample_step) * sample_run : pixels * (c.flat ? images : 1);
   // As many blocks as run at once, or a multiple: each with the same number of tiles.
-  const int64_t tiles = ceil_div(c.pixels, tile), wanted = ceil_div(blocks_at_once, c.images * groups > 0 ? c.images * groups : 1);
+  const int64_t tiles = ceil_div(c.pixels, tile),
+                wanted = ceil_div(blocks_at_once, c.images * groups > 0 ? c.images * groups : 1);
   const int64_t chunk = ceil_div(tiles, wanted > 0 ? wanted : 1);
   c.chunk = tile * (chunk < 1 ? 1 : chunk > most ? most : chunk);
   c.chunks = ceil_div(c.pixels, c.chunk);

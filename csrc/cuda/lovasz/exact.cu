@@ -27,7 +27,8 @@ namespace {
 
 // One block for each segment; `group`: all of them.
 template <class T>
-__global__ void __launch_bounds__(Tuning::ExactSegment::threads) lovasz_segment_kernel(SortGroup<T> group, SegmentResult* results) {
+__global__ void __launch_bounds__(Tuning::ExactSegment::threads)
+    lovasz_segment_kernel(SortGroup<T> group, SegmentResult* results) {
   constexpr int threads = Tuning::ExactSegment::threads;
   __shared__ double scratch[threads];
   const int64_t k = blockIdx.x, segment = group.segment(k);
@@ -50,7 +51,8 @@ struct StoredWeights {
 
   explicit StoredWeights(const LovaszExactBackward& args) : weights(static_cast<const T*>(args.weights)) {}
 
-  __device__ T operator()(const LovaszBatch& b, int64_t image, int64_t pixel, int64_t c, int32_t, T, const Softmax<T>& = {}) const {
+  __device__ T operator()(const LovaszBatch& b, int64_t image, int64_t pixel, int64_t c, int32_t, T,
+                          const Softmax<T>& = {}) const {
     return weights[(c * b.geometry.images + image) * b.geometry.pixels + pixel];
   }
 

@@ -1,8 +1,9 @@
-// Lovász losses on a GPU, method "histogram": the steps over bins, with one block for each segment. math/bins.h has the formulas,
-// csrc/cpu/lovasz/histogram_place.h and histogram_bins.cpp the same steps without threads.
+// Lovász losses on a GPU, method "histogram": the steps over bins, with one block for each segment. math/bins.h has the
+// formulas, csrc/cpu/lovasz/histogram_place.h and histogram_bins.cpp the same steps without threads.
 //
 //   place  counts to the table of each segment
-//   weigh  counts to the weights of bins and the loss of each segment, and where it needs one to a better table; then the loss of
+//   weigh  counts to the weights of bins and the loss of each segment, and where it needs one to a better table; then the loss
+//   of
 //          the batch (segments.cuh)
 //
 // Every sum has a fixed order: the results are the same bits in every run.
@@ -44,8 +45,8 @@ __device__ inline double larger(double a, double b) {
 
 // The table of a segment from counts in `bins` bins of `map`. A function of its own: float64 takes much code.
 template <class Count>
-__device__ __noinline__ void place_segment(const Count* bg_counts, const Count* fg_counts, const BinMap& map, int bins, Errors errors, bool sampled,
-                              int new_bins, BinPair* table, PlaceScratch& s) {
+__device__ __noinline__ void place_segment(const Count* bg_counts, const Count* fg_counts, const BinMap& map, int bins,
+                                           Errors errors, bool sampled, int new_bins, BinPair* table, PlaceScratch& s) {
   const bool softmax = errors == Errors::softmax, folded = errors != Errors::hinge;
   const auto thread = static_cast<int>(threadIdx.x);
   const ThreadBins mine(1, bins);
@@ -141,7 +142,8 @@ __device__ __noinline__ void place_segment(const Count* bg_counts, const Count* 
   const double shares = block_scan<threads>(share, s.sum, &all_shares);
   if (has_cell) {
     const double begin = thread == 0 ? 0.0 : bins_before(thread, shares, new_bins);
-    const double end = thread + 1 == cells ? static_cast<double>(new_bins - 1) : bins_before(thread + 1, shares + share, new_bins);
+    const double end =
+        thread + 1 == cells ? static_cast<double>(new_bins - 1) : bins_before(thread + 1, shares + share, new_bins);
     table[1 + thread] = cell_pair(thread, begin, end);
   }
   if (thread == 0) table[0] = s.window;
@@ -173,7 +175,10 @@ struct BinWalk {
 
   // At bin k, 1 <= k < bins. Beside the outer bins are others as wide.
   __device__ BinWalk(const BinMap& map, int k, int bins)
-      : below(0), low(map.edge(k, bins)), high(map.edge(k + 1, bins)), above(k + 1 < bins ? map.edge(k + 2, bins) : 2 * high - low) {
+      : below(0),
+        low(map.edge(k, bins)),
+        high(map.edge(k + 1, bins)),
+        above(k + 1 < bins ? map.edge(k + 2, bins) : 2 * high - low) {
     find_below(map, k, bins);
   }
   // From bin k + 1 to bin k.
@@ -201,7 +206,8 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
   const bool softmax = errors == Errors::softmax, folded = errors != Errors::hinge;
   const auto thread = static_cast<int>(threadIdx.x), bins = static_cast<int>(args.bins);
   const int64_t segment = blockIdx.x, classes = args.batch.classes();
-  const auto* counts = static_cast<const Count*>(args.recounted(segment) ? args.recounts.data : args.counts.data) + segment * 2 * bins;
+  const auto* counts =
+      static_cast<const Count*>(args.recounted(segment) ? args.recounts.data : args.counts.data) + segment * 2 * bins;
   const Count* fg_counts = counts + bins;
   T* weights = static_cast<T*>(args.weights) + segment * 2 * bins;
   BinPair* better = args.better_table + segment * BinLayout::table;

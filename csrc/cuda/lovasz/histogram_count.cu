@@ -1,5 +1,5 @@
-// Lovász losses on a GPU, method "histogram": count pixels by the bins of their errors. veerloss/_histogram.py has the order of the
-// steps, csrc/kernels.h describes the tensors.
+// Lovász losses on a GPU, method "histogram": count pixels by the bins of their errors. veerloss/_histogram.py has the order of
+// the steps, csrc/kernels.h describes the tensors.
 //
 //   softmax     a block has the counts and tables of all its classes in shared memory, and reads each logit once. Where not all
 //               classes fit, blocks of the same pixels share out the classes, and the logits come from L2
@@ -15,11 +15,13 @@ namespace {
 
 using Policy = Tuning::HistogramCount;
 
-// A word for each bin of a class: background in the low 16 bits, foreground in the high ones. A chunk is too short for overflow.
+// A word for each bin of a class: background in the low 16 bits, foreground in the high ones. A chunk is too short for
+// overflow.
 constexpr uint32_t one_background = 1, one_foreground = 1u << 16;
 static_assert(Policy::most_tiles * Policy::threads < 65536, "counts of 16 bits");
 
-// Words between the counts of two classes: known from the number of classes, also where there are less bins, of the coarse pass.
+// Words between the counts of two classes: known from the number of classes, also where there are less bins, of the coarse
+// pass.
 VEERLOSS_HD constexpr int64_t plane_of(int64_t classes) {
   return BinLayout::bins(classes);
 }
@@ -46,13 +48,14 @@ Groups groups_of(const LovaszBatch& b) {
 
 // What a block has beside the classes.
 struct BlockCounts {
-  BinPair* tables;  // [classes of the group][BinLayout::table]
+  BinPair* tables;   // [classes of the group][BinLayout::table]
   uint32_t* counts;  // [classes of the group][plane_of], of which args.bins are used
   int64_t row;
   int first_class, end_class;
 };
 
-__device__ inline BlockCounts block_counts(const LovaszHistogramCount& args, unsigned char* memory, int64_t row, int group, Groups groups) {
+__device__ inline BlockCounts block_counts(const LovaszHistogramCount& args, unsigned char* memory, int64_t row, int group,
+                                           Groups groups) {
   const auto classes = static_cast<int>(args.batch.classes());
   const int first = group * groups.classes, end = first + groups.classes < classes ? first + groups.classes : classes;
   auto* tables = reinterpret_cast<BinPair*>(memory);
@@ -122,7 +125,7 @@ __global__ void __launch_bounds__(Policy::threads)
   bool bad = false, nan = false;
   const BlockPixels<flat> pixels{chunks, first_image};
   VEERLOSS_NO_UNROLL  // registers are for the classes
-  for (uint32_t j = static_cast<uint32_t>(begin) + threadIdx.x; j < static_cast<uint32_t>(end); j += Policy::threads) {
+      for (uint32_t j = static_cast<uint32_t>(begin) + threadIdx.x; j < static_cast<uint32_t>(end); j += Policy::threads) {
     const uint32_t image = pixels.image(j);
     const int32_t pixel = pixels.pixel(j);
     if (pixel < 0) continue;
@@ -150,7 +153,8 @@ __global__ void __launch_bounds__(Policy::threads)
       if (grouped && (c < block.first_class || c >= block.end_class)) continue;
       const int k = grouped ? c - block.first_class : c;
       const uint32_t bin = bin_offset_of(coordinates.of(below[c]), block.tables + k * BinLayout::table);
-      if (bin != 0 && c != label) atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block.counts + k * plane) + bin), one_background);
+      if (bin != 0 && c != label)
+        atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block.counts + k * plane) + bin), one_background);
     }
     // The label's class, whose logit is in L1.
     if (label < classes && (!grouped || (label >= block.first_class && label < block.end_class))) {
@@ -189,7 +193,8 @@ __global__ void __launch_bounds__(Tuning::HistogramStatistics::threads)
 
 template <class In, Errors errors>
 __global__ void __launch_bounds__(Policy::threads)
-    lovasz_count_classes_kernel(LovaszHistogramCount args, Chunks chunks, Groups groups, const Softmax<opmath_t<In>>* statistics) {
+    lovasz_count_classes_kernel(LovaszHistogramCount args, Chunks chunks, Groups groups,
+                                const Softmax<opmath_t<In>>* statistics) {
   using T = opmath_t<In>;
   constexpr bool softmax = errors == Errors::softmax;
   VEERLOSS_DYNAMIC_SHARED(memory);
@@ -213,7 +218,7 @@ __global__ void __launch_bounds__(Policy::threads)
     uint32_t largest = 0;
     VEERLOSS_NO_UNROLL
     for (int64_t j = begin + threadIdx.x; j < end; j += Policy::threads) {
-        const auto [image, pixel] = block_pixel(chunks, first_image, j);
+      const auto [image, pixel] = block_pixel(chunks, first_image, j);
       if (pixel < 0) continue;
       const int32_t label = load_label(b.target, b.rule, image, pixel);
       if (label < 0) {
@@ -257,8 +262,8 @@ __global__ void __launch_bounds__(Policy::threads)
 // Classes in registers are counted without their largest errors.
 bool fits_registers(const LovaszHistogramCount& args) {
   const LovaszBatch& b = args.batch;
-  return b.errors == Errors::softmax && !args.find_largest && b.logits.dtype != DType::f64 && is_integer(b.target.dtype) && are_near(b.logits) &&
-         b.classes() <= Policy::most_classes;
+  return b.errors == Errors::softmax && !args.find_largest && b.logits.dtype != DType::f64 && is_integer(b.target.dtype) &&
+         are_near(b.logits) && b.classes() <= Policy::most_classes;
 }
 
 Chunks count_chunks(const LovaszBatch& b, int64_t groups, bool sampled) {
@@ -290,8 +295,8 @@ void count(const LovaszHistogramCount& args) {
   if (b.errors == Errors::softmax) {
     constexpr int threads = Tuning::HistogramStatistics::threads;
     const Chunks parts = chunks_of(b, threads, 1, 1, 1, args.sampled);
-    launch(lovasz_statistics_kernel<In>,
-           {.blocks = parts.images * parts.chunks, .threads = threads, .stream = args.stream}, args, parts, statistics);
+    launch(lovasz_statistics_kernel<In>, {.blocks = parts.images * parts.chunks, .threads = threads, .stream = args.stream},
+           args, parts, statistics);
   }
   with_errors(b.errors, [&](auto errors) {
     launch(lovasz_count_classes_kernel<In, decltype(errors)::value>, shape, args, chunks, groups, statistics);

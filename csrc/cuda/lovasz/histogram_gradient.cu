@@ -1,7 +1,8 @@
-// Lovász losses on a GPU, method "histogram": the passes that look weights up by the bins of errors. veerloss/_histogram.py has the
-// order of the steps.
+// Lovász losses on a GPU, method "histogram": the passes that look weights up by the bins of errors. veerloss/_histogram.py has
+// the order of the steps.
 //
-//   in shared memory  softmax of classes in registers: a block has the tables of all classes, and the weights of background, each
+//   in shared memory  softmax of classes in registers: a block has the tables of all classes, and the weights of background,
+//   each
 //                     times what its segment is multiplied by. The weight of the label's class comes from L2
 //   from L2           everything else, by gradient.cuh
 //   sum               probabilities and a hinge: weight times error, in fixed point
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
     factors[threadIdx.x] = SegmentFactor<float>(args.out)(segment + threadIdx.x);
   __syncthreads();
   const float* weights = static_cast<const float*>(args.weights) + segment * 2 * bins;
-  auto* tables = reinterpret_cast<BinPair*>(memory);                                // [classes][table]
+  auto* tables = reinterpret_cast<BinPair*>(memory);                      // [classes][table]
   auto* background = reinterpret_cast<float*>(tables + classes * table);  // [classes][bins]
   for (int i = static_cast<int>(threadIdx.x); i < classes * table; i += Policy::threads)
     tables[i] = args.table[segment * table + i];
@@ -200,7 +201,10 @@ void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
       using Range = decltype(range);
       if constexpr (!std::is_same_v<In, double> && Range::most > 0 && Range::most <= Policy::most_classes)
         launch(chunks.flat ? lovasz_gradient_kernel<In, Range, true> : lovasz_gradient_kernel<In, Range, false>,
-               {.blocks = chunks.images * chunks.chunks, .threads = Policy::threads, .stream = args.stream, .shared_bytes = shared},
+               {.blocks = chunks.images * chunks.chunks,
+                .threads = Policy::threads,
+                .stream = args.stream,
+                .shared_bytes = shared},
                args, chunks);
     });
   });
