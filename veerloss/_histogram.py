@@ -9,8 +9,8 @@
     backward  a pixel's bin gives its weight, by look-up
 
 The steps are operators (ops.py), implemented by csrc/cpu/lovasz and csrc/cuda/lovasz; csrc/kernels.h describes the tensors.
-Only counts travel between them, so the loss of a batch that is spread over ranks takes sums of integers, and its bits do not depend
-on the number of threads or ranks.
+Only counts travel between them, so the loss of a batch that is spread over ranks takes sums of integers, and its bits do not
+depend on the number of threads or ranks.
 """
 
 from __future__ import annotations
