@@ -83,7 +83,7 @@ def valid(operators, operator: str) -> dict:
     segments = (x.size(0) if arguments["per_image"] else 1, x.size(1))
     known = arguments | {
         "table": None, "counted_table": None, "segment_mask": None, "sampled": False, "find_largest": True,
-        "recounted_mask": None, "recounts": None, "recounted_table": None, "bins": bin_count(x.size(1)),
+        "recounted_mask": None, "recounts": None, "recounted_table": None, "bins": bin_count(x.size(1)), "again": False,
     }  # fmt: skip
 
     def of(name: str) -> dict:

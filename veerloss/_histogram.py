@@ -90,7 +90,9 @@ def forward(
     coarse, _ = count(coarse, _largest_of_sample, None, segment_mask, sampled)
     table = ops.lovasz_histogram_place(counts=coarse, counted_table=None, errors=errors, sampled=sampled, bins=bins)
     counts, largest = count(counts, largest, table, segment_mask)
-    loss, scale, weights, bounds, needs_rebin, better_table = weigh(recounted_mask=None, recounts=None, recounted_table=None)
+    loss, scale, weights, bounds, needs_rebin, better_table = weigh(
+        recounted_mask=None, recounts=None, recounted_table=None, again=logits.is_cuda
+    )
     # The host does not wait for a GPU to learn whether any segment needs it: the kernels end at once where none does.
     if needs_rebin.is_cuda or needs_rebin.any():
         recounts, _ = count(recounts, _largest_again, better_table, needs_rebin)

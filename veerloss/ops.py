@@ -52,7 +52,7 @@ _SCHEMAS = {
     "lovasz_histogram_place": "(Tensor counts, Tensor? counted_table, int errors, bool sampled, int bins) -> Tensor",
     "lovasz_histogram_weigh": "(Tensor logits, Tensor counts, Tensor? recounted_mask, Tensor? recounts, "
     "Tensor? recounted_table, Tensor largest, Tensor table, Tensor? selected, bool present, Tensor? class_weight, "
-    "int errors, bool per_image, int reduction, bool upcast_loss) "
+    "int errors, bool per_image, int reduction, bool upcast_loss, bool again=False) "
     "-> (Tensor loss, Tensor scale, Tensor weights, Tensor bounds, Tensor needs_rebin, Tensor better_table)",
     "lovasz_histogram_sum": "(Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor units, int errors, "
     "bool per_image, int? ignore_index, int? background_index) -> Tensor",

@@ -102,7 +102,8 @@ Tensor lovasz_histogram_place(const Tensor& counts, std::optional<Tensor> counte
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weigh(
     const Tensor& logits, const Tensor& counts, std::optional<Tensor> recounted_mask, std::optional<Tensor> recounts,
     std::optional<Tensor> recounted_table, const Tensor& largest, const Tensor& table, std::optional<Tensor> selected,
-    bool present, std::optional<Tensor> class_weight, int64_t errors, bool per_image, int64_t reduction, bool upcast_loss) {
+    bool present, std::optional<Tensor> class_weight, int64_t errors, bool per_image, int64_t reduction, bool upcast_loss,
+    bool again) {
   const Op op("lovasz_histogram_weigh");
   const LovaszBatch batch = lovasz_batch(op, logits, errors, per_image);
   const Device device(logits);
@@ -116,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
   op.check(recounted_mask.has_value() == recounts.has_value() && recounts.has_value() == recounted_table.has_value(),
            "recounted_mask", recounted_mask.has_value(), "given with recounts and recounted_table, or without them");
   const BinCounts first = counts_data(op, "counts", counts, segments, bins);
-  const BinCounts again = recounts ? counts_data(op, "recounts", *recounts, segments, bins) : first;
-  op.check(first.is_int64 == again.is_int64, "recounts", recounts.value_or(counts), "of the type of counts");
+  const BinCounts second = recounts ? counts_data(op, "recounts", *recounts, segments, bins) : first;
+  op.check(first.is_int64 == second.is_int64, "recounts", recounts.value_or(counts), "of the type of counts");
   kernels::lovasz_histogram_weigh(
       {.batch = batch,
        .selection = lovasz_selection(op, batch, selected, present),
@@ -125,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
        .counts = first,
        .recounted_mask =
            op.data<const bool>("recounted_mask", recounted_mask, segments, DType::u8, "[rows, C] bool, contiguous"),
-       .recounts = again,
+       .recounts = second,
        .recounted_table = recounted_table ? table_data(op, "recounted_table", *recounted_table, segments, bins) : nullptr,
        .largest =
            op.data<const uint32_t>("largest", largest, segments, DType::i32, "[rows, C] int32, contiguous, of a counting pass"),
@@ -134,6 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
        .weights = weights.data_ptr(),
        .bounds = static_cast<double*>(bounds.data_ptr()),
        .needs_rebin = static_cast<bool*>(needs_rebin.data_ptr()),
+       .again = again,
        .better_table = static_cast<BinPair*>(better_table.data_ptr()),
        .scratch = scratch.data_ptr(),
        .stream = device.stream()});

@@ -362,7 +362,7 @@ void lovasz_histogram_weigh(const LovaszHistogramWeigh& args) {
       launch(lovasz_weigh_kernel<T, decltype(count_zero)>,
              {.blocks = args.batch.segments(), .threads = threads, .stream = args.stream}, args, scratch.results);
     });
-    launch_finish<T>(args.batch, scratch.results, args.out, args.stream);
+    if (!args.again) launch_finish<T>(args.batch, scratch.results, args.out, args.stream);
   });
 }
 
