@@ -41,7 +41,7 @@ GRADIENT_TOLERANCE, LOSS_TOLERANCE = 5e-4, 1e-6
 
 
 #: Bins of a segment, by the most classes that have so many; of more classes the last.
-BINS = {4: 8192, 8: 4864, 12: 3072, 16: 2304}
+BINS = {4: 8192, 8: 6144, 12: 3072, 16: 2304}
 LEAST_BINS, MAX_BINS = 1920, 8192
 
 
