@@ -37,10 +37,10 @@ struct BinLayout {
   static constexpr float coarse_reach = 32.0f;
   static constexpr float magic = 8388608.0f;  // 2^23
 
-  // Bins of a segment: as many as let a block of an H100 hold the tables and the counts, 4 bytes a bin, of all classes, up to 26
-  // of them; a block of an A100 up to 19, but for 7 and 8. The same for the numbers of classes that share a kernel. Segments with
-  // little foreground gain by more: a thousandth of 250 000 pixels errs by 1.4e-3 of the gradient with 1920 bins, by 6e-4 with
-  // 8192.
+  // Bins of a segment: as many as let a block of an H100 hold the tables and the counts, 4 bytes a bin, of all classes, up to
+  // 26 of them; a block of an A100 up to 19, but for 7 and 8. The same for the numbers of classes that share a kernel. Segments
+  // with little foreground gain by more: a thousandth of 250 000 pixels errs by 1.4e-3 of the gradient with 1920 bins, by 6e-4
+  // with 8192.
   VEERLOSS_HD static constexpr int64_t bins(int64_t classes) {
     return classes <= 4 ? 8192 : classes <= 8 ? 6144 : classes <= 12 ? 3072 : classes <= 16 ? 2304 : 1920;
   }

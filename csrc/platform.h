@@ -1,6 +1,7 @@
 // What the scalar headers need to compile for the CPU and the GPU alike.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -66,6 +67,28 @@ VEERLOSS_HD T add_rn(T a, T b) {
   return unfused(a + b);
 #else
   return a + b;
+#endif
+}
+
+// a * b + c; on a GPU rounded once, so that all passes over a pixel compute the same bits. On the CPU compilers choose, alike
+// in all passes.
+VEERLOSS_HD float fma_rn(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#elif defined(VEERLOSS_EMULATED)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// To [0, 1]; NaN becomes 0. On a GPU part of the instruction that makes x.
+VEERLOSS_HD float saturate(float x) {
+#if defined(__CUDA_ARCH__)
+  return __saturatef(x);
+#else
+  const float above = x > 0.0f ? x : 0.0f;
+  return above < 1.0f ? above : 1.0f;
 #endif
 }
 

@@ -103,17 +103,21 @@ __device__ inline double max_or_nan(double a, double b) {
   return b != b || b > a ? b : a;
 }
 
+// 2^x, one instruction; 0 below the smallest normal number.
+__device__ inline float exp2_of(float x) {
+#if defined(VEERLOSS_EMULATED)
+  return exp2f(x);
+#else
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+
 // exp(x) for x <= 0; exactly 1 for 0, and 0 below the smallest normal number. In float32 two instructions, accurate to the
 // rounding of x log2(e), some |x| / 2^24: no more than rounding a logit, or x - log(sum), to float32 costs.
 __device__ inline float exp_neg(float x) {
-  constexpr float log2_e = 1.44269504f;
-#if defined(VEERLOSS_EMULATED)
-  return exp2f(x * log2_e);
-#else
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * log2_e));
-  return result;
-#endif
+  return exp2_of(x * 1.44269504f);  // log2(e)
 }
 __device__ inline double exp_neg(double x) {
   return exp(x);

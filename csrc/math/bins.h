@@ -149,20 +149,18 @@ VEERLOSS_HD float narrow_error(T error) {
 // ---- the bin of a coordinate
 
 VEERLOSS_HD float position_of(float coordinate, BinPair window) {
-  const float x = coordinate * window.scale + window.offset;
-  const float above = x > 0.0f ? x : 0.0f;  // NaN is 0
-  return above < 1.0f ? above : 1.0f;
+  return saturate(fma_rn(coordinate, window.scale, window.offset));
 }
 
 // The cell of a position as a byte offset in the table of pairs, from the cells' first one.
 constexpr float cell_scale = 8.0f * BinLayout::cells - 0.75f;
 VEERLOSS_HD uint32_t cell_offset(float position) {
-  return bit_cast<uint32_t>(position * cell_scale + BinLayout::magic) & (8 * BinLayout::cells - 8);
+  return bit_cast<uint32_t>(fma_rn(position, cell_scale, BinLayout::magic)) & (8 * BinLayout::cells - 8);
 }
 
 // Four times the bin: a byte offset in counts or weights of 4 bytes.
 VEERLOSS_HD uint32_t bin_offset(float position, BinPair cell) {
-  return bit_cast<uint32_t>(position * cell.scale + cell.offset) & (4 * BinLayout::max_bins - 4);
+  return bit_cast<uint32_t>(fma_rn(position, cell.scale, cell.offset)) & (4 * BinLayout::max_bins - 4);
 }
 
 VEERLOSS_HD int32_t bin_of(float coordinate, const BinPair* table) {

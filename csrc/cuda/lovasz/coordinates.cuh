@@ -23,40 +23,11 @@ struct DeviceMath {
   static __device__ double log2(double x) { return ::log2(x); }
 };
 
-// a * b + c rounded once, whatever the compiler makes of other sums of products.
-__device__ inline float fma_rn(float a, float b, float c) {
-#if defined(VEERLOSS_EMULATED)
-  return std::fma(a, b, c);
-#else
-  return __fmaf_rn(a, b, c);
-#endif
-}
-
-// To [0, 1]; NaN becomes 0. Part of the instruction that makes x.
-__device__ inline float saturate(float x) {
-#if defined(VEERLOSS_EMULATED)
-  return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f;
-#else
-  return __saturatef(x);
-#endif
-}
-
-// As in math/bins.h, where compilers are free to round the product.
-__device__ inline float device_position(float coordinate, BinPair window) {
-  return saturate(fma_rn(coordinate, window.scale, window.offset));
-}
-__device__ inline uint32_t device_cell_offset(float position) {
-  return bit_cast<uint32_t>(fma_rn(position, cell_scale, BinLayout::magic)) & (8 * BinLayout::cells - 8);
-}
-__device__ inline uint32_t device_bin_offset(float position, BinPair cell) {
-  return bit_cast<uint32_t>(fma_rn(position, cell.scale, cell.offset)) & (4 * BinLayout::max_bins - 4);
-}
-
 // Four times the bin of a coordinate. `table`: of a segment, in any memory; 8-byte aligned.
 __device__ inline uint32_t bin_offset_of(float coordinate, const BinPair* table) {
-  const float position = device_position(coordinate, table[0]);
+  const float position = position_of(coordinate, table[0]);
   const auto* cells = reinterpret_cast<const char*>(table + 1);
-  return device_bin_offset(position, *reinterpret_cast<const BinPair*>(cells + device_cell_offset(position)));
+  return bin_offset(position, *reinterpret_cast<const BinPair*>(cells + cell_offset(position)));
 }
 
 // ---- softmax
@@ -78,16 +49,6 @@ struct PixelCoordinates {
 template <class T>
 __device__ inline T below_largest(T logit, T max_logit) {
   return mul_rn(add_rn(logit, -max_logit), T(log2_e));
-}
-
-__device__ inline float exp2_of(float below) {
-#if defined(VEERLOSS_EMULATED)
-  return exp2f(below);
-#else
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(below));
-  return result;
-#endif
 }
 
 // The exponential of a logit from what is binned; in float64, where it is no more work, from the logit.
@@ -189,6 +150,10 @@ struct Chunks {
   int64_t chunk, chunks;   // pixels of a chunk, chunks of an image
   bool flat, sampled;
   uint32_t image_pixels;
+
+  // The pixels of chunk k.
+  __device__ int64_t begin(int64_t k) const { return k * chunk; }
+  __device__ int64_t end(int64_t k) const { return begin(k + 1) < pixels ? begin(k + 1) : pixels; }
 };
 
 // tile: pixels that a block takes at a time; most: at most so many of them.

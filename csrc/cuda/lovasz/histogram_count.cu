@@ -119,8 +119,7 @@ __global__ void __launch_bounds__(Policy::threads)
   if (threadIdx.x == 0) block_valid = block_bad = block_nan = 0;
   __syncthreads();
 
-  const int64_t begin = part * chunks.chunk;
-  const int64_t end = begin + chunks.chunk < chunks.pixels ? begin + chunks.chunk : chunks.pixels;
+  const int64_t begin = chunks.begin(part), end = chunks.end(part);
   int valid = 0;
   bool bad = false, nan = false;
   const BlockPixels<flat> pixels{chunks, first_image};
@@ -182,8 +181,7 @@ __global__ void __launch_bounds__(Tuning::HistogramStatistics::threads)
   const auto [first_image, part, none] = image_part(chunks.chunks);
   bool any = false;  // a mask may be empty: then the pass ends at once
   for (int64_t i = 0; i < b.segments() && !any; ++i) any = !args.segment_mask || args.segment_mask[i];
-  const int64_t begin = part * chunks.chunk;
-  const int64_t end = begin + chunks.chunk < chunks.pixels ? begin + chunks.chunk : chunks.pixels;
+  const int64_t begin = chunks.begin(part), end = chunks.end(part);
   for (int64_t j = begin + threadIdx.x; any && j < end; j += threads) {
     const auto [image, pixel] = block_pixel(chunks, first_image, j);
     if (pixel < 0 || load_label(b.target, b.rule, image, pixel) < 0) continue;
@@ -206,8 +204,7 @@ __global__ void __launch_bounds__(Policy::threads)
   const BlockCounts block = block_counts(args, memory, b.per_image ? first_image : 0, static_cast<int>(group), groups);
   if (!begin_block(args, block)) return;
   if (threadIdx.x == 0) block_valid = block_bad = block_nan = 0;
-  const int64_t begin = part * chunks.chunk;
-  const int64_t end = begin + chunks.chunk < chunks.pixels ? begin + chunks.chunk : chunks.pixels;
+  const int64_t begin = chunks.begin(part), end = chunks.end(part);
   int valid = 0;
   bool bad = false, nan = false;
   for (int c = block.first_class; c < block.end_class; ++c) {

@@ -47,8 +47,7 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
   }
   __syncthreads();
 
-  const int64_t begin = part * chunks.chunk;
-  const int64_t end = begin + chunks.chunk < chunks.pixels ? begin + chunks.chunk : chunks.pixels;
+  const int64_t begin = chunks.begin(part), end = chunks.end(part);
   const BlockPixels<flat> pixels{chunks, first_image};
   VEERLOSS_NO_UNROLL
   for (uint32_t j = static_cast<uint32_t>(begin) + threadIdx.x; j < static_cast<uint32_t>(end); j += Policy::threads) {
