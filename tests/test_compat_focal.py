@@ -1,4 +1,5 @@
-"""The focal losses of veerloss.compat against formulas in float64. Beside the peers themselves: tests/peers."""
+"""The focal losses of veerloss.compat against formulas in float64. Beside the peers themselves: tests/peers.
+A section for each peer, and they share the formulas at the head."""
 
 import math
 import warnings

@@ -14,6 +14,7 @@ from grid import labels, logits
 
 import veerloss
 from veerloss import ops
+from veerloss._layout import TABLE, bin_count
 
 SHAPE = (2, 19, 64, 128)
 
@@ -171,17 +172,28 @@ def test_traffic_of_the_softmax_focal_loss(layout, dtype, metered):
         assert total(launches, "conflicts") <= 0.6 * total(launches, "shared")
 
 
-#: Bytes that the methods of Lovász read and write, forward and backward, in multiples of the logits: as counted at SHAPE, where
-#: the tables of method "histogram" are as large as the logits. At the least 2 and 1. "exact" with its sort, of what lies above
-#: the least error of foreground; without that it would be 9 and 8.
-LOVASZ_TRAFFIC = {"exact": ((6.1, 4.3), (2.1, 1.01)), "histogram": ((7.5, 2.5), (2.5, 1.01))}
-
-
-@pytest.mark.parametrize("method", LOVASZ_TRAFFIC)
-def test_traffic_of_the_lovasz_losses(method, metered):
+def test_traffic_of_the_histogram_method(metered):
+    """Each count reads logits and target once, and so does backward, which writes the gradient; beside them tables, counts and
+    weights, whose size is that of the bins."""
     x, y = logits(SHAPE), labels(SHAPE, SHAPE[1])
-    found = metered(LOSSES[f"lovasz {method}"], x, y)
-    for launches, (read, written) in zip(found, LOVASZ_TRAFFIC[method], strict=True):
+    forward, (backward,) = metered(LOSSES["lovasz histogram"], x, y)
+    of_logits, of_target = memory(x, y)
+    of_bins = SHAPE[1] * (8 * TABLE + 2 * 4 * bin_count(SHAPE[1])) + 1024  # and a few values of each segment
+    counts = [launch for launch in forward if "lovasz_count_softmax_kernel" in launch["kernel"]]
+    assert 2 <= len(counts) <= 3 and len(forward) <= 3 * len(counts)
+    for launch in (*counts, backward):
+        assert of_logits + of_target <= launch["read"] <= of_logits + of_target + of_bins
+    assert all(launch["written"] <= of_bins for launch in forward)
+    assert backward["written"] == of_logits
+    assert sum(launch["read"] for launch in forward) <= len(counts) * (of_logits + of_target + 2 * of_bins)
+
+
+def test_traffic_of_the_exact_method(metered):
+    """In multiples of the logits, as counted at SHAPE; at the least 2 and 1. With its sort, of what lies above the least error
+    of foreground; without that it would be 9 and 8."""
+    x, y = logits(SHAPE), labels(SHAPE, SHAPE[1])
+    found = metered(LOSSES["lovasz exact"], x, y)
+    for launches, (read, written) in zip(found, ((6.1, 4.3), (2.1, 1.01)), strict=True):
         assert total(launches, "read") <= read * memory(x, y)[0]
         assert total(launches, "written") <= written * memory(x, y)[0]
 

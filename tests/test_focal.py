@@ -1,4 +1,5 @@
-"""The focal losses, on every backend that has kernels of them, and their reference."""
+"""The focal losses, on every backend that has kernels of them, and their reference. One file, because both losses share the
+tables of cases."""
 
 import math
 

@@ -1,5 +1,5 @@
 """The Lovász losses by both methods, on every backend that has kernels of them, and their reference. What only the method
-"histogram" has is in test_histogram.py."""
+"histogram" has is in test_histogram*.py. One file, because every test is of both."""
 
 import math
 

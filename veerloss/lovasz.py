@@ -1,4 +1,4 @@
-"""Lovász losses: public functions and modules."""
+"""Lovász losses: public functions and modules. Half of these lines are what users read of the arguments."""
 
 from __future__ import annotations
 

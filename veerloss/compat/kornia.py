@@ -8,6 +8,8 @@ The Lovász losses have kornia's values: each image by itself, all classes, pres
 
 One call of the kernel; a function or module compiled by ``torch.jit.script`` is plain PyTorch.
 
+Most of these lines are kornia's signatures and what differs from them; one module, because kornia has one.
+
 The focal losses have kornia's values: class 0 of the softmax has 1 - alpha and the others alpha; "mean" divides by every
 element of [B, C, \\*], ignored ones included; a soft binary target t has t times the loss of a positive and 1 - t times that
 of a negative. Errors are kornia's where kornia is imported. Different on purpose:
