@@ -118,5 +118,5 @@ def largest_errors(largest: Tensor, errors: int) -> Tensor:
     exponent = bits.int().view(torch.float32).double()
     if errors == Errors.PROBABILITIES:
         exponent = torch.where(exponent > PAST_ONE, exponent - PAST_ONE, 0.0)
-    power = torch.exp2(exponent)
+    power = torch.exp2(exponent.clamp(max=128))  # errors are added up as float32
     return torch.where(key == 0, 0.0, torch.where(key == 0xFFFFFFFF, torch.nan, power * (1 + 1e-5)))

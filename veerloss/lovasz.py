@@ -73,7 +73,7 @@ def lovasz_softmax_loss(
         return_certificate: return (loss, certificate). The certificate, float64 [C], or [N, C] with ``per_image``, bounds the
             sum of \|weight used - exact weight\| over a segment's pixels of error > 0, where the weights add up to 1; it comes
             from the counts alone. 0 for "exact" and for classes that take no part.
-        process_group: the loss of the batches of all its ranks, as if concatenated, by two sums of counts. Each rank gets that
+        process_group: the loss of the batches of all its ranks, as if concatenated, by sums of counts. Each rank gets that
             same loss and, in backward, its own pixels' part of that loss's gradient. DistributedDataParallel takes the mean of
             gradients over ranks where the sum is right: multiply the loss by the number of ranks. Method "histogram" only,
             not with ``per_image`` (there, the mean of the ranks' losses is the loss of all), and not inside torch.compile.

@@ -9,7 +9,7 @@ namespace veerloss {
 
 // ---- arithmetic
 
-struct DeviceMath {
+struct CoordinateMath {
   // Of normal x > 0. In float32 one instruction, accurate to 2^-22.
   static __device__ float log2(float x) {
 #if defined(VEERLOSS_EMULATED)
@@ -38,9 +38,9 @@ struct PixelCoordinates {
   T shared, top;
 
   __device__ explicit PixelCoordinates(T sumexp_excl_max) {
-    const T log2_sum = DeviceMath::log2(add_rn(T(1), sumexp_excl_max));
+    const T log2_sum = CoordinateMath::log2(add_rn(T(1), sumexp_excl_max));
     shared = T(1) - log2_sum;
-    top = top_coordinate<DeviceMath>(sumexp_excl_max, log2_sum);
+    top = top_coordinate<CoordinateMath>(sumexp_excl_max, log2_sum);
   }
   // Of background; foreground has its negative.
   __device__ float of(T below) const { return static_cast<float>(below == T(0) ? top : add_rn(below, shared)); }
@@ -136,7 +136,8 @@ template <Errors errors, class T>
 __device__ inline float coordinate_of_error(T x, bool foreground) {
   const T error = magnitude(signed_error(errors, x, foreground)), least = T(0x1p-126);
   const T positive = error < least ? least : error;
-  const T found = errors == Errors::probabilities ? folded_coordinate<DeviceMath>(positive) : DeviceMath::log2(positive);
+  const T found =
+      errors == Errors::probabilities ? folded_coordinate<CoordinateMath>(positive) : CoordinateMath::log2(positive);
   const T infinite = std::numeric_limits<T>::infinity();
   return static_cast<float>(error == T(0) ? -infinite : found + (x - x));
 }
