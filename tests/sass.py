@@ -114,6 +114,11 @@ class Kernel:
         return self.flow.instructions(self.flow.longest_way(self.main_loop))
 
     @property
+    def way(self) -> tuple[Instruction, ...]:
+        """What the kernel executes at most, loops once."""
+        return self.flow.instructions(self.flow.longest_way(set(self.flow.before)))
+
+    @property
     def wide_multiplies(self) -> int:
         return sum(i.is_wide_multiply for i in self.iteration)
 

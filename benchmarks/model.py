@@ -1,0 +1,163 @@
+"""What forward + backward should take on a GPU, from counts of what its kernels do: docs/performance-model.md has the tables.
+
+`python -m benchmarks.gpu` prints it beside what was measured, so that a run tells at once where the counts miss something.
+tests/test_counts.py counts the instructions again, tests/test_emulator.py the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from veerloss._layout import COARSE_BINS, SAMPLE_RUN, SAMPLE_STEP, TABLE, bin_count
+
+from .peers import EXACT, HISTOGRAM, OURS
+
+SORT = "one CUB radix sort, 32-bit keys and values"
+
+# ------------------------------------------------------------------ assumed, for no GPU has run the kernels yet
+
+ISSUED = 0.7  # of the instructions that a multiprocessor could issue; 0.6 to 0.75 are usual
+LAUNCH_US = 2.0  # from the end of a kernel to where the next one is in full swing
+CHAIN_CYCLES = 5.0  # of an instruction of a thread alone: 4 of an addition, 8 of one in float64
+
+# ------------------------------------------------------------------ counted
+
+DTYPES = ("float32", "bfloat16")
+#: Instructions for each element in machine code for sm_90, by type of the logits: the longest way through an iteration of the
+#: loop over pixels. Those of the sorts are from csrc/cuda/lovasz/exact.cu; tests/test_counts.py counts the others.
+INSTRUCTIONS = {
+    "softmax focal forward": (24.5, 25.6),
+    "softmax focal backward": (34.4, 37.1),
+    "softmax focal forward, classes in rows": (34.2, None),
+    "softmax focal backward, classes in rows": (49.9, None),
+    "softmax focal forward, shared": (43.9, 44.7),
+    "softmax focal backward, shared": (47.8, 50.4),
+    "histogram count": (35.9, 37.1),
+    "histogram backward": (41.7, 44.2),
+    "histogram count, hinge": (246, 247),
+    "histogram sum, hinge": (141, 142),
+    "histogram backward, hinge": (346, 348),
+    "exact keys": (69.3, 70.4),
+    "exact keys, hinge": (31.5, 34.8),
+    "exact digits": (28.2, 28.2),
+    "exact sort, first digit": (115, 115),
+    "exact sort": (91, 91),
+    "exact weigh": (170, 170),
+    "exact backward": (84.6, 87.1),
+    "exact backward, hinge": (220, 222),
+    "radix sort, a digit": (104, 104),
+}
+#: Instructions of a thread in the kernels of method "histogram" that have one block for each segment: to place bins; to weigh
+#: one bin; and bins at a time.
+PLACE, WEIGH, WEIGHED = 4400, 1168, 256
+#: Of random elements (inputs.py): those that are sorted, for their error is not below the least of foreground.
+SORTED = {"lovasz_softmax": 0.07, "lovasz_hinge": 0.84}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    counted: str  # in INSTRUCTIONS
+    logits: float = 0.0  # how often their bytes are read or written
+    target: float = 0.0
+    each: float = 0.0  # bytes of each element beside these
+    share: float = 1.0  # of the elements, where it is not for all
+    tables: float = 0.0  # bytes that a block, one on each multiprocessor, loads before its pixels or adds up after them
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward + backward pass. `chain`: instructions, one after another, of kernels with a block for each segment."""
+
+    kernels: tuple[Kernel, ...]
+    launches: int
+    chain: float = 0.0
+
+
+def focal(name: str, kind: str = "") -> Step:
+    return Step((Kernel(f"{name} forward{kind}", 1, 1), Kernel(f"{name} backward{kind}", 2, 1)), launches=4)
+
+
+def histogram(classes: int, hinge: bool) -> Step:
+    kind, bins = ", hinge" if hinge else "", bin_count(classes)
+    tables = 8.0 * TABLE * classes
+    count = Kernel(f"histogram count{kind}", 1, 1, tables=tables + 8.0 * bins * classes)  # counts are read and written
+    sample = replace(count, share=SAMPLE_RUN / SAMPLE_STEP, tables=tables + 8.0 * COARSE_BINS * classes)
+    backward = Kernel(f"histogram backward{kind}", 2, 1, tables=tables + 4.0 * bins * classes)
+    sums = (Kernel(f"histogram sum{kind}", 1, 1),) if hinge else ()
+    weigh = 2 * WEIGH * bins / WEIGHED  # and once more, whether or not a segment needs other bins
+    return Step((sample, count, *sums, backward), 35 if hinge else 10, PLACE + weigh)
+
+
+def exact(task: str, elements: int) -> Step:
+    kind, share = ", hinge" if task == "lovasz_hinge" else "", SORTED[task]
+    sort = Kernel("exact sort", each=16, share=share)
+    kernels = (
+        Kernel(f"exact keys{kind}", 1, 1, each=4),
+        Kernel("exact digits", each=4),
+        Kernel("exact sort, first digit", each=4 + 8 * share + 4 * (1 - share)),
+        sort,
+        sort,
+        Kernel("exact weigh", each=12, share=share),
+        Kernel(f"exact backward{kind}", 2, each=4),
+    )
+    groups = max(1, round(18 * elements / (320 << 20)))  # of segments
+    return Step(kernels, 6 + 6 * groups)
+
+
+#: As many pairs as elements.
+RADIX_SORT = Step((Kernel("radix sort, a digit", each=17),) * 4, launches=6)
+
+
+def find(task: str, contestant: str, shape: tuple[int, ...]) -> Step | None:
+    """None: not counted."""
+    hinge = task == "lovasz_hinge"
+    classes = 1 if hinge else shape[1]
+    counted = hinge or 17 <= classes <= 20  # the range of classes that the kernels were counted for
+    if contestant == SORT:
+        return RADIX_SORT
+    if task == "softmax_focal" and contestant == f"{OURS}, native":
+        return focal("softmax focal") if counted else focal("softmax focal", ", shared") if 136 < classes <= 160 else None
+    if contestant == f"{HISTOGRAM}, native" and counted:
+        return histogram(classes, hinge)
+    if contestant == f"{EXACT}, native" and counted:
+        return exact(task, math.prod(shape))
+    return None
+
+
+# ------------------------------------------------------------------ time
+
+
+@dataclass(frozen=True)
+class Gpu:
+    multiprocessors: int
+    ghz: float  # that they keep up
+    gb_s: float  # of a copy, read and written
+
+
+#: With 0.9 of the bandwidth that NVIDIA names.
+GPUS = {"H100": Gpu(132, 1.75, 3000.0), "A100": Gpu(108, 1.41, 1830.0)}  # SXM, 80 GB
+
+
+def bytes_of(task: str, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
+    """Of logits and target, as inputs.py makes them."""
+    logits = math.prod(shape) * (4 if dtype == "float32" else 2)
+    pixels = math.prod(shape) if task == "lovasz_hinge" else math.prod(shape) // shape[1]
+    return logits, logits if task == "sigmoid_focal" else 8 * pixels
+
+
+def spent(task: str, contestant: str, shape: tuple[int, ...], dtype: str, gpu: Gpu) -> dict[str, float] | None:
+    """Microseconds by what bounds the kernels: each takes as long as its memory, or its instructions; and small steps."""
+    step = find(task, contestant, shape)
+    if step is None or dtype not in DTYPES:
+        return None
+    elements, (logits, target) = math.prod(shape), bytes_of(task, shape, dtype)
+    instructions_a_us = ISSUED * 4 * 32 * 1e3 * gpu.ghz * gpu.multiprocessors  # four warps issue in a cycle
+    found = {"memory": 0.0, "instructions": 0.0}
+    found["small steps"] = LAUNCH_US * step.launches + 1e-3 * CHAIN_CYCLES / gpu.ghz * step.chain
+    for k in step.kernels:
+        memory = 1e-3 * k.share * (k.logits * logits + k.target * target + k.each * elements) / gpu.gb_s
+        issue = k.share * elements * INSTRUCTIONS[k.counted][DTYPES.index(dtype)] / instructions_a_us
+        found["memory" if memory >= issue else "instructions"] += max(memory, issue)
+        found["small steps"] += 1e-3 * gpu.multiprocessors * k.tables / gpu.gb_s
+    return found
