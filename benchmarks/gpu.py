@@ -1,5 +1,6 @@
 """`python -m benchmarks.gpu`: forward + backward on a GPU against the peers; writes benchmarks/results/<gpu>.json and .md."""
 
+import dataclasses
 import functools
 import gc
 import re
@@ -14,15 +15,16 @@ import torch
 
 from veerloss._arguments import missing_reason
 
-from . import gpu_report, gpu_timing, peers, report, throughput, timing
+from . import gpu_report, gpu_timing, model, peers, report, throughput, timing
 from .gpu_report import CITY, FOCAL, SMALL, SORT
 from .gpu_timing import NO_TIME
 from .inputs import Inputs
+from .model import HINGE, WIDE
 from .peers import EXACT, HISTOGRAM, OURS
 
 F32, BF16 = torch.float32, torch.bfloat16
-TALL, WIDE, DETECTION = (2, 19, 1024, 2048), (4, 150, 512, 512), (64, 91, 76725)
-BINARY, HINGE, SMALL_HINGE = (16, 1, 1024, 1024), (16, 1024, 1024), (2, 64, 64)
+TALL, DETECTION = (2, 19, 1024, 2048), (64, 91, 76725)
+BINARY, SMALL_HINGE = (16, 1, 1024, 1024), (2, 64, 64)
 
 COPIED = 1 << 30  # bytes of each buffer of COPY
 SECONDS_EACH, MIN_ROUNDS, MAX_ROUNDS = 0.4, 3, 25  # time for the rounds of a contestant, and their number
@@ -104,6 +106,7 @@ class Run:
     deadline: float
     clock: Callable[[timing.Step], float] = timing.wall
     nvcc: subprocess.Popen | None = None
+    gpu: model.Gpu | None = None
 
     @property
     def left(self) -> float:
@@ -142,9 +145,14 @@ def measure(case: Case, run: Run) -> list[dict]:
     rounds |= {"deadline": run.deadline, "seconds_each": SECONDS_EACH, "clock": clock, "warm_up": warm_up}
     moved = throughput.floor_bytes(logits, target)
     rows, copy = throughput.measure(inputs, timed, moved=moved, copied=copied, device=run.device, **rounds)
+    dtype = str(inputs.dtype).removeprefix("torch.")
+    common = {"workload": str(case), "task": inputs.task, "shape": list(inputs.shape), "dtype": dtype, "small": case.small}
     for row in rows:
+        row |= common
         if "floor_share" in row:
             row["gb_s"] = row["floor_share"] * row["copy_gb_s"]
+            if run.gpu:
+                row |= model.beside(row, dataclasses.replace(run.gpu, gb_s=row["copy_gb_s"]))
         if row["contestant"] in extra:
             nbytes = extra[row["contestant"]]
             row |= {"extra_mb": nbytes / 1e6, "extra_ratio": nbytes / logits.nbytes}
@@ -153,11 +161,7 @@ def measure(case: Case, run: Run) -> list[dict]:
         if auto:
             auto["auto"] = family
             throughput.add_ratios(rows, auto, f"over {family}")
-    if copied:
-        rows.append(copy)
-    dtype = str(inputs.dtype).removeprefix("torch.")
-    common = {"workload": str(case), "task": inputs.task, "shape": list(inputs.shape), "dtype": dtype, "small": case.small}
-    return [row | common for row in rows]
+    return [*rows, copy | common] if copied else rows
 
 
 def run_all(run: Run, only: str = "") -> tuple[list[dict], list[str]]:
@@ -210,7 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     results = {"machine": report.machine("benchmarks.gpu", arguments, device)}
     run = Run(device, options.quick, start + options.seconds, nvcc=gpu_timing.compile_sort(device))
     if device.type == "cuda":
-        run.clock = gpu_timing.cold_clock(device)
+        run.clock, run.gpu = gpu_timing.cold_clock(device), gpu_timing.gpu_of(device)
+        results["gpu"] = dataclasses.asdict(run.gpu)
     results["rows"], results["left_out"] = run_all(run, options.filter)
     results["machine"]["seconds"] = round(time.perf_counter() - start)
     results["bars"] = gpu_report.bars(results["rows"])

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from . import report
+from .model import CITY, SORT
 from .peers import BERMAN, CROSS_ENTROPY, EXACT, HISTOGRAM, OURS, SMP
 
-SORT = "one CUB radix sort, 32-bit keys and values"
 FOCAL, LOVASZ = ("sigmoid_focal", "softmax_focal", "sigmoid_focal_index"), ("lovasz_softmax", "lovasz_hinge")
-CITY, SMALL = (8, 19, 512, 1024), (2, 4, 64, 64)
+SMALL = (2, 4, 64, 64)
 
 Value = Callable[[dict], float | None]  # what a bar reads from a row; None where it does not speak of the row
 
@@ -73,8 +73,24 @@ def bars(rows: list[dict]) -> list[dict]:
 
 TIME = {"ms (20th to 80th percentile)": "{median_ms:.3f} ({p20_ms:.3f} to {p80_ms:.3f})"}
 OVER = {f"over {family}": f"{{over {family}:.2f}}x" for family in (OURS, HISTOGRAM, EXACT)}
-LARGE_COLUMNS = TIME | {"GB/s": "{gb_s:.0f}", "of the floor": "{floor_share:.0%}", "extra MB": "{extra_mb:.1f}"} | OVER
+LARGE_COLUMNS = {
+    "us (20th to 80th percentile)": lambda row: " ".join(
+        style.format(1e3 * row[key])
+        for style, key in (("{:.0f}", "median_ms"), ("({:.0f}", "p20_ms"), ("to {:.0f})", "p80_ms"))
+    ),
+    "floor, us": lambda row: f"{1e3 * row['floor_ms']:.0f}",
+    "of the floor": "{floor_share:.0%}",
+    "predicted, us": "{predicted_us:.0f}",
+    "measured / predicted": "{over_predicted:.2f}",
+    "bound by": "{bound}",
+    "GB/s": "{gb_s:.0f}",
+    "extra MB": "{extra_mb:.1f}",
+} | OVER
 SMALL_COLUMNS = TIME | {"kernels": "{kernels:.0f}", "ms on the GPU": "{gpu_ms:.3f}"} | OVER
+
+
+def clock_text(gpu: dict | None) -> str:
+    return " The GPU has {multiprocessors} multiprocessors, at {ghz:.2f} GHz.".format(**gpu) if gpu else ""
 
 
 def markdown(results: dict) -> str:
@@ -92,6 +108,10 @@ def markdown(results: dict) -> str:
         "The floor is two reads and one write of the logits and two reads of the target (the backward pass needs it again), at "
         f"the bandwidth, read and written, of a copy in the same rounds, {min(copies):.0f} to {max(copies):.0f} GB/s. GB/s are "
         "these bytes over the time, extra MB the peak beyond the gradient, the last columns the time over that of ours.",
+        "",
+        "Predicted is what the kernels should take by their bytes, at that bandwidth, and their instructions "
+        "(docs/performance-model.md), bound by that of these which most of it goes for. Where measured / predicted is far from "
+        "1, the model misses something." + clock_text(results.get("gpu")),
         "",
         *report.loss_table(LARGE_COLUMNS, [row for row in rows if not row["small"]]),
         "## Small inputs",

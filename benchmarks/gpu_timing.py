@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .model import Gpu
 from .peers import Missing
 from .timing import Step
 
@@ -37,6 +38,19 @@ def cold_clock(device: torch.device) -> Callable[[Step], float]:
         return start.elapsed_time(end) / 1e3
 
     return clock
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU as the model sees it; its clock from the time of so many cycles, at the best of some."""
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(HEAD_START)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return Gpu(torch.cuda.get_device_properties(device).multi_processor_count, 1e-6 * HEAD_START / min(times))
 
 
 def extra_bytes(step: Step) -> int:

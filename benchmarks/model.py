@@ -6,18 +6,20 @@ tests/test_counts.py counts the instructions again, tests/test_emulator.py the b
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
 from veerloss._layout import COARSE_BINS, SAMPLE_RUN, SAMPLE_STEP, TABLE, bin_count
 
+from . import report
 from .peers import EXACT, HISTOGRAM, OURS
 
 SORT = "one CUB radix sort, 32-bit keys and values"
 
 # ------------------------------------------------------------------ assumed, for no GPU has run the kernels yet
 
-ISSUED = 0.7  # of the instructions that a multiprocessor could issue; 0.6 to 0.75 are usual
+ISSUED = 0.7  # of the instructions that could issue; 0.6 to 0.75 are usual
 LAUNCH_US = 2.0  # from the end of a kernel to where the next one is in full swing
 CHAIN_CYCLES = 5.0  # of an instruction of a thread alone: 4 of an addition, 8 of one in float64
 
@@ -131,12 +133,13 @@ def find(task: str, contestant: str, shape: tuple[int, ...]) -> Step | None:
 @dataclass(frozen=True)
 class Gpu:
     multiprocessors: int
-    ghz: float  # that they keep up
-    gb_s: float  # of a copy, read and written
+    ghz: float
+    gb_s: float = 0.0  # of a copy, read and written
+    issued: float = ISSUED
 
 
-#: With 0.9 of the bandwidth that NVIDIA names.
-GPUS = {"H100": Gpu(132, 1.75, 3000.0), "A100": Gpu(108, 1.41, 1830.0)}  # SXM, 80 GB
+#: 80 GB, SXM: 0.9 of the bandwidth that NVIDIA names; the clock of an H100 is what it keeps up.
+GPUS = {"H100": Gpu(132, 1.75, 3000.0), "A100": Gpu(108, 1.41, 1830.0)}
 
 
 def bytes_of(task: str, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
@@ -146,13 +149,20 @@ def bytes_of(task: str, shape: tuple[int, ...], dtype: str) -> tuple[int, int]:
     return logits, logits if task == "sigmoid_focal" else 8 * pixels
 
 
-def spent(task: str, contestant: str, shape: tuple[int, ...], dtype: str, gpu: Gpu) -> dict[str, float] | None:
-    """Microseconds by what bounds the kernels: each takes as long as its memory, or its instructions; and small steps."""
+def floor_us(task: str, shape: tuple[int, ...], dtype: str, gpu: Gpu) -> float:
+    """As throughput.floor_bytes."""
+    logits, target = bytes_of(task, shape, dtype)
+    return 1e-3 * (3 * logits + 2 * target) / gpu.gb_s
+
+
+def spent(task: str, contestant: str, shape: tuple[int, ...], dtype: str, gpu: Gpu) -> dict[str, float]:
+    """Microseconds by what bounds the kernels: each takes as long as its memory, or its instructions; and small steps. {} of
+    what is not counted."""
     step = find(task, contestant, shape)
     if step is None or dtype not in DTYPES:
-        return None
+        return {}
     elements, (logits, target) = math.prod(shape), bytes_of(task, shape, dtype)
-    instructions_a_us = ISSUED * 4 * 32 * 1e3 * gpu.ghz * gpu.multiprocessors  # four warps issue in a cycle
+    instructions_a_us = gpu.issued * 4 * 32 * 1e3 * gpu.ghz * gpu.multiprocessors  # four warps issue in a cycle
     found = {"memory": 0.0, "instructions": 0.0}
     found["small steps"] = LAUNCH_US * step.launches + 1e-3 * CHAIN_CYCLES / gpu.ghz * step.chain
     for k in step.kernels:
@@ -161,3 +171,49 @@ def spent(task: str, contestant: str, shape: tuple[int, ...], dtype: str, gpu: G
         found["memory" if memory >= issue else "instructions"] += max(memory, issue)
         found["small steps"] += 1e-3 * gpu.multiprocessors * k.tables / gpu.gb_s
     return found
+
+
+def beside(row: dict, gpu: Gpu) -> dict:
+    """What a row of gpu.py gets beside its measurement; {} of what is not counted."""
+    us = spent(row["task"], row["contestant"], tuple(row["shape"]), row["dtype"], gpu)
+    if not us:
+        return {}
+    total = sum(us.values())
+    return {"predicted_us": total, "over_predicted": 1e3 * row["median_ms"] / total, "bound": max(us, key=us.get)}
+
+
+# ------------------------------------------------------------------ the table of docs/performance-model.md
+
+CITY, WIDE, HINGE = (8, 19, 512, 1024), (4, 150, 512, 512), (16, 1024, 1024)
+LISTED = [
+    ("softmax_focal", f"{OURS}, native", CITY),
+    ("softmax_focal", f"{OURS}, native", WIDE),
+    ("lovasz_softmax", f"{HISTOGRAM}, native", CITY),
+    ("lovasz_hinge", f"{HISTOGRAM}, native", HINGE),
+    ("lovasz_softmax", f"{EXACT}, native", CITY),
+    ("lovasz_hinge", f"{EXACT}, native", HINGE),
+]
+
+
+def predicted_us(task: str, contestant: str, shape: tuple[int, ...], dtype: str, gpu: Gpu) -> float:
+    return sum(spent(task, contestant, shape, dtype, gpu).values())
+
+
+def table() -> list[str]:
+    rows = []
+    for (task, contestant, shape), dtype, (name, gpu) in itertools.product(LISTED, DTYPES, GPUS.items()):
+        us, floor = spent(task, contestant, shape, dtype, gpu), floor_us(task, shape, dtype, gpu)
+        least, most = (
+            predicted_us(task, contestant, shape, dtype, replace(gpu, issued=issued)) for issued in (1.0, gpu.issued)
+        )
+        cells = [f"{task} {list(shape)} {dtype}", contestant.removesuffix(", native"), name]
+        cells += [f"{t:.0f}" for t in (*us.values(), most, floor)] + [f"{floor / most:.0%} ({floor / least:.0%})"]
+        if contestant.startswith(EXACT):
+            cells.append(f"{most / predicted_us(task, SORT, shape, dtype, gpu):.2f}x")
+        rows.append(cells)
+    header = ("memory", "instructions", "small steps", "us", "floor, us", "of the floor (if all issue)", "over one sort")
+    return report.table(("inputs", "loss", "GPU", *header), rows)
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))
