@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -257,6 +256,7 @@ def test_what_bounds_a_kernel(monkeypatch):
     small = 3 * model.LAUNCH_US + model.CHAIN_CYCLES  # of a microsecond at 1 GHz
     assert spent(one) == pytest.approx({"memory": 0, "instructions": 81.92, "small steps": small})
     assert spent(one, share=0.5)["instructions"] == pytest.approx(40.96)
+    assert spent(one, fewer=5)["instructions"] == pytest.approx(40.96)
     assert spent(model.replace(one, issued=0.5))["instructions"] == pytest.approx(163.84)
     many = model.replace(one, multiprocessors=100)
     assert spent(many) == pytest.approx({"memory": 4.194304, "instructions": 0, "small steps": small})
@@ -318,6 +318,6 @@ def test_modelled_time_of_exact(dtype):
 
 
 def test_the_table_of_the_model_is_in_the_documents():
-    """If not: python -m benchmarks.model prints it."""
-    text = (Path(__file__).parents[1] / "docs/performance-model.md").read_text()
-    assert "\n".join(model.table()) in text
+    """If not: python -m benchmarks.model writes it."""
+    text = model.DOCUMENT.read_text()
+    assert "\n".join(model.table()) in text and model.with_table(text) == text
