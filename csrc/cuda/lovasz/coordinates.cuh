@@ -86,6 +86,19 @@ __device__ inline Softmax<opmath_t<In>> statistics_of_pixel(const View& logits, 
   return {max_logit, sum.sum};
 }
 
+// base + i * bytes, of less than 2^31 both: in one instruction. (nvcc would step from one class to the next, by an addition of
+// 64 bits, which takes two; ptxas too, if it saw a multiply-add of unsigned numbers.)
+__device__ inline char* near(char* base, uint32_t i, uint32_t bytes) {
+#if defined(VEERLOSS_EMULATED)
+  return base + static_cast<uint64_t>(i) * bytes;
+#else
+  char* at;
+  asm("{ .reg .s64 d; mul.wide.s32 d, %1, %2; add.s64 %0, d, %3; }" : "=l"(at) : "r"(i), "r"(bytes), "l"(base));
+  __builtin_assume(__isGlobal(at));
+  return at;
+#endif
+}
+
 // The classes of a pixel at distances of 32 bits, which multiply in one instruction.
 template <class In>
 struct NearClasses {
@@ -109,7 +122,6 @@ struct NearClasses {
   static __device__ char* image_of(const View& view, uint32_t image) {
     return view.data + static_cast<int64_t>(image) * view.stride_image * static_cast<int64_t>(sizeof(In));
   }
-  static __device__ char* near(char* base, uint32_t i, uint32_t bytes) { return base + static_cast<uint64_t>(i) * bytes; }
   __device__ In* at(int c) const { return reinterpret_cast<In*>(near(first, static_cast<uint32_t>(c), step)); }
 };
 

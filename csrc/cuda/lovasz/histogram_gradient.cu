@@ -74,10 +74,10 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
     const PixelCoordinates<float> coordinates(sum.sum);
     const float inv_sumexp = 1.0f / add_rn(1.0f, sum.sum);
     // The label's class, whose logit is in L1.
-    float foreground = 0.0f;
+    float foreground = 0.0f, label_below = -1.0f;
     if (label < classes) {
-      const float logit = logits.load(label);
-      const uint32_t bin = bin_offset_of(-coordinates.of(below_largest(logit, max_logit)), tables + label * table);
+      label_below = below_largest(logits.load(label), max_logit);
+      const uint32_t bin = bin_offset_of(-coordinates.of(label_below), tables + label * table);
       foreground = weights[(2 * label + 1) * bins + bin / 4] * factors[label];
     }
     // As SoftmaxGradient, in two steps: the weight of a most probable class is the pivot, and all others are relative to it.
@@ -88,14 +88,15 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
       const bool top = g[c] == 0.0f;
       const uint32_t bin = bin_offset_of(coordinates.of(g[c]), tables + c * table);
       g[c] = *reinterpret_cast<const float*>(reinterpret_cast<const char*>(background + c * bins) + bin);
-      g[c] = c == label ? foreground : g[c];
       pivot = top ? g[c] : pivot;
     }
+    pivot = label_below == 0.0f ? foreground : pivot;
+    const uint32_t labels = label < classes ? 1u << label : 0;
     float mean = 0.0f;
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) {
       if (!Range::has(c, classes)) continue;
-      g[c] -= pivot;
+      g[c] = ((labels & (1u << c)) ? foreground : g[c]) - pivot;
       mean = fma_rn(exps[c], g[c], mean);
     }
     mean *= inv_sumexp * inv_sumexp;
