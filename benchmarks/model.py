@@ -38,6 +38,8 @@ INSTRUCTIONS = {
     "softmax focal forward, shared": (43.9, 44.7),
     "softmax focal backward, shared": (47.8, 50.4),
     "histogram count": (34.6, 35.7),
+    "histogram count, classes in rows": (44.5, None),
+    "histogram count, softmax stored": (34.0, None),
     "histogram backward": (39.0, 41.7),
     "histogram count, hinge": (246, 247),
     "histogram sum, hinge": (141, 142),

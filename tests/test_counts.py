@@ -49,9 +49,14 @@ def focal_shared(step: str, dtype: str) -> Budget:
 
 
 #: Of all classes, and of none that is not there; of one image or more, not as one sequence.
-COUNT, GRADIENT, EXACT = (f"lovasz/{name}.cu" for name in ("histogram_count", "histogram_gradient", "exact"))
+COUNT, GRADIENT, EXACT = (f"lovasz/{name}.cu" for name in ("histogram_count_softmax", "histogram_gradient", "exact"))
 #: Tables and counts, or weights, of 19 classes.
 SHARED = 19 * (129 * 8 + 4 * 1920)
+
+
+def count(dtype: str, source: int, kind: str, **options) -> Budget:
+    name = rf"lovasz_count_softmax_kernel<{dtype}, ClassRange<17, 20>, \(Source\){source}, false, {str(source > 0).lower()}>"
+    return Budget(COUNT, name, 19, f"histogram count{kind}", **options)
 
 
 def budgets(dtype: str) -> list[Budget]:
@@ -59,11 +64,11 @@ def budgets(dtype: str) -> list[Budget]:
     return [
         *(focal(step, dtype) for step in ("forward", "backward")),
         *(focal_shared(step, dtype) for step in ("forward", "backward")),
-        Budget(COUNT, f"lovasz_count_softmax_kernel<{in_registers}, false, false>", 19, "histogram count", warps=32, **shared),
+        count(dtype, 0, "", warps=32, **shared),
         # The longest way has a label of every type, a class that is missing, and a pivot for confident pixels.
         Budget(GRADIENT, f"lovasz_gradient_kernel<{in_registers}, false>", 19, "histogram backward", warps=24, **shared),
         # One class, of a pixel for each thread: the index of a pixel takes some multiplications.
-        Budget(COUNT, rf"lovasz_count_classes_kernel<{dtype}, \(Errors\)2>", 1, "histogram count, hinge", 9),
+        Budget("lovasz/histogram_count.cu", rf"lovasz_count_classes_kernel<{dtype}, \(Errors\)2>", 1, "histogram count, hinge", 9),
         Budget(GRADIENT, f"lovasz_sum_kernel<{dtype}>", 1, "histogram sum, hinge", 2),
         Budget(GRADIENT, f"elementwise_gradient_kernel<{dtype}, BinWeights<float>>", 1, "histogram backward, hinge", 17),
         Budget(EXACT, rf"lovasz_keys_kernel<{dtype}, \(Errors\)0, ClassRange<17, 20>>", 19, "exact keys", whole=True),
@@ -77,6 +82,10 @@ BUDGETS = [
     *budgets("float"),
     *budgets("__nv_bfloat16"),
     *(focal(step, "float", 1, ", classes in rows") for step in ("forward", "backward")),
+    # Rows of 512 pixels.
+    count("float", 1, ", classes in rows", warps=16, dynamic_shared=SHARED + 512 * 19 * 4 * 33 // 32),
+    # Of 150 classes, 19 of a block.
+    count("float", 2, ", softmax stored", wide_multiplies=30, warps=32, dynamic_shared=SHARED),
     Budget(EXACT, "lovasz_digits_kernel<float>", 4, "exact digits"),
 ]
 

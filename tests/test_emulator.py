@@ -36,6 +36,9 @@ LOSSES = {
     "lovasz exact": functools.partial(veerloss.lovasz_softmax_loss, method="exact"),
     "lovasz histogram": functools.partial(veerloss.lovasz_softmax_loss, method="histogram"),
 }
+over_layouts = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
 over_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
@@ -50,7 +53,7 @@ def forward_and_backward(loss, x, y, **options):
 
 
 @over_losses
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@over_layouts
 @pytest.mark.parametrize("shape", [(2, 3, 37, 41), (1, 130, 24, 40)], ids=["3 classes", "130 classes"])
 def test_the_order_of_threads_changes_no_bit(shape, layout, loss, emulated, monkeypatch):
     emulated(library.NAMESPACE)
@@ -154,7 +157,7 @@ def memory(x, y) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@over_layouts
 def test_traffic_of_the_softmax_focal_loss(layout, dtype, metered):
     """Forward reads logits and target once; backward reads them again, and writes the gradient. What a warp asks for is used,
     but for the rest of the sectors of the labels' logits."""
@@ -172,10 +175,12 @@ def test_traffic_of_the_softmax_focal_loss(layout, dtype, metered):
         assert total(launches, "conflicts") <= 0.6 * total(launches, "shared")
 
 
-def test_traffic_of_the_histogram_method(metered):
+@over_layouts
+def test_traffic_of_the_histogram_method(layout, metered):
     """Each count reads logits and target once, and so does backward, which writes the gradient; beside them tables, counts and
-    weights, whose size is that of the bins."""
-    x, y = logits(SHAPE), labels(SHAPE, SHAPE[1])
+    weights, whose size is that of the bins. What a warp asks for is used, but for the rest of the sectors of the labels'
+    logits."""
+    x, y = logits(SHAPE).contiguous(memory_format=layout), labels(SHAPE, SHAPE[1])
     forward, (backward,) = metered(LOSSES["lovasz histogram"], x, y)
     of_logits, of_target = memory(x, y)
     of_bins = SHAPE[1] * (8 * TABLE + 2 * 4 * bin_count(SHAPE[1])) + 1024  # and a few values of each segment
@@ -186,6 +191,30 @@ def test_traffic_of_the_histogram_method(metered):
     assert all(launch["written"] <= of_bins for launch in forward)
     assert backward["written"] == of_logits
     assert sum(launch["read"] for launch in forward) <= len(counts) * (of_logits + of_target + 2 * of_bins)
+    label_logits = 32 * y.numel()
+    for launch in counts:
+        assert 32 * launch["sectors"] <= of_logits + of_target + label_logits + 2 * launch["blocks"] * of_bins
+
+
+@over_layouts
+def test_traffic_of_many_classes(layout, metered):
+    """More than registers hold: each count reads the logits twice, the second time in parts, and the softmax of every pixel;
+    backward once."""
+    shape = (2, 40, 32, 64)
+    x, y = logits(shape).contiguous(memory_format=layout), labels(shape, shape[1])
+    forward, (backward,) = metered(LOSSES["lovasz histogram"], x, y)
+    of_logits, of_target = memory(x, y)
+    of_softmax = 8 * y.numel()
+    of_bins = shape[1] * (8 * TABLE + 2 * 4 * bin_count(shape[1])) + 1024
+    statistics = [launch for launch in forward if "lovasz_statistics_parts_kernel" in launch["kernel"]]
+    counts = [launch for launch in forward if "lovasz_count_softmax_kernel" in launch["kernel"]]
+    assert len(statistics) == len(counts) >= 2
+    for launch in statistics:
+        assert of_logits <= 32 * launch["sectors"] <= of_logits + 2 * of_softmax + 1024 * launch["blocks"]
+    for launch in counts:
+        assert of_logits <= launch["read"] <= of_logits + of_target + of_softmax + of_bins
+    assert of_logits <= backward["read"] <= of_logits + of_target + of_bins
+    assert backward["written"] == of_logits
 
 
 def test_traffic_of_the_exact_method(metered):

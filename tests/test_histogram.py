@@ -4,7 +4,7 @@
 import pytest
 import torch
 from budget import SLACK, check_loss, evaluate
-from grid import KINDS, labels, logits, lovasz_case, over_histogram, over_histogram_kernels
+from grid import KINDS, labels, layouts, logits, lovasz_case, over_histogram, over_histogram_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import rare_foreground
@@ -27,6 +27,24 @@ def test_counts_of_16_bits_do_not_overflow(pixels, backend):
     options = {"method": "histogram", "backend": backend, "slack": SLACK["histogram"]}
     check_loss(lovasz_softmax_loss, x, target, **options)
     check_loss(lovasz_hinge_loss, x[:, 0], target, **options)
+
+
+#: KiB of shared memory that a block of a GPU may have: an H100, an A100, GPUs for graphics.
+SHARED_KIB = (227, 163, 99)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("kib", SHARED_KIB)
+@pytest.mark.parametrize("classes", [8, 12, 16, 19, 23, 26, 33, 64, 65, 97, 161, 257])
+def test_softmax_numbers_of_classes(classes, kib, backend, monkeypatch):
+    """Classes are in registers, of one thread or of several, and in groups where shared memory is small; pixels in
+    rows where their classes lie next to each other. (256 pixels in all: as exact as the exact method.)"""
+    monkeypatch.setenv("VEERLOSS_EMULATOR_SHARED", str(kib))
+    shape = (2, classes, 8, 16)
+    target = labels(shape, min(classes, 40), ignore_index=255)
+    target[target == 5] = 7  # an absent class
+    options = {"ignore_index": 255, "method": "histogram", "backend": backend, "slack": SLACK["histogram"]}
+    check_loss(lovasz_softmax_loss, layouts(logits(shape)), target, **options)
 
 
 def assert_near_exact(loss, x, target, backend: str, **options) -> None:

@@ -1,39 +1,17 @@
-// Softmax focal loss of many classes: a block has 32 pixels, and each of its warps a part of their classes in registers, so
-// that a pass reads the logits once. The first warp puts the softmax together, and has the targets.
+// Softmax focal loss of many classes, in parts (class_parts.cuh). The first warp has the targets.
 
+#include "class_parts.cuh"
 #include "focal.cuh"
-#include "rows.cuh"
 
 namespace veerloss {
 namespace {
 
-using Policy = Tuning::Focal;
-constexpr int threads = Policy::threads, tile_pixels = Policy::shared_pixels, warps = Policy::warps;
-
-// The classes of a warp: as many as the others have, or one more.
-struct ClassPart {
-  int first, count;
-
-  __device__ ClassPart(int warp, int classes) {
-    const int least = classes / warps, with_one_more = classes % warps;
-    first = warp * least + (warp < with_one_more ? warp : with_one_more);
-    count = least + (warp < with_one_more ? 1 : 0);
-  }
-};
-
-// Calls f with the range of the numbers of classes of a warp.
-template <class F>
-void with_part_range(int64_t classes, const F& f) {
-  if (classes <= 8 * warps) return f(ClassRange<4, 8>{});
-  if (classes <= 12 * warps) return f(ClassRange<8, 12>{});
-  if (classes <= 20 * warps) return f(ClassRange<12, 20>{});
-  f(ClassRange<20, 32>{});
-}
+constexpr int threads = PartsPolicy::threads, tile_pixels = PartsPolicy::pixels;
 
 // What warps tell each other of a tile.
 template <class T>
 struct Exchange {
-  T max_logit[threads], sumexp_excl_max[threads];                   // of each part
+  PartSoftmaxes<T> parts;
   T whole_max[tile_pixels], others[tile_pixels], own[tile_pixels];  // the factors of the gradient of a pixel
   int32_t label[tile_pixels];
 };
@@ -72,14 +50,9 @@ __device__ inline void for_each_tile(const FocalTiles& tiles, const SoftmaxFocal
     own.skip(part.first);
     load_classes<Range>(values, own, part.count);
     const T part_max = max_of(values);
-    exchange.max_logit[threadIdx.x] = part_max;
-    exchange.sumexp_excl_max[threadIdx.x] = exponentials_in_place(values, finite_max(part_max));
+    exchange.parts.put(part_max, exponentials_in_place(values, finite_max(part_max)));
     __syncthreads();
-    if (warp == 0 && at.pixel >= 0) {
-      SoftmaxOfParts<T> whole;
-      for (int i = lane; i < threads; i += tile_pixels) whole.add(exchange.max_logit[i], exchange.sumexp_excl_max[i]);
-      lead(at.image, pixel, lane, logits, whole.softmax());
-    }
+    if (warp == 0 && at.pixel >= 0) lead(at.image, pixel, lane, logits, exchange.parts.whole(lane, FastExp{}));
     __syncthreads();
     if (!grad_logits) continue;
     if (at.pixel >= 0) {
@@ -153,8 +126,7 @@ void with_kernel(const SoftmaxFocalInput& input, const FocalTiles& tiles, Stream
 
 bool fits(const SoftmaxFocalInput& input) {
   const int64_t classes = input.geometry.channels;
-  return classes >= Policy::min_shared_classes && classes <= Policy::max_shared_classes && !is_soft(input) &&
-         input.logits.dtype != DType::f64;
+  return are_in_parts(classes, input.logits.dtype) && !is_soft(input);
 }
 
 }  // namespace

@@ -195,11 +195,11 @@ namespace kernels {
 
 int64_t softmax_focal_scratch_bytes(const SoftmaxFocalInput& input) {
   // Smaller tiles are more.
-  return FocalPartials(nullptr, focal_tiles<Policy::shared_pixels>(input.geometry).blocks).bytes;
+  return FocalPartials(nullptr, focal_tiles<Tuning::ClassParts::pixels>(input.geometry).blocks).bytes;
 }
 
 void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream stream) {
-  FocalTiles tiles = focal_tiles<Policy::shared_pixels>(input.geometry);
+  FocalTiles tiles = focal_tiles<Tuning::ClassParts::pixels>(input.geometry);
   FocalPartials partials(out.scratch, tiles.blocks);
   if (!launch_shared_forward(input, out, tiles, partials, stream)) {
     tiles = focal_tiles<Policy::threads>(input.geometry);

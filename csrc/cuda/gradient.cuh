@@ -11,47 +11,9 @@
 // The weight is multiplied by the incoming gradient and the scale of the segment, and by the derivative of p.
 #pragma once
 
-#include "lovasz/coordinates.cuh"
+#include "gradient_parts.cuh"
 
 namespace veerloss {
-
-// What a segment's weights are multiplied by.
-template <class T>
-class SegmentFactor {
- public:
-  __device__ explicit SegmentFactor(const LovaszGradient& out)
-      : out_(out), per_segment_(out.reduction == Reduction::none), grad_(per_segment_ ? T(0) : load_grad(0)) {}
-  __device__ T operator()(int64_t segment) const {
-    const T grad = per_segment_ ? load_grad(segment) : grad_;
-    return static_cast<const T*>(out_.scale)[segment] * grad;
-  }
-
- private:
-  __device__ T load_grad(int64_t i) const { return static_cast<T>(load_element(out_.grad, out_.grad_dtype, i)); }
-
-  const LovaszGradient& out_;
-  const bool per_segment_;
-  const T grad_;
-};
-
-// The gradient of softmax from the gradients g of the probabilities: p_j (g_j - sum_c p_c g_c). The g of a most probable class
-// is the pivot: relative to it, the sum has no large term that cancels. Where all g are 0 so is the gradient: an ignored pixel
-// may hold NaN.
-template <class T>
-struct SoftmaxGradient {
-  T pivot = 0, others = 0, mean = 0;
-  bool any_weight = false;
-
-  __device__ void add(T exp, T g) {
-    others += exp == T(1) ? pivot : exp * g;
-    pivot = exp == T(1) ? g : pivot;
-    any_weight |= g != T(0);
-  }
-  __device__ void end(T sumexp_excl_max, T inv_sumexp) { mean = (others - pivot * sumexp_excl_max) * inv_sumexp; }
-  __device__ T operator()(T exp, T g, T inv_sumexp) const {
-    return any_weight ? exp * inv_sumexp * ((g - pivot) - mean) : T(0);
-  }
-};
 
 // One thread for each pixel, its classes in registers, or for ManyClasses read four times, all but the first from the caches.
 // (One block at the least: without it ptxas holds the last to 32 registers, and spills some.)
@@ -147,7 +109,7 @@ void launch_gradient(const Args& args) {
     };
     if (args.batch.errors != Errors::softmax)
       run(elementwise_gradient_kernel<In, W>, grid.blocks * classes);
-    else
+    else if (!launch_gradient_in_parts<In>(args.batch, W(args), args.out, args.stream))
       with_class_range<In>(classes, [&](auto range) { run(softmax_gradient_kernel<In, decltype(range), W>, grid.blocks); });
   });
 }

@@ -43,7 +43,7 @@ class SharedRow {
 
   __device__ void operator++() { ++at_; }
   __device__ void skip(int classes) { at_ += classes; }
-  __device__ T load() const { return rows_[shared_row_word(at_)]; }
+  __device__ T load(int class_ = 0) const { return rows_[shared_row_word(at_ + class_)]; }
   __device__ void store(T value) const { rows_[shared_row_word(at_)] = value; }
 
  private:

@@ -21,12 +21,16 @@ struct Sm80 {
     static constexpr int small_image_blocks = 4;
   };
 
+  // More classes than 32, up to 32 for each warp: the warps of a block share 32 pixels (class_parts.cuh).
+  struct ClassParts {
+    static constexpr int threads = 256;
+    static constexpr int pixels = 32, warps = threads / pixels;
+    static constexpr int64_t min_classes = 33, max_classes = 32 * warps;
+  };
+
   // Softmax focal loss.
   struct Focal {
     static constexpr int threads = 256;
-    // Of more classes than 32, up to 32 for each warp, the warps of a block share 32 pixels (focal_shared.cu).
-    static constexpr int shared_pixels = 32, warps = threads / shared_pixels;
-    static constexpr int64_t min_shared_classes = 33, max_shared_classes = 32 * warps;
     // Blocks of a forward pass, each of which leaves one partial sum. Each takes every max_blocks-th tile, in order: the sums,
     // and so the bits of the loss, do not depend on the GPU. Two waves or more of the largest, 8 blocks on each of 192
     // multiprocessors; at [8, 19, 512, 1024] four tiles share the sum over a block, of some 100 instructions.
@@ -92,12 +96,16 @@ struct Sm80 {
 
   struct HistogramCount {
     static constexpr int threads = 1024;  // 64 registers each; one block on a multiprocessor, whose shared memory it fills
+    // By way of shared memory: the rows of so many pixels, 40 KB of 19 classes, fit beside the counts.
+    static constexpr int threads_of_rows = 512;
     // Tiles of one pixel for each thread to a chunk, at most: counts have 16 bits.
     static constexpr int64_t most_tiles = 63;
     // Static shared memory, and what the driver reserves.
     static constexpr int64_t static_bytes = 1280;
     // In registers: 24 of float32 take 63 of 64. In float64 four would spill.
     static constexpr int64_t most_classes = 24;
+    // Of a softmax that is stored: with 24, whose addresses take registers too, 44 bytes would spill on sm_80.
+    static constexpr int64_t most_stored_classes = 20;
   };
 
   // As HistogramCount: weights of four bytes take the place of counts.

@@ -107,6 +107,11 @@ void run_block(const std::function<void()>& kernel, std::vector<int> turns, std:
 
 }  // namespace
 
+int shared_bytes_of_block() {
+  const char* kib = std::getenv("VEERLOSS_EMULATOR_SHARED");
+  return (kib ? std::atoi(kib) : 227) * 1024;
+}
+
 void barrier(int line) {
   leave(line);
 }
@@ -116,8 +121,8 @@ void yield() {
 }
 
 void launch(const void* kernel, const std::function<void()>& call, int64_t blocks, int threads, int64_t shared_bytes) {
-  if (shared_bytes + static_shared_bytes > shared_bytes_of_block)
-    throw std::runtime_error("emulator: more shared memory than a block of an H100 can have");
+  if (shared_bytes + static_shared_bytes > shared_bytes_of_block())
+    throw std::runtime_error("emulator: more shared memory than a block can have");
   if (threads > max_threads) throw std::runtime_error("emulator: more threads than a block can have");
   const char* seed = std::getenv("VEERLOSS_EMULATOR_SEED");
   std::mt19937 random(seed ? std::atoi(seed) : 0);

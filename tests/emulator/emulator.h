@@ -52,9 +52,10 @@ struct State {
 };
 inline State state;
 
-// The device: few multiprocessors, for few blocks; the shared memory of an H100, and what kernels may have of it that is
-// static.
-constexpr int multiprocessors = 2, shared_bytes_of_block = 227 * 1024, static_shared_bytes = 1024;
+// The device: few multiprocessors, for few blocks; what kernels may have of its shared memory that is static. Of dynamic and
+// static together a block may have what it has of an H100, or VEERLOSS_EMULATOR_SHARED=n KiB.
+constexpr int multiprocessors = 2, static_shared_bytes = 1024;
+int shared_bytes_of_block();
 
 // All threads that have not ended have to come to the same barrier.
 void barrier(int line);
@@ -114,7 +115,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulator::shared_bytes_of_block : emulator::multiprocessors;
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulator::shared_bytes_of_block() : emulator::multiprocessors;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {

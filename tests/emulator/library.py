@@ -18,7 +18,16 @@ ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 #: The longest to compile first.
 SOURCES = (
-    *(CSRC / "cuda/lovasz" / name for name in ("histogram_gradient.cu", "histogram_count.cu", "exact.cu", "histogram_bins.cu")),
+    *(
+        CSRC / "cuda/lovasz" / name
+        for name in (
+            "histogram_gradient.cu",
+            "histogram_count_softmax.cu",
+            "histogram_count.cu",
+            "exact.cu",
+            "histogram_bins.cu",
+        )
+    ),
     *(CSRC / "cuda" / name for name in ("focal_softmax.cu", "focal_shared.cu")),
     *(CSRC / "ops" / name for name in ("focal_softmax.cpp", "lovasz_exact.cpp", "lovasz_histogram.cpp")),
 )

@@ -133,12 +133,13 @@ inline bool is_integer(DType dtype) {
   return dtype != DType::f32 && dtype != DType::f64 && dtype != DType::bf16 && dtype != DType::f16;
 }
 
-// All loads of a pixel are under way at once; classes that are missing get -infinity.
-template <class Range, class In>
-__device__ inline void load_near(opmath_t<In> (&values)[Range::most], const NearClasses<In>& pixel, int classes) {
+// All loads of a pixel are under way at once: `classes` from `first` on. Those that are missing get -infinity. `pixel` is a
+// NearClasses or a SharedRow (rows.cuh).
+template <class Range, class T, class Pixel>
+__device__ inline void load_near(T (&values)[Range::most], const Pixel& pixel, int first, int classes) {
 #pragma unroll
   for (int c = 0; c < Range::most; ++c)
-    values[c] = Range::has(c, classes) ? pixel.load(c) : -std::numeric_limits<opmath_t<In>>::infinity();
+    values[c] = Range::has(c, classes) ? pixel.load(first + c) : -std::numeric_limits<T>::infinity();
 }
 
 // ---- probabilities, hinge
@@ -196,16 +197,18 @@ __device__ inline int64_t sampled_pixel(int64_t j, bool sampled, int64_t pixels)
   return pixel < pixels ? pixel : -1;
 }
 
-// The pixels of a block where that is known to be `flat`, or not: then no thread divides, and images have one address.
-template <bool flat>
+// The pixels of a block. Where they are known not to be flat no thread divides, and images have one address.
+template <bool may_be_flat>
 struct BlockPixels {
   const Chunks& chunks;
   int64_t first_image;
 
-  __device__ uint32_t image(uint32_t j) const { return flat ? j / chunks.image_pixels : static_cast<uint32_t>(first_image); }
+  __device__ uint32_t image(uint32_t j) const {
+    return may_be_flat && chunks.flat ? j / chunks.image_pixels : static_cast<uint32_t>(first_image);
+  }
   // -1: none.
   __device__ int32_t pixel(uint32_t j) const {
-    if (flat) return static_cast<int32_t>(j % chunks.image_pixels);
+    if (may_be_flat && chunks.flat) return static_cast<int32_t>(j % chunks.image_pixels);
     return static_cast<int32_t>(sampled_pixel(j, chunks.sampled, chunks.image_pixels));
   }
 };

@@ -1,176 +1,28 @@
 // Lovász losses on a GPU, method "histogram": count pixels by the bins of their errors. veerloss/_histogram.py has the order of
 // the steps, csrc/kernels.h describes the tensors.
 //
-//   softmax     a block has the counts and tables of all its classes in shared memory, and reads each logit once. Where not all
-//               classes fit, blocks of the same pixels share out the classes, and the logits come from L2
-//   statistics  of more classes than registers hold: maximum and sum of exponentials of every pixel
-//   classes     probabilities, a hinge, and those many classes: one class after another
+//   softmax     a block has the counts and tables of all its classes in shared memory, and reads each logit once
+//               (histogram_count_softmax.cu)
+//   statistics  of more classes than registers hold: maximum and sum of exponentials of every pixel, before that
+//   classes     probabilities, a hinge, and what does not fit registers: one class after another
 //
 // Counts are integers: the results are the same bits in every run.
 
-#include "coordinates.cuh"
+#include "histogram_count.cuh"
 
 namespace veerloss {
 namespace {
 
-using Policy = Tuning::HistogramCount;
-
-// A word for each bin of a class: background in the low 16 bits, foreground in the high ones. A chunk is too short for
-// overflow.
-constexpr uint32_t one_background = 1, one_foreground = 1u << 16;
-static_assert(Policy::most_tiles * Policy::threads < 65536, "counts of 16 bits");
-
-// Words between the counts of two classes: known from the number of classes, also where there are less bins, of the coarse
-// pass.
-VEERLOSS_HD constexpr int64_t plane_of(int64_t classes) {
-  return BinLayout::bins(classes);
-}
-
-// Shared memory of a class: its table, and its counts.
-VEERLOSS_HD constexpr int64_t table_bytes() {
-  return BinLayout::table * static_cast<int64_t>(sizeof(BinPair));
-}
-VEERLOSS_HD constexpr int64_t class_bytes(int64_t classes) {
-  return table_bytes() + 4 * plane_of(classes);
-}
-
-// How classes are shared out among blocks.
-struct Groups {
-  int classes, groups;  // of a group at most; their number
-};
-
-Groups groups_of(const LovaszBatch& b) {
-  const int64_t fit = (max_shared_bytes_of_block() - Policy::static_bytes) / class_bytes(b.classes());
-  if (fit < 1) throw std::runtime_error("veerloss: method 'histogram' needs 36 KiB of shared memory for a block");
-  const int64_t groups = ceil_div(b.classes(), fit);
-  return {static_cast<int>(ceil_div(b.classes(), groups)), static_cast<int>(groups)};
-}
-
-// What a block has beside the classes.
-struct BlockCounts {
-  BinPair* tables;   // [classes of the group][BinLayout::table]
-  uint32_t* counts;  // [classes of the group][plane_of], of which args.bins are used
-  int64_t row;
-  int first_class, end_class;
-};
-
-__device__ inline BlockCounts block_counts(const LovaszHistogramCount& args, unsigned char* memory, int64_t row, int group,
-                                           Groups groups) {
-  const auto classes = static_cast<int>(args.batch.classes());
-  const int first = group * groups.classes, end = first + groups.classes < classes ? first + groups.classes : classes;
-  auto* tables = reinterpret_cast<BinPair*>(memory);
-  return {tables, reinterpret_cast<uint32_t*>(tables + (end - first) * BinLayout::table), row, first, end};
-}
-
-__device__ inline bool is_counted(const LovaszHistogramCount& args, int64_t row, int c) {
-  return !args.segment_mask || args.segment_mask[row * args.batch.classes() + c];
-}
-
-// Zero counts, and tables; of a class that is not counted one that finds bin 0 for every pixel. Whether any class is counted.
-__device__ inline bool begin_block(const LovaszHistogramCount& args, const BlockCounts& block) {
-  bool any = false;
-  for (int c = block.first_class; c < block.end_class; ++c) any |= is_counted(args, block.row, c);
-  if (!any) return false;
-  const int classes = block.end_class - block.first_class, table = BinLayout::table;
-  for (int i = static_cast<int>(threadIdx.x); i < classes * table; i += Policy::threads) {
-    const int c = block.first_class + i / table, k = i % table;
-    BinPair pair = args.table ? args.table[(block.row * args.batch.classes() + c) * table + k] : coarse_pair(k);
-    if (!is_counted(args, block.row, c)) pair = {0.0f, k == 0 ? 0.0f : BinLayout::magic};
-    block.tables[i] = pair;
-  }
-  const auto words = classes * static_cast<int>(plane_of(args.batch.classes()));
-  for (int i = static_cast<int>(threadIdx.x); i < words; i += Policy::threads) block.counts[i] = 0;
-  return true;
-}
-
-// Adds a block's counts to those of the segments. `valid` pixels of it count; bad: a target is out of range.
-__device__ inline void end_block(const LovaszHistogramCount& args, const BlockCounts& block, int valid, bool bad, bool nan) {
-  const auto bins = static_cast<int>(args.bins);
-  const int64_t classes = args.batch.classes(), plane = plane_of(classes);
-  int32_t* counts = args.counts + (block.row * classes + block.first_class) * 2 * bins;
-  for (int c = 0; c < block.end_class - block.first_class; ++c) {
-    if (!is_counted(args, block.row, block.first_class + c)) continue;
-    for (int k = static_cast<int>(threadIdx.x); k < bins; k += Policy::threads) {
-      const uint32_t word = block.counts[c * plane + k];
-      if (word & 0xffff) atomicAdd(counts + 2 * c * bins + k, static_cast<int32_t>(word & 0xffff));
-      if (word >> 16) atomicAdd(counts + (2 * c + 1) * bins + k, static_cast<int32_t>(word >> 16));
-    }
-    if (threadIdx.x != 0) continue;
-    atomicAdd(counts + 2 * c * bins, valid);
-    if (bad) atomicAdd(counts + (2 * c + 1) * bins, 1);
-    if (bad || nan) atomicMax(args.largest + block.row * classes + block.first_class + c, key_of_nan);
-  }
-}
-
-// ---- softmax, in registers
-
-template <class In, class Range, bool grouped, bool flat>
-__global__ void __launch_bounds__(Policy::threads)
-    lovasz_count_softmax_kernel(LovaszHistogramCount args, Chunks chunks, Groups groups) {
-  using T = opmath_t<In>;
-  constexpr int plane = plane_of(Range::most);
-  VEERLOSS_DYNAMIC_SHARED(memory);
-  __shared__ int block_valid, block_bad, block_nan;
-  const LovaszBatch& b = args.batch;
-  const auto classes = static_cast<int>(b.classes());
-  const auto [first_image, part, group] = image_part(chunks.chunks, groups.groups);
-  const BlockCounts block = block_counts(args, memory, b.per_image ? first_image : 0, static_cast<int>(group), groups);
-  if (!begin_block(args, block)) return;
-  if (threadIdx.x == 0) block_valid = block_bad = block_nan = 0;
-  __syncthreads();
-
-  const int64_t begin = chunks.begin(part), end = chunks.end(part);
-  int valid = 0;
-  bool bad = false, nan = false;
-  const BlockPixels<flat> pixels{chunks, first_image};
-  VEERLOSS_NO_UNROLL  // registers are for the classes
-      for (uint32_t j = static_cast<uint32_t>(begin) + threadIdx.x; j < static_cast<uint32_t>(end); j += Policy::threads) {
-    const uint32_t image = pixels.image(j);
-    const int32_t pixel = pixels.pixel(j);
-    if (pixel < 0) continue;
-    const int32_t label = load_integer_label(b.target, b.rule, image, pixel);
-    if (label < 0) {
-      bad |= label == label_bad;
-      continue;
-    }
-    ++valid;
-    const NearClasses<In> logits(b.logits, image, static_cast<uint32_t>(pixel));
-    T below[Range::most];
-    load_near<Range>(below, logits, classes);
-    const T max_logit = max_of(below);
-    SumExclMax<T> sum;
-#pragma unroll
-    for (int c = 0; c < Range::most; ++c) {
-      below[c] = below_largest(below[c], max_logit);
-      sum.add(exp2_of(below[c]));
-    }
-    nan |= sum.sum != sum.sum;
-    const PixelCoordinates<T> coordinates(sum.sum);
-#pragma unroll
-    for (int c = 0; c < Range::most; ++c) {
-      if (!Range::has(c, classes)) continue;
-      if (grouped && (c < block.first_class || c >= block.end_class)) continue;
-      const int k = grouped ? c - block.first_class : c;
-      const uint32_t bin = bin_offset_of(coordinates.of(below[c]), block.tables + k * BinLayout::table);
-      if (bin != 0 && c != label)
-        atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block.counts + k * plane) + bin), one_background);
-    }
-    // The label's class, whose logit is in L1.
-    if (label < classes && (!grouped || (label >= block.first_class && label < block.end_class))) {
-      const int k = grouped ? label - block.first_class : label;
-      const T logit = logits.load(label);
-      const uint32_t bin = bin_offset_of(-coordinates.of(below_largest(logit, max_logit)), block.tables + k * BinLayout::table);
-      atomicAdd(reinterpret_cast<uint32_t*>(reinterpret_cast<char*>(block.counts + k * plane) + bin), one_foreground);
-    }
-  }
-  if (valid) atomicAdd(&block_valid, valid);
-  if (bad) block_bad = 1;
-  if (nan) block_nan = 1;
-  __syncthreads();
-  end_block(args, block, block_valid, block_bad != 0, block_nan != 0);
-}
+using Policy = CountPolicy;
 
 // ---- one class after another
+
+// A mask may be empty: then a pass ends at once.
+__device__ inline bool is_any_counted(const LovaszHistogramCount& args) {
+  bool any = !args.segment_mask;
+  for (int64_t i = 0; i < args.batch.segments() && !any; ++i) any = args.segment_mask[i];
+  return any;
+}
 
 // statistics: [N, P]; of a sample, only those of its pixels are written.
 template <class In>
@@ -179,14 +31,73 @@ __global__ void __launch_bounds__(Tuning::HistogramStatistics::threads)
   constexpr int threads = Tuning::HistogramStatistics::threads;
   const LovaszBatch& b = args.batch;
   const auto [first_image, part, none] = image_part(chunks.chunks);
-  bool any = false;  // a mask may be empty: then the pass ends at once
-  for (int64_t i = 0; i < b.segments() && !any; ++i) any = !args.segment_mask || args.segment_mask[i];
+  const bool any = is_any_counted(args);
   const int64_t begin = chunks.begin(part), end = chunks.end(part);
   for (int64_t j = begin + threadIdx.x; any && j < end; j += threads) {
     const auto [image, pixel] = block_pixel(chunks, first_image, j);
     if (pixel < 0 || load_label(b.target, b.rule, image, pixel) < 0) continue;
     statistics[image * b.geometry.pixels + pixel] = statistics_of_pixel<In, CoordinateExp>(b.logits, b.classes(), image, pixel);
   }
+}
+
+// The same of classes in parts, as backward has them (gradient_parts.cuh): it finds the same bins. `in_rows`: rows.cuh.
+template <class In, class Range, bool in_rows>
+__global__ void __launch_bounds__(PartsPolicy::threads, 3)
+    lovasz_statistics_parts_kernel(LovaszHistogramCount args, Chunks chunks, Softmax<opmath_t<In>>* statistics) {
+  using T = opmath_t<In>;
+  constexpr int pixels = PartsPolicy::pixels;
+  __shared__ PartSoftmaxes<T> parts;
+  VEERLOSS_DYNAMIC_SHARED(memory);
+  const LovaszBatch& b = args.batch;
+  const auto classes = static_cast<int>(b.classes());
+  const int lane = static_cast<int>(threadIdx.x) % pixels;
+  const ClassPart part(static_cast<int>(threadIdx.x) / pixels, classes);
+  const auto [first_image, tile, none] = image_part(chunks.chunks);
+  if (!is_any_counted(args)) return;
+  const int64_t first = chunks.begin(tile), left = chunks.end(tile) - first;
+  const auto [image, pixel] = block_pixel(chunks, first_image, lane < left ? first + lane : first);
+  const bool has_pixel = lane < left && pixel >= 0;
+  const SharedRows<In, PartsPolicy::threads> rows(memory, classes);
+  if constexpr (in_rows) {
+    rows.load(b.logits, {first_image, first, static_cast<int>(left < pixels ? left : pixels)});
+    __syncthreads();
+  }
+  auto pointer = [&] {
+    if constexpr (in_rows)
+      return rows.row(has_pixel ? lane : 0);
+    else
+      return ClassPointer<In>(b.logits, image, has_pixel ? pixel : 0);
+  }();
+  pointer.skip(part.first);
+  T logits[Range::most];
+  load_classes<Range>(logits, pointer, part.count);
+  put_softmax_of_part<CoordinateExp>(parts, logits);
+  __syncthreads();
+  if (threadIdx.x < pixels && has_pixel)
+    statistics[image * b.geometry.pixels + pixel] = parts.whole(lane, ExpOf<CoordinateExp>{});
+}
+
+template <class In>
+void launch_statistics(const LovaszHistogramCount& args, Softmax<opmath_t<In>>* statistics) {
+  const LovaszBatch& b = args.batch;
+  if constexpr (!std::is_same_v<In, double>)
+    if (are_in_parts(b.classes(), b.logits.dtype)) {
+      const Chunks parts = chunks_of(b, PartsPolicy::pixels, 1, 1, 1, args.sampled);
+      const bool rows = !args.sampled && has_rows(b.logits, b.geometry, {.parts = 0, .blocks = 0, .flat = parts.flat});
+      const Launch shape{.blocks = parts.images * parts.chunks,
+                         .threads = PartsPolicy::threads,
+                         .stream = args.stream,
+                         .shared_bytes = rows ? shared_rows_bytes(PartsPolicy::pixels * b.classes(), sizeof(opmath_t<In>)) : 0};
+      return with_part_range(b.classes(), [&](auto range) {
+        with_flag(rows, [&](auto in_rows) {
+          launch(lovasz_statistics_parts_kernel<In, decltype(range), decltype(in_rows)::value>, shape, args, parts, statistics);
+        });
+      });
+    }
+  constexpr int threads = Tuning::HistogramStatistics::threads;
+  const Chunks parts = chunks_of(b, threads, 1, 1, 1, args.sampled);
+  launch(lovasz_statistics_kernel<In>, {.blocks = parts.images * parts.chunks, .threads = threads, .stream = args.stream}, args,
+         parts, statistics);
 }
 
 template <class In, Errors errors>
@@ -196,17 +107,14 @@ __global__ void __launch_bounds__(Policy::threads)
   using T = opmath_t<In>;
   constexpr bool softmax = errors == Errors::softmax;
   VEERLOSS_DYNAMIC_SHARED(memory);
-  __shared__ int block_valid, block_bad, block_nan;
   __shared__ uint32_t block_largest;
   const LovaszBatch& b = args.batch;
   const auto plane = static_cast<int>(plane_of(b.classes()));
   const auto [first_image, part, group] = image_part(chunks.chunks, groups.groups);
   const BlockCounts block = block_counts(args, memory, b.per_image ? first_image : 0, static_cast<int>(group), groups);
-  if (!begin_block(args, block)) return;
-  if (threadIdx.x == 0) block_valid = block_bad = block_nan = 0;
+  if (!begin_block<Policy::threads>(args, block)) return;
   const int64_t begin = chunks.begin(part), end = chunks.end(part);
-  int valid = 0;
-  bool bad = false, nan = false;
+  PixelTotals totals;
   for (int c = block.first_class; c < block.end_class; ++c) {
     if (threadIdx.x == 0) block_largest = 0;
     __syncthreads();
@@ -219,16 +127,16 @@ __global__ void __launch_bounds__(Policy::threads)
       if (pixel < 0) continue;
       const int32_t label = load_label(b.target, b.rule, image, pixel);
       if (label < 0) {
-        bad |= label == label_bad;
+        totals.bad |= label == label_bad;
         continue;
       }
-      valid += c == block.first_class;
+      totals.valid += c == block.first_class;
       const T x = load<In>(b.logits, image, c, pixel);
       const bool foreground = label == b.foreground(c);
       float coordinate;
       if constexpr (softmax) {
         const Softmax<T> all = statistics[image * b.geometry.pixels + pixel];
-        nan |= all.sumexp_excl_max != all.sumexp_excl_max;
+        totals.nan |= all.sumexp_excl_max != all.sumexp_excl_max;
         coordinate = PixelCoordinates<T>(all.sumexp_excl_max).of(below_largest(x, all.max_logit));
         coordinate = foreground ? -coordinate : coordinate;
       } else {
@@ -247,56 +155,26 @@ __global__ void __launch_bounds__(Policy::threads)
       atomicMax(args.largest + block.row * b.classes() + c, block_largest);
     __syncthreads();
   }
-  if (valid) atomicAdd(&block_valid, valid);
-  if (bad) block_bad = 1;
-  if (nan) block_nan = 1;
-  __syncthreads();
-  end_block(args, block, block_valid, block_bad != 0, block_nan != 0);
+  end_block<Policy::threads>(args, block, totals);
 }
 
 // ---- launches
 
-// Classes in registers are counted without their largest errors.
-bool fits_registers(const LovaszHistogramCount& args) {
-  const LovaszBatch& b = args.batch;
-  return b.errors == Errors::softmax && !args.find_largest && b.logits.dtype != DType::f64 && is_integer(b.target.dtype) &&
-         are_near(b.logits) && b.classes() <= Policy::most_classes;
-}
-
-Chunks count_chunks(const LovaszBatch& b, int64_t groups, bool sampled) {
-  return chunks_of(b, Policy::threads, Policy::most_tiles, multiprocessors(), groups, sampled);
-}
-
 template <class In>
 void count(const LovaszHistogramCount& args) {
-  using T = opmath_t<In>;
   const LovaszBatch& b = args.batch;
-  const Groups groups = groups_of(b);
+  auto* statistics = static_cast<Softmax<opmath_t<In>>*>(args.scratch);
+  if (b.errors == Errors::softmax && !all_fit_registers(args)) launch_statistics<In>(args, statistics);
+  if (fits_registers(args)) return launch_count_softmax(args);
+  const Groups groups = groups_of(b, b.classes());
   const Chunks chunks = count_chunks(b, groups.groups, args.sampled);
-  const Launch shape{.blocks = chunks.images * chunks.chunks * groups.groups,
-                     .threads = Policy::threads,
-                     .stream = args.stream,
-                     .shared_bytes = groups.classes * class_bytes(b.classes())};
-  if (fits_registers(args))
-    return with_class_range<In>(b.classes(), [&](auto range) {
-      using Range = decltype(range);
-      if constexpr (!std::is_same_v<In, double> && Range::most > 0 && Range::most <= Policy::most_classes)
-        with_flag(groups.groups > 1, [&](auto grouped) {
-          with_flag(chunks.flat, [&](auto flat) {
-            launch(lovasz_count_softmax_kernel<In, Range, decltype(grouped)::value, decltype(flat)::value>, shape, args, chunks,
-                   groups);
-          });
-        });
-    });
-  auto* statistics = static_cast<Softmax<T>*>(args.scratch);
-  if (b.errors == Errors::softmax) {
-    constexpr int threads = Tuning::HistogramStatistics::threads;
-    const Chunks parts = chunks_of(b, threads, 1, 1, 1, args.sampled);
-    launch(lovasz_statistics_kernel<In>, {.blocks = parts.images * parts.chunks, .threads = threads, .stream = args.stream},
-           args, parts, statistics);
-  }
   with_errors(b.errors, [&](auto errors) {
-    launch(lovasz_count_classes_kernel<In, decltype(errors)::value>, shape, args, chunks, groups, statistics);
+    launch(lovasz_count_classes_kernel<In, decltype(errors)::value>,
+           {.blocks = chunks.images * chunks.chunks * groups.groups,
+            .threads = Policy::threads,
+            .stream = args.stream,
+            .shared_bytes = groups.classes * class_bytes(b.classes())},
+           args, chunks, groups, statistics);
   });
 }
 
@@ -304,7 +182,7 @@ void count(const LovaszHistogramCount& args) {
 
 int64_t kernels::lovasz_histogram_scratch_bytes(const LovaszHistogramCount& args) {
   const LovaszBatch& b = args.batch;
-  if (b.errors != Errors::softmax || fits_registers(args)) return 0;
+  if (b.errors != Errors::softmax || all_fit_registers(args)) return 0;
   return with_opmath_type(b.logits.dtype, [&](auto zero) {
     return b.geometry.images * b.geometry.pixels * static_cast<int64_t>(sizeof(Softmax<decltype(zero)>));
   });

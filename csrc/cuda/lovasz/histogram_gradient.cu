@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
       continue;
     }
     float exps[Range::most], g[Range::most];
-    load_near<Range>(g, logits, classes);
+    load_near<Range>(g, logits, 0, classes);
     const float max_logit = max_of(g);
     SumExclMax<float> sum;
 #pragma unroll
