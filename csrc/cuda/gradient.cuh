@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
   const SegmentFactor<T> factor(out);
   int32_t label = label_ignored;
   if constexpr (Weights::reads_label) label = load_label(batch.target, batch.rule, image, pixel);
-  SoftmaxGradient<T> gradient;
+  SoftmaxGradient<T> gradient{};
   const auto weigh = [&](int64_t c, T logit, const Softmax<T>& softmax) {
     return weights(batch, image, pixel, c, label, logit, softmax) * factor(batch.segment(image, c));
   };

@@ -31,8 +31,8 @@ class SegmentFactor {
 // may hold NaN.
 template <class T>
 struct SoftmaxGradient {
-  T pivot = 0, others = 0, mean = 0;
-  bool any_weight = false;
+  T pivot, others, mean;  // {} is that of no class
+  bool any_weight;
 
   __device__ void add(T exp, T g) {
     others += exp == T(1) ? pivot : exp * g;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
   const int32_t label = exchange.label[lane];
   const SegmentFactor<T> factor(out);
   const T inv_sumexp = softmax.inv_sumexp();
-  SoftmaxGradient<T> gradient;
+  SoftmaxGradient<T> gradient{};
   bool has_top = false;
 #pragma unroll
   for (int k = 0; k < Range::most; ++k) {
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
   exchange.has_top[threadIdx.x] = has_top;
   __syncthreads();
   if (warp == 0) {
-    SoftmaxGradient<T> whole;
+    SoftmaxGradient<T> whole{};
     for (int i = lane; i < PartsPolicy::threads; i += pixels_of_block)
       whole.add(exchange.part_gradient[i], exchange.has_top[i]);
     whole.end(softmax.sumexp_excl_max, inv_sumexp);
