@@ -25,7 +25,7 @@ enum class Errors : int64_t { softmax = 0, probabilities = 1, hinge = 2 };
 // Bin 0 holds the errors below the window. In a softmax these are not counted: the window begins about where the smallest
 // foreground error is, and background below it has weight 0. Their number follows from that of all pixels, which is what the
 // background count of bin 0 holds in place of its own. Of other losses bin 0 holds the errors that are exactly 0, alone.
-struct BinPair {
+struct alignas(8) BinPair {
   float scale, offset;
 };
 

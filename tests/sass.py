@@ -113,6 +113,12 @@ class Kernel:
         """What an iteration of the main loop executes at most."""
         return self.flow.instructions(self.flow.longest_way(self.main_loop))
 
+    def iteration_with(self, opcode: str) -> tuple[Instruction, ...]:
+        """The same of the smallest loop that has such an instruction."""
+        has = [any(i.opcode.startswith(opcode) for i in block) for block in self.flow.blocks]
+        loop = next(loop for loop in reversed(self.flow.loops()) if any(has[b] for b in loop))
+        return self.flow.instructions(self.flow.longest_way(loop))
+
     @property
     def way(self) -> tuple[Instruction, ...]:
         """What the kernel executes at most, loops once."""

@@ -25,6 +25,7 @@ class Budget:
     counted: str  # the name of its instructions in benchmarks.model
     wide_multiplies: int | None = None  # in an iteration, at most; by default fewer than elements: none for each
     whole: bool = False  # count the way through the kernel, which has no loop over pixels
+    loop: str | None = None  # an opcode of the loop over pixels, where another loop is larger
     warps: int = 1  # on a multiprocessor, of 64, at least
     dynamic_shared: int = 0  # bytes that a block is launched with
     static_shared: int = 48 * 1024  # bytes, at most
@@ -68,13 +69,32 @@ def budgets(dtype: str) -> list[Budget]:
         # The longest way has a label of every type, a class that is missing, and a pivot for confident pixels.
         Budget(GRADIENT, f"lovasz_gradient_kernel<{in_registers}, false>", 19, "histogram backward", warps=24, **shared),
         # One class, of a pixel for each thread: the index of a pixel takes some multiplications.
-        Budget("lovasz/histogram_count.cu", rf"lovasz_count_classes_kernel<{dtype}, \(Errors\)2>", 1, "histogram count, hinge", 9),
-        Budget(GRADIENT, f"lovasz_sum_kernel<{dtype}>", 1, "histogram sum, hinge", 2),
-        Budget(GRADIENT, f"elementwise_gradient_kernel<{dtype}, BinWeights<float>>", 1, "histogram backward, hinge", 17),
+        Budget(
+            "lovasz/histogram_count.cu",
+            rf"lovasz_count_classes_kernel<{dtype}, \(Errors\)2, true>",
+            1,
+            "histogram count, hinge",
+            3,
+            loop="ATOMS",
+        ),
+        Budget(GRADIENT, rf"lovasz_sum_kernel<{dtype}, \(Errors\)2, true>", 1, "histogram sum, hinge", 2),
+        Budget(
+            GRADIENT,
+            rf"elementwise_gradient_kernel<{dtype}, \(Errors\)2, true, BinWeights<float>>",
+            1,
+            "histogram backward, hinge",
+            5,
+        ),
         Budget(EXACT, rf"lovasz_keys_kernel<{dtype}, \(Errors\)0, ClassRange<17, 20>>", 19, "exact keys", whole=True),
         Budget(EXACT, rf"lovasz_keys_kernel<{dtype}, \(Errors\)2, ClassRange<0, 0>>", 16, "exact keys, hinge"),
-        Budget(EXACT, f"softmax_gradient_kernel<{in_registers}, StoredWeights<float>>", 19, "exact backward", 39),
-        Budget(EXACT, f"elementwise_gradient_kernel<{dtype}, StoredWeights<float>>", 1, "exact backward, hinge", 15),
+        Budget(EXACT, f"softmax_gradient_kernel<{in_registers}, StoredWeights<float>>", 19, "exact backward", whole=True),
+        Budget(
+            EXACT,
+            rf"elementwise_gradient_kernel<{dtype}, \(Errors\)2, true, StoredWeights<float>>",
+            1,
+            "exact backward, hinge",
+            5,
+        ),
     ]
 
 
@@ -86,6 +106,31 @@ BUDGETS = [
     count("float", 1, ", classes in rows", warps=16, dynamic_shared=SHARED + 512 * 19 * 4 * 33 // 32),
     # Of 150 classes, 19 of a block.
     count("float", 2, ", softmax stored", wide_multiplies=30, warps=32, dynamic_shared=SHARED),
+    # 150 classes.
+    Budget(
+        GRADIENT,
+        "softmax_gradient_parts_kernel<float, ClassRange<12, 20>, BinWeights<float>, false>",
+        19,
+        "histogram backward, many classes",
+        whole=True,
+        warps=16,
+    ),
+    Budget(
+        EXACT,
+        "softmax_gradient_parts_kernel<float, ClassRange<12, 20>, StoredWeights<float>, false>",
+        19,
+        "exact backward, many classes",
+        whole=True,
+        warps=16,
+    ),
+    Budget(
+        "lovasz/histogram_count.cu",
+        "lovasz_statistics_parts_kernel<float, ClassRange<12, 20>, false>",
+        19,
+        "histogram statistics, many classes",
+        whole=True,
+        warps=48,
+    ),
     Budget(EXACT, "lovasz_digits_kernel<float>", 4, "exact digits"),
 ]
 
@@ -99,6 +144,7 @@ def test_budget(budget):
     for kernel in found:
         warps = kernel.warps(budget.dynamic_shared)
         executed = kernel.way if budget.whole else kernel.iteration
+        executed = kernel.iteration_with(budget.loop) if budget.loop else executed
         per_element = len(executed) / budget.elements
         report = (
             f"{kernel.name} on sm_{kernel.arch}: {per_element:.1f} instructions an element of {budget.instructions} in "

@@ -1,14 +1,14 @@
 // The gradient of the logits for losses that give every error a weight: the Lovász losses by either method.
 //
-// A `Weights<T>` is made from the arguments of a backward pass, and tells a kernel
+// A `Weights<T>` is made from the arguments of a backward pass. Its weights are signed, d(loss of the segment)/dp of a pixel,
+// or d(loss)/dx of a probability or a hinge:
 //
-//   static constexpr bool reads_label                         whether it uses the label; if not, the target is not read
-//   Exp                                                       the exponential that its softmax is made of
-//   T operator()(batch, image, pixel, c, label, x, softmax)   the signed weight d(loss of the segment)/dp of a pixel in class
-//   c,
-//                                                             of logit x; the last argument only of a softmax
+//   static constexpr bool reads_label   whether it uses labels; if not, the target is not read
+//   Exp                                 the exponential that its softmax is made of
+//   of_pixel(batch, image, pixel, first, label, softmax)(k, logit)         of class first + k of a pixel
+//   of_segment<errors>(batch, segment, c)(index, is_foreground, x)  of a pixel, by its index in the batch, in a class
 //
-// The weight is multiplied by the incoming gradient and the scale of the segment, and by the derivative of p.
+// The weight is multiplied by the factor of the segment, and by the derivative of p.
 #pragma once
 
 #include "gradient_parts.cuh"
@@ -23,14 +23,15 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
   using T = opmath_t<In>;
   const auto [images, classes, pixels] = batch.geometry;
   const auto [image, pixel, channel] = thread_pixel<Tuning::Gradient::threads>(grid, images, pixels);
+  __shared__ T factors[Range::most > 0 ? Range::most : 1];
+  if constexpr (Range::most > 0) {
+    load_factors<Tuning::Gradient::threads>(factors, out, batch.segment(image, 0), static_cast<int>(classes));
+    __syncthreads();
+  }
   if (pixel < 0) return;
-  const SegmentFactor<T> factor(out);
   int32_t label = label_ignored;
   if constexpr (Weights::reads_label) label = load_label(batch.target, batch.rule, image, pixel);
   SoftmaxGradient<T> gradient{};
-  const auto weigh = [&](int64_t c, T logit, const Softmax<T>& softmax) {
-    return weights(batch, image, pixel, c, label, logit, softmax) * factor(batch.segment(image, c));
-  };
   if constexpr (Range::most > 0) {
     const auto count = static_cast<int>(classes);
     T g[Range::most], exps[Range::most];
@@ -44,10 +45,11 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
     }
     softmax.sumexp_excl_max = sum.sum;
     const T inv_sumexp = softmax.inv_sumexp();
+    const auto weigh = weights.of_pixel(batch, image, pixel, 0, label, softmax);
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) {
       if (!Range::has(c, count)) continue;
-      g[c] = weigh(c, g[c], softmax);
+      g[c] = weigh(c, g[c]) * factors[c];
       gradient.add(exps[c], g[c]);
     }
     gradient.end(softmax.sumexp_excl_max, inv_sumexp);
@@ -58,39 +60,49 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
   } else {
     const Softmax<T> softmax = statistics_of_pixel<In, typename Weights::Exp>(batch.logits, classes, image, pixel);
     const T inv_sumexp = softmax.inv_sumexp();
+    const auto weight = weights.of_pixel(batch, image, pixel, 0, label, softmax);
+    const SegmentFactor<T> factor(out);
+    const auto weigh = [&](int c, T logit) { return weight(c, logit) * factor(batch.segment(image, c)); };
     SumOfParts<T> parts;
     ClassPointer<In> at(batch.logits, image, pixel);
-    for (int64_t c = 0; c < classes; ++c, ++at) {
+    for (int c = 0; c < classes; ++c, ++at) {
       const T logit = at.load();
       parts.before(c, gradient.others);
-      gradient.add(Weights::Exp::of(logit, softmax.max_logit), weigh(c, logit, softmax));
+      gradient.add(Weights::Exp::of(logit, softmax.max_logit), weigh(c, logit));
     }
     parts.end(classes, gradient.others);
     gradient.end(softmax.sumexp_excl_max, inv_sumexp);
     at = ClassPointer<In>(batch.logits, image, pixel);
     ClassPointer<In> to(out.grad_logits, image, pixel);
-    for (int64_t c = 0; c < classes; ++c, ++at, ++to) {
+    for (int c = 0; c < classes; ++c, ++at, ++to) {
       const T logit = at.load();
-      to.store(gradient(Weights::Exp::of(logit, softmax.max_logit), weigh(c, logit, softmax), inv_sumexp));
+      to.store(gradient(Weights::Exp::of(logit, softmax.max_logit), weigh(c, logit), inv_sumexp));
     }
   }
 }
 
-// For probabilities or a hinge, whose classes are independent: one thread for each element.
-template <class In, class Weights>
+// For probabilities or a hinge, whose classes are independent: a block has pixels of one.
+template <class In, Errors errors, bool plain, class Weights>
 __global__ void __launch_bounds__(Tuning::Gradient::threads)
-    elementwise_gradient_kernel(LovaszBatch batch, Weights weights, LovaszGradient out, PixelGrid grid) {
+    elementwise_gradient_kernel(LovaszBatch batch, Weights weights, LovaszGradient out, Chunks chunks) {
   using T = opmath_t<In>;
-  const auto [images, classes, pixels] = batch.geometry;
-  const auto [image, pixel, c] = thread_pixel<Tuning::Gradient::threads>(grid, images, pixels, classes);
-  if (pixel < 0) return;
-  int32_t label = label_ignored;
-  if constexpr (Weights::reads_label) label = load_label(batch.target, batch.rule, image, pixel);
-  const T x = load<In>(batch.logits, image, c, pixel);
-  T g = weights(batch, image, pixel, c, label, x);
-  if (batch.errors == Errors::probabilities) g = sign_outside(x, g);
-  const T factor = SegmentFactor<T>(out)(batch.segment(image, c));  // 0 where the segment takes no part, whatever it holds
-  store<In>(out.grad_logits, image, c, pixel, factor == T(0) ? T(0) : g * factor);
+  const auto [first_image, part, c] = image_part(chunks.chunks, batch.classes());
+  const int64_t segment = batch.segment(batch.per_image ? first_image : 0, c);
+  const T factor = SegmentFactor<T>(out)(segment);
+  const auto weigh = weights.template of_segment<errors>(batch, segment, c);
+  const ClassPixels<In, plain> pixels(batch, chunks, first_image, c);
+  const int32_t foreground = errors == Errors::hinge ? 1 : static_cast<int32_t>(c);
+  const auto begin = static_cast<uint32_t>(chunks.begin(part)), end = static_cast<uint32_t>(chunks.end(part));
+  for (uint32_t j = begin + threadIdx.x; j < end; j += Tuning::Gradient::threads) {
+    const auto at = pixels.at(j);
+    int32_t label = label_ignored;
+    if constexpr (Weights::reads_label) label = pixels.label(at);
+    const T x = pixels.load(at);
+    T g = Weights::reads_label && label < 0 ? T(0) : weigh(pixels.index(at), label == foreground, x);
+    if (errors == Errors::probabilities) g = sign_outside(x, g);
+    pixels.store(out.grad_logits, at,
+                 factor == T(0) ? T(0) : g * factor);  // of a segment that takes no part, whatever it holds
+  }
 }
 
 // Args: a struct of kernels.h with members `batch`, `out` (a LovaszGradient) and `stream`, besides what Weights<T> is made
@@ -99,18 +111,27 @@ template <template <class T> class Weights, class Args>
 void launch_gradient(const Args& args) {
   using Policy = Tuning::Gradient;
   const auto [images, classes, pixels] = args.batch.geometry;
-  const PixelGrid grid = pixel_grid<Policy::threads>(images, pixels);
-  with_element_type(args.batch.logits.dtype, [&](auto zero) {
+  const LovaszBatch& batch = args.batch;
+  with_element_type(batch.logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     using W = Weights<opmath_t<In>>;
-    const auto run = [&](auto kernel, int64_t blocks) {
-      launch(kernel, {.blocks = blocks, .threads = Policy::threads, .stream = args.stream}, args.batch, W(args), args.out,
-             grid);
-    };
-    if (args.batch.errors != Errors::softmax)
-      run(elementwise_gradient_kernel<In, W>, grid.blocks * classes);
-    else if (!launch_gradient_in_parts<In>(args.batch, W(args), args.out, args.stream))
-      with_class_range<In>(classes, [&](auto range) { run(softmax_gradient_kernel<In, decltype(range), W>, grid.blocks); });
+    if (batch.errors == Errors::softmax) {
+      if (launch_gradient_in_parts<In>(batch, W(args), args.out, args.stream)) return;
+      with_class_range<In>(classes, [&](auto range) {
+        // A block of few classes has the factors of one row.
+        const PixelGrid grid = pixel_grid<Policy::threads>(images, pixels, !batch.per_image || decltype(range)::most == 0);
+        launch(softmax_gradient_kernel<In, decltype(range), W>,
+               {.blocks = grid.blocks, .threads = Policy::threads, .stream = args.stream}, batch, W(args), args.out, grid);
+      });
+    } else {
+      const Chunks chunks = chunks_of(batch, Policy::threads, Policy::most_tiles, multiprocessors(), 1, false);
+      const bool plain = is_plain(batch, chunks) && are_near(args.out.grad_logits);
+      const Launch shape{.blocks = chunks.images * chunks.chunks * classes, .threads = Policy::threads, .stream = args.stream};
+      with_elementwise(batch, plain, [&](auto errors, auto is_plain) {
+        launch(elementwise_gradient_kernel<In, decltype(errors)::value, decltype(is_plain)::value, W>, shape, batch, W(args),
+               args.out, chunks);
+      });
+    }
   });
 }
 

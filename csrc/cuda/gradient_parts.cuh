@@ -7,7 +7,7 @@
 
 namespace veerloss {
 
-// What a segment's weights are multiplied by.
+// What a segment's weights are multiplied by: the incoming gradient and the scale of the segment.
 template <class T>
 class SegmentFactor {
  public:
@@ -25,6 +25,14 @@ class SegmentFactor {
   const bool per_segment_;
   const T grad_;
 };
+
+// Those of the classes of a row, for all pixels of a block. A barrier has to stand before they are used.
+template <int threads, class T>
+__device__ inline void load_factors(T* factors, const LovaszGradient& out, int64_t first_segment, int classes) {
+  const SegmentFactor<T> factor(out);
+  VEERLOSS_NO_UNROLL
+  for (int c = static_cast<int>(threadIdx.x); c < classes; c += threads) factors[c] = factor(first_segment + c);
+}
 
 // The gradient of softmax from the gradients g of the probabilities: p_j (g_j - sum_c p_c g_c). The g of a most probable class
 // is the pivot: relative to it, the sum has no large term that cancels. Where all g are 0 so is the gradient: an ignored pixel
@@ -61,6 +69,7 @@ struct GradientExchange {
   Softmax<T> softmax[PartsPolicy::pixels];
   SoftmaxGradient<T> gradient[PartsPolicy::pixels];
   int32_t label[PartsPolicy::pixels];
+  T factors[PartsPolicy::max_classes];
 };
 
 // `in_rows`: logits and their gradient have the classes of a pixel next to each other (rows.cuh).
@@ -77,6 +86,7 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
   const auto at = thread_pixel<pixels_of_block>(grid, images, pixels, 1, blockIdx.x, static_cast<uint32_t>(lane));
   const int64_t pixel = at.pixel < 0 ? 0 : at.pixel;  // a thread without one has another's, and stores nothing
   const SharedRows<In, PartsPolicy::threads> rows(memory, static_cast<int>(classes));
+  load_factors<PartsPolicy::threads>(exchange.factors, out, batch.segment(at.image, 0), static_cast<int>(classes));
   const PixelRun run = pixel_run<pixels_of_block>(grid, images, pixels, blockIdx.x);
   if constexpr (in_rows) {
     rows.load(batch.logits, run);
@@ -108,15 +118,15 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
 
   const Softmax<T> softmax = exchange.softmax[lane];
   const int32_t label = exchange.label[lane];
-  const SegmentFactor<T> factor(out);
   const T inv_sumexp = softmax.inv_sumexp();
+  const auto weigh = weights.of_pixel(batch, at.image, pixel, part.first, label, softmax);
+  const T* const factors = exchange.factors + part.first;
   SoftmaxGradient<T> gradient{};
   bool has_top = false;
 #pragma unroll
   for (int k = 0; k < Range::most; ++k) {
     if (!Range::has(k, part.count)) continue;
-    const int64_t c = part.first + k;
-    g[k] = weights(batch, at.image, pixel, c, label, logits[k], softmax) * factor(batch.segment(at.image, c));
+    g[k] = weigh(k, logits[k]) * factors[k];
     logits[k] = Weights::Exp::of(logits[k], softmax.max_logit);
     has_top |= logits[k] == T(1);
     gradient.add(logits[k], g[k]);
@@ -151,7 +161,7 @@ bool launch_gradient_in_parts(const LovaszBatch& batch, const Weights& weights, 
   const auto [images, classes, pixels] = batch.geometry;
   if (!are_in_parts(classes, batch.logits.dtype)) return false;
   if constexpr (!std::is_same_v<In, double>) {
-    const PixelGrid grid = pixel_grid<PartsPolicy::pixels>(images, pixels);
+    const PixelGrid grid = pixel_grid<PartsPolicy::pixels>(images, pixels, !batch.per_image);  // a block has one row's factors
     const bool rows = has_rows(batch.logits, batch.geometry, grid) && has_rows(out.grad_logits, batch.geometry, grid);
     with_part_range(classes, [&](auto range) {
       with_flag(rows, [&](auto in_rows) {

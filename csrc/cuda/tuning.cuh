@@ -43,6 +43,8 @@ struct Sm80 {
 
   struct Gradient {
     static constexpr int threads = 256;
+    // Of probabilities and a hinge, pixels of a thread at most: what a block finds out about its class is shared by so many.
+    static constexpr int64_t most_tiles = 16;
   };
 
   // The loss of a batch from its segments, one block.
@@ -122,7 +124,7 @@ struct Sm80 {
 
   struct HistogramSum {
     static constexpr int threads = 256;
-    static constexpr int64_t chunk = 32 * threads;  // pixels of a block, which ends with a reduction of log2(threads) barriers
+    static constexpr int64_t most_tiles = 32;  // pixels of a thread, at most: a block ends with a sum over its threads
   };
 };
 

@@ -189,7 +189,7 @@ inline Chunks chunks_of(const LovaszBatch& b, int64_t tile, int64_t most, int64_
   return c;
 }
 
-// Pixel j of an image's sample, or of the image; -1 past its end.
+// Pixel j of an image's sample, or of the image; -1 past its end, which no pixel of 32 bits is.
 __device__ inline int64_t sampled_pixel(int64_t j, bool sampled, int64_t pixels) {
   if (!sampled) return j;
   const auto i = static_cast<uint32_t>(j);
@@ -221,6 +221,83 @@ __device__ inline BlockPixel block_pixel(const Chunks& chunks, int64_t image, in
   if (!chunks.flat) return {image, sampled_pixel(j, chunks.sampled, chunks.image_pixels)};
   const auto i = static_cast<uint32_t>(j);  // one segment: j < 2^31
   return {i / chunks.image_pixels, i % chunks.image_pixels};
+}
+
+// The pixels of one class. `plain`: images are not flat, labels are integers, and strides are of 32 bits.
+template <class In, bool plain>
+class ClassPixels {
+  using T = opmath_t<In>;
+
+ public:
+  using Pixel = std::conditional_t<plain, uint32_t, BlockPixel>;
+
+  __device__ ClassPixels(const LovaszBatch& batch, const Chunks& chunks, int64_t first_image, int64_t c)
+      : batch_(batch), chunks_(chunks), image_(first_image), class_(c) {}
+
+  // Pixel j of the block's image, or of all.
+  __device__ Pixel at(uint32_t j) const {
+    if constexpr (plain)
+      return j;
+    else
+      return block_pixel(chunks_, image_, j);
+  }
+  // Of a sample, perhaps; then has() tells whether there is one.
+  __device__ Pixel sampled_at(uint32_t j) const {
+    if constexpr (plain)
+      return static_cast<uint32_t>(sampled_pixel(j, chunks_.sampled, chunks_.image_pixels));
+    else
+      return block_pixel(chunks_, image_, j);
+  }
+  __device__ bool has(const Pixel& at) const {
+    if constexpr (plain)
+      return at < chunks_.image_pixels;
+    else
+      return at.pixel >= 0;
+  }
+  __device__ int32_t label(const Pixel& at) const {
+    if constexpr (plain)
+      return load_integer_label(batch_.target, batch_.rule, image_, at);
+    else
+      return load_label(batch_.target, batch_.rule, at.image, at.pixel);
+  }
+  __device__ T load(const Pixel& at) const { return convert<T>(*address(batch_.logits, at)); }
+  __device__ void store(const View& view, const Pixel& at, T value) const { *address(view, at) = convert<In>(value); }
+
+  // Where a pixel is in a contiguous tensor of [N, P].
+  __device__ int64_t index(const Pixel& at) const {
+    if constexpr (plain)
+      return image_ * chunks_.image_pixels + at;
+    else
+      return at.image * chunks_.image_pixels + at.pixel;
+  }
+
+ private:
+  __device__ In* address(const View& view, const Pixel& at) const {
+    if constexpr (plain) {
+      char* const first = view.data + ptr_offset(view, image_, class_, 0) * static_cast<int64_t>(sizeof(In));
+      return reinterpret_cast<In*>(first + static_cast<uint64_t>(at) *
+                                               (static_cast<uint32_t>(view.stride_pixel) * static_cast<uint32_t>(sizeof(In))));
+    } else {
+      return reinterpret_cast<In*>(view.data) + ptr_offset(view, at.image, class_, at.pixel);
+    }
+  }
+
+  const LovaszBatch& batch_;
+  const Chunks& chunks_;
+  const int64_t image_, class_;
+};
+
+// Calls f with the errors of a loss whose classes are independent, and `plain`, as compile-time constants.
+template <class F>
+void with_elementwise(const LovaszBatch& batch, bool plain, const F& f) {
+  with_flag(plain, [&](auto is_plain) {
+    if (batch.errors == Errors::hinge) return f(std::integral_constant<Errors, Errors::hinge>{}, is_plain);
+    f(std::integral_constant<Errors, Errors::probabilities>{}, is_plain);
+  });
+}
+
+inline bool is_plain(const LovaszBatch& batch, const Chunks& chunks) {
+  return !chunks.flat && is_integer(batch.target.dtype) && are_near(batch.logits);
 }
 
 }  // namespace veerloss

@@ -51,9 +51,14 @@ struct StoredWeights {
 
   explicit StoredWeights(const LovaszExactBackward& args) : weights(static_cast<const T*>(args.weights)) {}
 
-  __device__ T operator()(const LovaszBatch& b, int64_t image, int64_t pixel, int64_t c, int32_t, T,
-                          const Softmax<T>& = {}) const {
-    return weights[(c * b.geometry.images + image) * b.geometry.pixels + pixel];
+  __device__ auto of_pixel(const LovaszBatch& b, int64_t image, int64_t pixel, int first, int32_t, const Softmax<T>&) const {
+    const int64_t plane = b.geometry.images * b.geometry.pixels;
+    return [at = weights + first * plane + image * b.geometry.pixels + pixel, plane](int k, T) { return at[k * plane]; };
+  }
+  template <Errors errors>
+  __device__ auto of_segment(const LovaszBatch& b, int64_t, int64_t c) const {
+    const T* const plane = weights + c * b.geometry.images * b.geometry.pixels;
+    return [plane](int64_t index, bool, T) { return plane[index]; };
   }
 
   const T* weights;  // [C, N, P]

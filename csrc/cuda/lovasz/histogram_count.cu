@@ -100,7 +100,7 @@ void launch_statistics(const LovaszHistogramCount& args, Softmax<opmath_t<In>>* 
          parts, statistics);
 }
 
-template <class In, Errors errors>
+template <class In, Errors errors, bool plain>
 __global__ void __launch_bounds__(Policy::threads)
     lovasz_count_classes_kernel(LovaszHistogramCount args, Chunks chunks, Groups groups,
                                 const Softmax<opmath_t<In>>* statistics) {
@@ -113,41 +113,42 @@ __global__ void __launch_bounds__(Policy::threads)
   const auto [first_image, part, group] = image_part(chunks.chunks, groups.groups);
   const BlockCounts block = block_counts(args, memory, b.per_image ? first_image : 0, static_cast<int>(group), groups);
   if (!begin_block<Policy::threads>(args, block)) return;
-  const int64_t begin = chunks.begin(part), end = chunks.end(part);
+  const auto begin = static_cast<uint32_t>(chunks.begin(part)), end = static_cast<uint32_t>(chunks.end(part));
   PixelTotals totals;
   for (int c = block.first_class; c < block.end_class; ++c) {
     if (threadIdx.x == 0) block_largest = 0;
     __syncthreads();
     const BinPair* table = block.tables + (c - block.first_class) * BinLayout::table;
-    auto* counts = reinterpret_cast<char*>(block.counts + (c - block.first_class) * plane);
+    uint32_t* counts = block.counts + (c - block.first_class) * plane;
+    const ClassPixels<In, plain> pixels(b, chunks, first_image, c);
+    const int32_t foreground = errors == Errors::hinge ? 1 : c;
     uint32_t largest = 0;
     VEERLOSS_NO_UNROLL
-    for (int64_t j = begin + threadIdx.x; j < end; j += Policy::threads) {
-      const auto [image, pixel] = block_pixel(chunks, first_image, j);
-      if (pixel < 0) continue;
-      const int32_t label = load_label(b.target, b.rule, image, pixel);
+    for (uint32_t j = begin + threadIdx.x; j < end; j += Policy::threads) {
+      const auto at = pixels.sampled_at(j);
+      if (!pixels.has(at)) continue;
+      const int32_t label = pixels.label(at);
       if (label < 0) {
         totals.bad |= label == label_bad;
         continue;
       }
       totals.valid += c == block.first_class;
-      const T x = load<In>(b.logits, image, c, pixel);
-      const bool foreground = label == b.foreground(c);
+      const T x = pixels.load(at);
+      const bool is_foreground = label == foreground;
       float coordinate;
       if constexpr (softmax) {
-        const Softmax<T> all = statistics[image * b.geometry.pixels + pixel];
+        const Softmax<T> all = statistics[pixels.index(at)];
         totals.nan |= all.sumexp_excl_max != all.sumexp_excl_max;
         coordinate = PixelCoordinates<T>(all.sumexp_excl_max).of(below_largest(x, all.max_logit));
-        coordinate = foreground ? -coordinate : coordinate;
+        coordinate = is_foreground ? -coordinate : coordinate;
       } else {
-        coordinate = coordinate_of_error<errors>(x, foreground);
+        coordinate = coordinate_of_error<errors>(x, is_foreground);
       }
       const uint32_t key = key_of_coordinate(coordinate);
       largest = key > largest ? key : largest;
       uint32_t bin = bin_offset_of(coordinate, table);
       if (!softmax) bin = 4 * static_cast<uint32_t>(bin_of_error(static_cast<int32_t>(bin / 4), coordinate, true));
-      if (bin != 0 || foreground)
-        atomicAdd(reinterpret_cast<uint32_t*>(counts + bin), foreground ? one_foreground : one_background);
+      if (bin != 0 || is_foreground) add_to_bin(counts, bin, is_foreground ? one_foreground : one_background);
     }
     if (args.find_largest || largest == key_of_nan) atomicMax(&block_largest, largest);
     __syncthreads();
@@ -168,13 +169,15 @@ void count(const LovaszHistogramCount& args) {
   if (fits_registers(args)) return launch_count_softmax(args);
   const Groups groups = groups_of(b, b.classes());
   const Chunks chunks = count_chunks(b, groups.groups, args.sampled);
-  with_errors(b.errors, [&](auto errors) {
-    launch(lovasz_count_classes_kernel<In, decltype(errors)::value>,
-           {.blocks = chunks.images * chunks.chunks * groups.groups,
-            .threads = Policy::threads,
-            .stream = args.stream,
-            .shared_bytes = groups.classes * class_bytes(b.classes())},
-           args, chunks, groups, statistics);
+  const Launch shape{.blocks = chunks.images * chunks.chunks * groups.groups,
+                     .threads = Policy::threads,
+                     .stream = args.stream,
+                     .shared_bytes = groups.classes * class_bytes(b.classes())};
+  with_errors(b.errors, [&](auto of_errors) {
+    constexpr Errors errors = decltype(of_errors)::value;
+    with_flag(is_plain(b, chunks), [&](auto plain) {
+      launch(lovasz_count_classes_kernel<In, errors, decltype(plain)::value>, shape, args, chunks, groups, statistics);
+    });
   });
 }
 

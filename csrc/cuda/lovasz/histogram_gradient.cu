@@ -117,26 +117,32 @@ struct BinWeights {
   template <class Args>
   explicit BinWeights(const Args& args) : table(args.table), weights(static_cast<const T*>(args.weights)), bins(args.bins) {}
 
-  __device__ T at(const LovaszBatch& b, int64_t segment, float coordinate, bool foreground, bool zero_bin) const {
-    auto bin = static_cast<int32_t>(bin_offset_of(coordinate, table + segment * BinLayout::table) / 4);
-    bin = bin_of_error(bin, coordinate, zero_bin);
-    return weights[segment * 2 * bins + bin + (foreground ? bins : 0)];
+  // `bin`: four times the bin. bin_weights: of a segment.
+  static __device__ T weight_of_bin(const T* bin_weights, uint32_t bin) {
+    return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(bin_weights) + bin * (sizeof(T) / 4));
   }
 
-  // Of a class of a softmax.
-  __device__ T operator()(const LovaszBatch& b, int64_t image, int64_t, int64_t c, int32_t label, T logit,
-                          const Softmax<T>& softmax) const {
-    if (label < 0) return T(0);
-    const float background = PixelCoordinates<T>(softmax.sumexp_excl_max).of(below_largest(logit, softmax.max_logit));
-    return at(b, b.segment(image, c), label == c ? -background : background, label == c, false);
+  __device__ auto of_pixel(const LovaszBatch& b, int64_t image, int64_t, int first, int32_t label,
+                           const Softmax<T>& softmax) const {
+    const int64_t segment = b.segment(image, first);
+    return [coordinates = PixelCoordinates<T>(softmax.sumexp_excl_max), max_logit = softmax.max_logit,
+            pairs = table + segment * BinLayout::table, of_bins = weights + segment * 2 * bins, count = static_cast<int>(bins),
+            counts = label >= 0, own = label - first](int k, T logit) {
+      const float background = coordinates.of(below_largest(logit, max_logit));
+      const uint32_t bin = bin_offset_of(k == own ? -background : background, pairs + k * static_cast<int>(BinLayout::table));
+      const T weight = weight_of_bin(of_bins + (k == own ? 2 * k + 1 : 2 * k) * count, bin);
+      return counts ? weight : T(0);
+    };
   }
-  // Of a probability, or a hinge.
-  __device__ T operator()(const LovaszBatch& b, int64_t image, int64_t, int64_t c, int32_t label, T x) const {
-    if (label < 0) return T(0);
-    const bool foreground = label == b.foreground(c);
-    const float coordinate = b.errors == Errors::hinge ? coordinate_of_error<Errors::hinge>(x, foreground)
-                                                       : coordinate_of_error<Errors::probabilities>(x, foreground);
-    return at(b, b.segment(image, c), coordinate, foreground, true);
+
+  template <Errors errors>
+  __device__ auto of_segment(const LovaszBatch&, int64_t segment, int64_t) const {
+    return [pairs = table + segment * BinLayout::table, of_bins = weights + segment * 2 * bins, count = static_cast<int>(bins)](
+               int64_t, bool is_foreground, T x) {
+      const float coordinate = coordinate_of_error<errors>(x, is_foreground);
+      const auto bin = static_cast<int32_t>(bin_offset_of(coordinate, pairs) / 4);
+      return of_bins[bin_of_error(bin, coordinate, true) + (is_foreground ? count : 0)];
+    };
   }
 
   const BinPair* table;
@@ -146,27 +152,33 @@ struct BinWeights {
 
 // ---- sum
 
-template <class In>
+template <class In, Errors errors, bool plain>
 __global__ void __launch_bounds__(Tuning::HistogramSum::threads, 1)
-    lovasz_sum_kernel(LovaszHistogramSum args, BinWeights<opmath_t<In>> weights, int64_t chunks) {
+    lovasz_sum_kernel(LovaszHistogramSum args, BinWeights<opmath_t<In>> weights, Chunks chunks) {
   using T = opmath_t<In>;
-  using SumPolicy = Tuning::HistogramSum;
-  __shared__ unsigned long long scratch[SumPolicy::threads];
+  constexpr int threads = Tuning::HistogramSum::threads;
+  __shared__ unsigned long long scratch[threads];
   const LovaszBatch& b = args.batch;
-  const auto [image, part, c] = image_part(chunks, b.classes());
-  const int64_t segment = b.segment(image, c), begin = part * SumPolicy::chunk;
-  const int64_t end = begin + SumPolicy::chunk < b.geometry.pixels ? begin + SumPolicy::chunk : b.geometry.pixels;
+  const auto [first_image, part, c] = image_part(chunks.chunks, b.classes());
+  const int64_t segment = b.segment(b.per_image ? first_image : 0, c);
+  const auto weigh = weights.template of_segment<errors>(b, segment, c);
+  const ClassPixels<In, plain> pixels(b, chunks, first_image, c);
+  const int32_t foreground = errors == Errors::hinge ? 1 : static_cast<int32_t>(c);
+  const double units = args.units[segment];
+  const auto begin = static_cast<uint32_t>(chunks.begin(part)), end = static_cast<uint32_t>(chunks.end(part));
   unsigned long long sum = 0;
-  for (int64_t pixel = begin + threadIdx.x; pixel < end; pixel += SumPolicy::threads) {
-    const int32_t label = load_label(b.target, b.rule, image, pixel);
+  for (uint32_t j = begin + threadIdx.x; j < end; j += threads) {
+    const auto at = pixels.at(j);
+    const int32_t label = pixels.label(at);
     if (label < 0) continue;
-    const T x = load<In>(b.logits, image, c, pixel);
-    const T error = magnitude(signed_error(b.errors, x, label == b.foreground(c)));
-    const auto weight = static_cast<double>(weights(b, image, pixel, c, label, x));
+    const T x = pixels.load(at);
+    const bool is_foreground = label == foreground;
+    const T error = magnitude(signed_error(errors, x, is_foreground));
+    const auto weight = static_cast<double>(weigh(0, is_foreground, x));
     const double product = magnitude(weight) * static_cast<double>(narrow_error(error));
-    if (weight != 0.0 && product == product) sum += static_cast<unsigned long long>(product * args.units[segment] + 0.5);
+    if (weight != 0.0 && product == product) sum += static_cast<unsigned long long>(product * units + 0.5);
   }
-  sum = block_sum<SumPolicy::threads>(sum, scratch);
+  sum = block_sum<threads>(sum, scratch);
   if (threadIdx.x == 0) atomicAdd(reinterpret_cast<unsigned long long*>(args.sums) + segment, sum);
 }
 
@@ -178,12 +190,15 @@ void lovasz_histogram_sum(const LovaszHistogramSum& args) {
   using SumPolicy = Tuning::HistogramSum;
   const LovaszBatch& b = args.batch;
   zero_memory(args.sums, b.segments() * static_cast<int64_t>(sizeof(int64_t)), args.stream);
-  const int64_t chunks = ceil_div(b.geometry.pixels, SumPolicy::chunk);
+  const Chunks chunks = chunks_of(b, SumPolicy::threads, SumPolicy::most_tiles, multiprocessors(), 1, false);
+  const Launch shape{
+      .blocks = chunks.images * chunks.chunks * b.classes(), .threads = SumPolicy::threads, .stream = args.stream};
   with_element_type(b.logits.dtype, [&](auto zero) {
     using In = decltype(zero);
-    launch(lovasz_sum_kernel<In>,
-           {.blocks = b.geometry.images * chunks * b.classes(), .threads = SumPolicy::threads, .stream = args.stream}, args,
-           BinWeights<opmath_t<In>>(args), chunks);
+    const BinWeights<opmath_t<In>> weights(args);
+    with_elementwise(b, is_plain(b, chunks), [&](auto errors, auto plain) {
+      launch(lovasz_sum_kernel<In, decltype(errors)::value, decltype(plain)::value>, shape, args, weights, chunks);
+    });
   });
 }
 
