@@ -59,8 +59,8 @@ INSTRUCTIONS = {
     "radix sort, a digit": (104, 104),
 }
 #: Instructions of a thread in the kernels of method "histogram" that have one block for each segment: to place bins; to weigh
-#: one bin; and bins at a time.
-PLACE, WEIGH, WEIGHED = 4400, 1168, 256
+#: one bin, in two passes, whether or not a segment needs other bins; and bins at a time.
+PLACE, WEIGH, WEIGHED = 4400, 820 + 1066, 512
 #: Of random elements (inputs.py): those that are sorted, for their error is not below the least of foreground.
 SORTED = {"lovasz_softmax": 0.07, "lovasz_hinge": 0.84}
 
@@ -97,7 +97,7 @@ def histogram(classes: int, hinge: bool) -> Step:
     sample = replace(count, share=SAMPLE_RUN / SAMPLE_STEP, tables=tables + 8.0 * COARSE_BINS * classes)
     backward = Kernel(f"histogram backward{kind}", 2, 1, tables=tables + 4.0 * bins * classes)
     sums = (Kernel(f"histogram sum{kind}", 1, 1),) if hinge else ()
-    weigh = 2 * WEIGH * bins / WEIGHED  # and once more, whether or not a segment needs other bins
+    weigh = WEIGH * bins / WEIGHED
     return Step((sample, count, *sums, backward), 35 if hinge else 10, PLACE + weigh)
 
 
@@ -110,7 +110,7 @@ def histogram_of_many(classes: int) -> Step:
     )
     backward = Kernel("histogram backward, many classes", 2, 1)
     sample = (replace(kernel, share=SAMPLE_RUN / SAMPLE_STEP) for kernel in (statistics, count))
-    return Step((*sample, statistics, count, backward), 13, PLACE + 2 * WEIGH * bin_count(classes) / WEIGHED)
+    return Step((*sample, statistics, count, backward), 13, PLACE + WEIGH * bin_count(classes) / WEIGHED)
 
 
 def exact(task: str, elements: int) -> Step:

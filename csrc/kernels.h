@@ -184,10 +184,10 @@ struct LovaszHistogramWeigh {
   const uint32_t* largest;  // [segments]
   const BinPair* table;
   LovaszLoss out;
-  void* weights;          // [rows, classes, 2, bins], opmath type, signed: background positive, foreground negative
-  double* bounds;         // [segments]: upper bound on the sum of |weight - exact weight|
-  bool* needs_rebin;      // [segments]: it has no foreground, or its estimated errors exceed the tolerances of layout.h
-  bool again;             // a second call follows whatever this one finds: on a GPU the loss and the scale are left to it
+  void* weights;      // [rows, classes, 2, bins], opmath type, signed: background positive, foreground negative
+  double* bounds;     // [segments]: upper bound on the sum of |weight - exact weight|
+  bool* needs_rebin;  // [segments]: it has no foreground, or its estimated errors exceed the tolerances of layout.h
+  bool again;  // a second call follows whatever this one finds: on a GPU all but needs_rebin and better_table is left to it
   BinPair* better_table;  // for segments that need it; of a second call the table that the weights are for
 
   VEERLOSS_HD bool recounted(int64_t segment) const { return recounted_mask && recounted_mask[segment]; }

@@ -117,9 +117,10 @@ struct Sm80 {
     static constexpr int64_t most_classes = 24;
   };
 
-  // Kernels with one block for each segment, which place its bins and weigh them.
+  // Kernels with one block for each segment, which place its bins and weigh them: a bin takes some 1000 instructions, one after
+  // another. At most 128 registers each.
   struct HistogramBins {
-    static constexpr int threads = 256;
+    static constexpr int threads = 512;
   };
 
   struct HistogramSum {

@@ -198,10 +198,15 @@ struct BinWalk {
   __device__ void find_below(const BinMap& map, int k, int bins) { below = k > 1 ? map.edge(k - 1, bins) : 2 * low - high; }
 };
 
-template <class T, class Count>
+// What a call finds out. Of two calls, the first (`again`) whether bins have to be placed again, and where; the second the
+// weights and the loss.
+enum class Weigh { all, placement, weights };
+
+template <class T, class Count, Weigh what>
 __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogramWeigh args, SegmentResult* results) {
   __shared__ BinPair table[BinLayout::table];
   __shared__ PlaceScratch scratch;
+  constexpr bool weighs = what != Weigh::placement, places = what != Weigh::weights;
   const Errors errors = args.batch.errors;
   const bool softmax = errors == Errors::softmax, folded = errors != Errors::hinge;
   const auto thread = static_cast<int>(threadIdx.x), bins = static_cast<int>(args.bins);
@@ -235,7 +240,7 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
   const bool weigh = part && !nan && total > 0.0;
   const float largest_at = coordinate_of_key(largest);
   const bool of_largest = part && !nan && total == 0.0 && largest != 0 && largest_at > -3.0e38f;
-  if (!weigh) {
+  if (weighs && !weigh) {
     const T fill = part && nan ? static_cast<T>(not_a_number) : T(0);
     for (int k = thread; k < 2 * bins; k += threads) weights[k] = fill;
     if (part && nan) result.loss = bound = not_a_number;
@@ -246,9 +251,8 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
     for (int k = mine.begin; k < mine.end; ++k) top = counts[k] > 0 ? k : top;
     top = static_cast<int>(block_reduce<threads>(static_cast<double>(top), scratch.sum, larger));
     const double pixels = top > 0 ? static_cast<double>(counts[top]) : 1.0;
-    if (thread == 0 && top > 0) weights[top] = static_cast<T>(1.0 / pixels);
-    for (int i = thread; !args.recounted_mask && i < BinLayout::table; i += threads)
-      better[i] = largest_pair(i, largest_at, bins);
+    if (weighs && thread == 0 && top > 0) weights[top] = static_cast<T>(1.0 / pixels);
+    for (int i = thread; places && i < BinLayout::table; i += threads) better[i] = largest_pair(i, largest_at, bins);
     result.loss = error_of_coordinate(static_cast<double>(largest_at), folded);
     bound = 2.0 * (1.0 - 1.0 / pixels);
     needs_rebin = true;  // to be counted by that table
@@ -262,8 +266,10 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
     for (int k = mine.end - 1; k >= mine.begin; --k) {
       const auto f = static_cast<double>(fg_counts[k]), b = static_cast<double>(counts[k]);
       const JaccardBin bin = jaccard_bin(total, fg, bg, f, b);
-      weights[k] = static_cast<T>(bin.bg);
-      weights[bins + k] = static_cast<T>(-bin.fg);
+      if constexpr (weighs) {
+        weights[k] = static_cast<T>(bin.bg);
+        weights[bins + k] = static_cast<T>(-bin.fg);
+      }
       if (f + b == 0.0) {  // adds to no sum; skipped because float64 is slow on many GPUs
         at_bin = 0;
         continue;
@@ -274,46 +280,54 @@ __global__ void __launch_bounds__(threads, 1) lovasz_weigh_kernel(LovaszHistogra
         walk = BinWalk(map, k, bins);
       at_bin = k;
       const double middle = walk.middle(), width = walk.width();
-      const int low = k > 1 ? k - 1 : k, high = k + 1 < bins ? k + 1 : k;
-      const double fg_slope = walk.slope(static_cast<double>(fg_counts[low]), static_cast<double>(fg_counts[high]));
-      const double bg_slope = walk.slope(static_cast<double>(counts[low]), static_cast<double>(counts[high]));
       const ErrorAt error = error_at(middle, exp2(exponent_of(middle, folded)), folded);
       const JaccardBound bin_bound = jaccard_bin_bound(total, fg, bg, f, b);
-      const JaccardDeviation deviation =
-          jaccard_bin_deviation(bin, bin_bound, f, b, slope_of_error(error.error, softmax), width * error.first);
-      loss += bin.fg * sum_of_errors(error, width, f, fg_slope) + bin.bg * sum_of_errors(error, width, b, bg_slope);
-      bound_sum += bin_bound.fg + bin_bound.bg;
-      weight_sum += deviation.weights;
-      gradient_sum += deviation.gradient;
-      loss_sum += deviation.loss;
+      if constexpr (weighs) {
+        const int low = k > 1 ? k - 1 : k, high = k + 1 < bins ? k + 1 : k;
+        const double fg_slope = walk.slope(static_cast<double>(fg_counts[low]), static_cast<double>(fg_counts[high]));
+        const double bg_slope = walk.slope(static_cast<double>(counts[low]), static_cast<double>(counts[high]));
+        loss += bin.fg * sum_of_errors(error, width, f, fg_slope) + bin.bg * sum_of_errors(error, width, b, bg_slope);
+        bound_sum += bin_bound.fg + bin_bound.bg;
+      }
+      if constexpr (places) {
+        const JaccardDeviation deviation =
+            jaccard_bin_deviation(bin, bin_bound, f, b, slope_of_error(error.error, softmax), width * error.first);
+        weight_sum += deviation.weights;
+        gradient_sum += deviation.gradient;
+        loss_sum += deviation.loss;
+      }
       fg += f;
       bg += b;
     }
     if (thread == 0) {  // bin 0
-      weights[0] = weights[bins] = T(0);
+      if (weighs) weights[0] = weights[bins] = T(0);
       if (softmax) {
         const JaccardBin bin = jaccard_lowest_bin(total, all_bg);
         const JaccardBound bin_bound = jaccard_lowest_bound(total, all_bg, lowest_fg, lowest_bg);
         const double error = error_of_coordinate(map.edge(1, bins), folded);
         const JaccardDeviation deviation =
             jaccard_bin_deviation(bin, bin_bound, lowest_fg, lowest_bg, slope_of_error(error, softmax), 0.0);
-        weights[bins] = static_cast<T>(-bin.fg);
+        if (weighs) weights[bins] = static_cast<T>(-bin.fg);
         loss += lowest_fg * bin.fg * error;
         bound_sum += bin_bound.fg + bin_bound.bg;
         gradient_sum += deviation.gradient;
         weight_sum += deviation.weights;
       }
     }
-    result.loss = block_sum<threads>(loss, scratch.sum);
-    bound = block_sum<threads>(bound_sum, scratch.sum);
-    weight_sum = block_sum<threads>(weight_sum, scratch.sum);
-    gradient_sum = block_sum<threads>(gradient_sum, scratch.sum);
-    const double gradient_deviation = weight_sum > 0.0 ? sqrt(gradient_sum / weight_sum) : 0.0;
-    const double loss_deviation = sqrt(block_sum<threads>(loss_sum, scratch.sum));
-    needs_rebin = gradient_deviation > gradient_tolerance || loss_deviation > loss_tolerance;
-    if (needs_rebin && !args.recounted_mask) {
-      __syncthreads();
-      place_segment(counts, fg_counts, map, bins, errors, false, bins, better, scratch);
+    if constexpr (weighs) {
+      result.loss = block_sum<threads>(loss, scratch.sum);
+      bound = block_sum<threads>(bound_sum, scratch.sum);
+    }
+    if constexpr (places) {
+      weight_sum = block_sum<threads>(weight_sum, scratch.sum);
+      gradient_sum = block_sum<threads>(gradient_sum, scratch.sum);
+      const double gradient_deviation = weight_sum > 0.0 ? sqrt(gradient_sum / weight_sum) : 0.0;
+      const double loss_deviation = sqrt(block_sum<threads>(loss_sum, scratch.sum));
+      needs_rebin = gradient_deviation > gradient_tolerance || loss_deviation > loss_tolerance;
+      if (needs_rebin) {
+        __syncthreads();
+        place_segment(counts, fg_counts, map, bins, errors, false, bins, better, scratch);
+      }
     }
   }
   if (thread == 0) {
@@ -359,7 +373,10 @@ void lovasz_histogram_weigh(const LovaszHistogramWeigh& args) {
   with_opmath_type(args.batch.logits.dtype, [&](auto opmath_zero) {
     using T = decltype(opmath_zero);
     with_count_type(args.counts, [&](auto count_zero) {
-      launch(lovasz_weigh_kernel<T, decltype(count_zero)>,
+      using Count = decltype(count_zero);
+      launch(args.again            ? lovasz_weigh_kernel<T, Count, Weigh::placement>
+             : args.recounted_mask ? lovasz_weigh_kernel<T, Count, Weigh::weights>
+                                   : lovasz_weigh_kernel<T, Count, Weigh::all>,
              {.blocks = args.batch.segments(), .threads = threads, .stream = args.stream}, args, scratch.results);
     });
     if (!args.again) launch_finish<T>(args.batch, scratch.results, args.out, args.stream);
