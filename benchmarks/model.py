@@ -97,7 +97,7 @@ def histogram(classes: int, hinge: bool) -> Step:
     sample = replace(count, share=SAMPLE_RUN / SAMPLE_STEP, tables=tables + 8.0 * COARSE_BINS * classes)
     backward = Kernel(f"histogram backward{kind}", 2, 1, tables=tables + 4.0 * bins * classes)
     sums = (Kernel(f"histogram sum{kind}", 1, 1),) if hinge else ()
-    weigh = WEIGH * bins / WEIGHED
+    weigh = WEIGH * math.ceil(bins / WEIGHED)
     return Step((sample, count, *sums, backward), 35 if hinge else 10, PLACE + weigh)
 
 
@@ -110,7 +110,7 @@ def histogram_of_many(classes: int) -> Step:
     )
     backward = Kernel("histogram backward, many classes", 2, 1)
     sample = (replace(kernel, share=SAMPLE_RUN / SAMPLE_STEP) for kernel in (statistics, count))
-    return Step((*sample, statistics, count, backward), 13, PLACE + WEIGH * bin_count(classes) / WEIGHED)
+    return Step((*sample, statistics, count, backward), 13, PLACE + WEIGH * math.ceil(bin_count(classes) / WEIGHED))
 
 
 def exact(task: str, elements: int) -> Step:
