@@ -74,7 +74,7 @@ def contestants(task: str, device: torch.device) -> dict[str, peers.Loss]:
     """Ours on each of the device's backends, then the peers, each as it is and, but for another loss, under torch.compile."""
     kind = "lovasz" if task not in FOCAL else "softmax focal" if task == "softmax_focal" else "sigmoid focal"
     # The first is the one that backend="auto" takes.
-    backends = ("native",) if device.type == "cpu" else ("triton",) if kind == "sigmoid focal" else ("native", "triton")
+    backends = ("native",) if device.type == "cpu" else ("native", "triton")
 
     def load(backend: str, loss: Callable) -> peers.Loss:
         reason = missing_reason(backend, device, kind)

@@ -32,6 +32,12 @@ DTYPES = ("float32", "bfloat16")
 #: loop over pixels. Those of the sorts are from csrc/cuda/lovasz/exact.cu; tests/test_counts.py counts the others. After a
 #: change `python -m benchmarks.model` brings the document up to date.
 INSTRUCTIONS = {
+    "sigmoid focal forward": (59.1, 55.8),
+    "sigmoid focal backward": (63.9, 60.6),
+    "sigmoid focal forward, labels": (37.9, 37.7),
+    "sigmoid focal backward, labels": (42.7, 42.0),
+    "sigmoid focal forward, labels in rows": (57.1, 57.1),
+    "sigmoid focal backward, labels in rows": (61.0, 60.4),
     "softmax focal forward": (24.5, 25.6),
     "softmax focal backward": (34.4, 37.1),
     "softmax focal forward, classes in rows": (34.2, None),
@@ -142,6 +148,10 @@ def find(task: str, contestant: str, shape: tuple[int, ...]) -> Step | None:
     counted = hinge or 17 <= classes <= 20  # the range of classes that the kernels were counted for
     if contestant == SORT:
         return RADIX_SORT
+    if task == "sigmoid_focal" and contestant == f"{OURS}, native":
+        return focal("sigmoid focal")
+    if task == "sigmoid_focal_index" and contestant == f"{OURS}, native":
+        return focal("sigmoid focal", ", labels") if counted else None
     if task == "softmax_focal" and contestant == f"{OURS}, native":
         return focal("softmax focal") if counted else FOCAL_SHARED if 136 < classes <= 160 else None
     if contestant == f"{HISTOGRAM}, native":
@@ -212,6 +222,8 @@ def beside(row: dict, gpu: Gpu) -> dict:
 DOCUMENT = Path(__file__).parents[1] / "docs/performance-model.md"
 CITY, WIDE, HINGE = (8, 19, 512, 1024), (4, 150, 512, 512), (16, 1024, 1024)
 LISTED = [
+    ("sigmoid_focal", f"{OURS}, native", CITY),
+    ("sigmoid_focal_index", f"{OURS}, native", CITY),
     ("softmax_focal", f"{OURS}, native", CITY),
     ("softmax_focal", f"{OURS}, native", WIDE),
     ("lovasz_softmax", f"{HISTOGRAM}, native", CITY),

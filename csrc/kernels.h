@@ -1,5 +1,5 @@
-// The kernels of a device, as the operators (ops/) call them: plain pointers, no torch headers. cpu/ implements all of them,
-// cuda/ all but those of the sigmoid focal loss. Every launcher takes one struct; a stream is ignored on the CPU.
+// The kernels of a device, as the operators (ops/) call them: plain pointers, no torch headers. cpu/ and cuda/ implement all of
+// them. Every launcher takes one struct; a stream is ignored on the CPU.
 #pragma once
 
 #include <optional>
@@ -42,7 +42,7 @@ struct FocalLoss {
   View normalizer;  // one element, data null for none
   View loss;        // one element, or without reduction one for each element of the loss
   View scale;       // one element, opmath type
-  void* scratch;    // softmax_focal_scratch_bytes()
+  void* scratch;    // sigmoid_focal_scratch_bytes(), softmax_focal_scratch_bytes()
 };
 
 struct FocalGradient {
@@ -53,6 +53,7 @@ struct FocalGradient {
 };
 
 namespace kernels {
+int64_t sigmoid_focal_scratch_bytes(const SigmoidFocalInput& input);
 void sigmoid_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out, Stream stream);
 void sigmoid_focal_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream stream);
 int64_t softmax_focal_scratch_bytes(const SoftmaxFocalInput& input);

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from veerloss import lovasz_hinge_loss, lovasz_softmax_loss
 
-SIGMOID_FOCAL_KERNELS = ("native", "triton")
-SOFTMAX_FOCAL_KERNELS = ("native", "triton", "emulated")
+FOCAL_KERNELS = ("native", "triton", "emulated")
 LOVASZ_KERNELS = ("native", "triton", "emulated")
 HISTOGRAM_KERNELS = ("native", "emulated")  # of method "histogram" Triton has none
 
@@ -26,12 +25,8 @@ def _over_backends(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", names, indirect=True)
 
 
-over_sigmoid_focal_kernels = _over_backends(*SIGMOID_FOCAL_KERNELS)
-over_sigmoid_focal = _over_backends(*SIGMOID_FOCAL_KERNELS, "reference")
-over_softmax_focal_kernels = _over_backends(*SOFTMAX_FOCAL_KERNELS)
-over_softmax_focal = _over_backends(*SOFTMAX_FOCAL_KERNELS, "reference")
-#: Of tests of both focal losses, which have the loss as a parameter: `runs` leaves out what a backend has no kernels of.
-over_focal_kernels, over_focal = over_softmax_focal_kernels, over_softmax_focal
+over_focal_kernels = _over_backends(*FOCAL_KERNELS)
+over_focal = _over_backends(*FOCAL_KERNELS, "reference")
 over_lovasz_kernels = _over_backends(*LOVASZ_KERNELS)
 over_histogram_kernels = _over_backends(*HISTOGRAM_KERNELS)
 over_histogram = _over_backends(*HISTOGRAM_KERNELS, "reference")
@@ -130,8 +125,7 @@ def runs(backend: str, test: str, point: dict, examples: bool) -> bool:
     if backend == "emulated":
         # float16: the emulator converts it as bfloat16, by the functions of CUDA's own headers.
         slow = point.get("dtype") == torch.float16 or point.get("pixels", 0) > 65_537
-        none = getattr(point.get("loss"), "__name__", "").startswith("sigmoid")
-        return not slow and not none and _EMULATED.get(test, _always)(**point)
+        return not slow and _EMULATED.get(test, _always)(**point)
     return shape != FEW_IMAGES
 
 

@@ -119,6 +119,13 @@ class Kernel:
         loop = next(loop for loop in reversed(self.flow.loops()) if any(has[b] for b in loop))
         return self.flow.instructions(self.flow.longest_way(loop))
 
+    @functools.cached_property
+    def inner_iteration(self) -> tuple[Instruction, ...]:
+        """What an iteration of the largest loop without another one in it executes at most."""
+        loops = self.flow.loops()
+        innermost = next(loop for loop in loops if not any(other < loop for other in loops))
+        return self.flow.instructions(self.flow.longest_way(innermost))
+
     @property
     def way(self) -> tuple[Instruction, ...]:
         """What the kernel executes at most, loops once."""

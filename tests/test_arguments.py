@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from grid import over_sigmoid_focal
+from grid import over_focal
 
 import veerloss
 from veerloss import _arguments as arguments
@@ -240,7 +240,7 @@ def test_two_class_logits_in_the_hinge():
         lovasz_hinge_loss(torch.zeros(2, 2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
 
 
-@over_sigmoid_focal
+@over_focal
 def test_all_real_numbers_are_numbers(backend):
     for number in (Fraction(1, 2), np.float16(0.5), np.float32(0.5), np.float64(0.5)):
         for function, more in ((softmax_focal_loss, {"label_smoothing": number}), (sigmoid_focal_loss, {})):
@@ -296,15 +296,12 @@ def test_triton_on_a_cpu_is_refused(monkeypatch):
 
 
 def test_backends_of_a_gpu(monkeypatch):
-    """All but the sigmoid focal loss, which is Triton's, have compiled kernels there, where they are loaded."""
+    """All losses have compiled kernels there, where they are loaded."""
     gpu = torch.device("cuda")
     monkeypatch.setitem(arguments.native_missing, "cuda", None)
     monkeypatch.setattr(arguments, "triton_missing", lambda _: None)
-    for loss in ("lovasz", "lovasz histogram", "softmax focal"):
+    for loss in arguments.LOSSES:
         assert arguments.choose_backend("auto", gpu, loss) == "native"
-    assert arguments.choose_backend("auto", gpu, "sigmoid focal") == "triton"
-    with pytest.raises(RuntimeError, match="on a GPU the sigmoid focal loss is a Triton kernel"):
-        arguments.choose_backend("native", gpu, "sigmoid focal")
     monkeypatch.setitem(arguments.native_missing, "cuda", "no library")
     for loss in arguments.LOSSES:
         assert arguments.choose_backend("auto", gpu, loss) == ("reference" if loss == "lovasz histogram" else "triton")

@@ -26,6 +26,7 @@ class Budget:
     wide_multiplies: int | None = None  # in an iteration, at most; by default fewer than elements: none for each
     whole: bool = False  # count the way through the kernel, which has no loop over pixels
     loop: str | None = None  # an opcode of the loop over pixels, where another loop is larger
+    inner: int = 1  # iterations of the loop inside the main loop
     warps: int = 1  # on a multiprocessor, of 64, at least
     dynamic_shared: int = 0  # bytes that a block is launched with
     static_shared: int = 48 * 1024  # bytes, at most
@@ -49,6 +50,25 @@ def focal_shared(step: str, dtype: str) -> Budget:
     return Budget("focal_shared.cu", name, 19, f"softmax focal {step}, shared", warps=32)
 
 
+def sigmoid(step: str, dtype: str) -> list[Budget]:
+    """The longest way has targets of 16 bits, or labels of all types. Of elements in rows, a tile has 32 for each thread; of
+    others, a thread goes over 19 classes."""
+    n, out = 4 if dtype == "float" else 8, {"forward": "FocalLoss", "backward": "FocalGradient"}[step]
+    rows, planes = (f"sigmoid_focal_{name}_kernel<{dtype}, " for name in ("rows", "planes"))
+    in_rows = {"elements": 32, "inner": 32 // n, "wide_multiplies": 5, "warps": 32}  # of these one in the inner loop
+    return [
+        Budget("focal_sigmoid_rows.cu", rf"{rows}\(Targets\)0, true, {out}>", counted=f"sigmoid focal {step}", **in_rows),
+        Budget(
+            "focal_sigmoid_rows.cu", rf"{rows}\(Targets\)2, true, {out}>", counted=f"sigmoid focal {step}, labels in rows",
+            **in_rows,
+        ),
+        Budget(
+            "focal_sigmoid.cu", rf"{planes}{n}, true, true, {out}>", 19 * n, f"sigmoid focal {step}, labels", inner=19,
+            warps=32,
+        ),
+    ]  # fmt: skip
+
+
 #: Of all classes, and of none that is not there; of one image or more, not as one sequence.
 COUNT, GRADIENT, EXACT = (f"lovasz/{name}.cu" for name in ("histogram_count_softmax", "histogram_gradient", "exact"))
 #: Tables and counts, or weights, of 19 classes.
@@ -63,6 +83,7 @@ def count(dtype: str, source: int, kind: str, **options) -> Budget:
 def budgets(dtype: str) -> list[Budget]:
     in_registers, shared = f"{dtype}, ClassRange<17, 20>", {"dynamic_shared": SHARED}
     return [
+        *(budget for step in ("forward", "backward") for budget in sigmoid(step, dtype)),
         *(focal(step, dtype) for step in ("forward", "backward")),
         *(focal_shared(step, dtype) for step in ("forward", "backward")),
         count(dtype, 0, "", warps=32, **shared),
@@ -145,6 +166,8 @@ def test_budget(budget):
         warps = kernel.warps(budget.dynamic_shared)
         executed = kernel.way if budget.whole else kernel.iteration
         executed = kernel.iteration_with(budget.loop) if budget.loop else executed
+        if budget.inner > 1:
+            executed += kernel.inner_iteration * (budget.inner - 1)
         per_element = len(executed) / budget.elements
         report = (
             f"{kernel.name} on sm_{kernel.arch}: {per_element:.1f} instructions an element of {budget.instructions} in "

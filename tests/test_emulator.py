@@ -31,7 +31,16 @@ def emulated(emulated_library, monkeypatch):
     return use
 
 
+def sigmoid_dense(x, y, ignore_index=None, **options):
+    target = torch.nn.functional.one_hot(y, x.size(1)).movedim(-1, 1).to(x.dtype)
+    if ignore_index is not None:
+        target[:, ignore_index] = ignore_index
+    return veerloss.sigmoid_focal_loss(x, target.contiguous(), gamma=1.5, ignore_index=ignore_index, **options)
+
+
 LOSSES = {
+    "sigmoid focal, dense": sigmoid_dense,
+    "sigmoid focal, index": functools.partial(veerloss.sigmoid_focal_loss, gamma=1.5),
     "softmax focal": functools.partial(veerloss.softmax_focal_loss, gamma=1.5),
     "lovasz exact": functools.partial(veerloss.lovasz_softmax_loss, method="exact"),
     "lovasz histogram": functools.partial(veerloss.lovasz_softmax_loss, method="histogram"),
@@ -173,6 +182,32 @@ def test_traffic_of_the_softmax_focal_loss(layout, dtype, metered):
     assert 32 * total(forward, "sectors") <= of_logits + of_target + label_logits + 8 * small
     for launches in (forward, backward):  # as counted: 0.55 turns more than without conflicts, of rows of 19 classes
         assert total(launches, "conflicts") <= 0.6 * total(launches, "shared")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@over_layouts
+@pytest.mark.parametrize("kind", ["dense", "index"])
+def test_traffic_of_the_sigmoid_focal_loss(kind, layout, dtype, metered):
+    """Forward reads logits and target once; backward reads them again, and writes the gradient: 16 bytes at a time, and nothing
+    that is not used. Labels of NCHW are read by halves of sectors; in bfloat16 twice, each time for half of the classes."""
+    x, y = logits(SHAPE, dtype).contiguous(memory_format=layout), labels(SHAPE, SHAPE[1])
+    loss, target = veerloss.sigmoid_focal_loss, y
+    if kind == "dense":
+        target = torch.nn.functional.one_hot(y, SHAPE[1]).movedim(-1, 1).to(dtype).contiguous(memory_format=layout)
+    forward, backward = metered(loss, x, target)
+    of_logits, of_target = memory(x, target)
+    planes = kind == "index" and layout == torch.contiguous_format
+    again = of_target if planes and dtype == torch.bfloat16 else 0
+    small = 1024  # options, and the sums of blocks
+    assert of_logits + of_target <= total(forward, "read") <= of_logits + of_target + again + small
+    assert total(forward, "written") <= small
+    assert of_logits + of_target <= total(backward, "read") <= of_logits + of_target + again + small
+    assert of_logits <= total(backward, "written") <= of_logits + small
+    for launches, passes in ((forward, 1), (backward, 2)):
+        sectors = passes * of_logits + (1 + planes) * (of_target + again)
+        assert sectors <= 32 * total(launches, "sectors") <= sectors + 64 * small
+        requests = (passes * of_logits + of_target + again) / (32 * 16)
+        assert requests / 2 <= total(launches, "requests") <= requests + small
 
 
 @over_layouts

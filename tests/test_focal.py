@@ -14,10 +14,8 @@ from grid import (
     labels,
     layouts,
     logits,
-    over_sigmoid_focal,
-    over_sigmoid_focal_kernels,
-    over_softmax_focal,
-    over_softmax_focal_kernels,
+    over_focal,
+    over_focal_kernels,
     some_layouts,
 )
 from hypothesis import given
@@ -33,7 +31,7 @@ PER_CLASS = torch.rand(5, generator=torch.Generator().manual_seed(2))
 # ---- softmax
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, FEW_IMAGES], ids=str)
 def test_softmax_grid(shape, dtype, backend):
@@ -41,7 +39,7 @@ def test_softmax_grid(shape, dtype, backend):
     check_loss(softmax_focal_loss, some_layouts(logits(shape, dtype), backend), target, backend=backend)
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize(
     "classes", [1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 32, 33, 64, 65, 96, 97, 103, 160, 161, 256, 257]
 )
@@ -60,7 +58,7 @@ def test_softmax_numbers_of_classes(classes, backend):
         assert (gradient[:, : classes // 2] == 0).all()
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("classes", [2, 5, 19, 32, 33, 150, 256])
 @pytest.mark.parametrize("pixels", [30, 1100])
 def test_softmax_rows_with_a_gap_between_images(pixels, classes, backend):
@@ -69,7 +67,7 @@ def test_softmax_rows_with_a_gap_between_images(pixels, classes, backend):
     check_loss(softmax_focal_loss, x, labels(x.shape, classes, ignore_index=-100), backend=backend)
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
@@ -84,7 +82,7 @@ def test_softmax_options(alpha, smoothing, gamma, reduction, backend):
         )  # fmt: skip
 
 
-@over_softmax_focal
+@over_focal
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "sum"])
@@ -101,14 +99,14 @@ def test_gamma_0_is_cross_entropy(shape, reduction, weighted, smoothing, backend
     torch.testing.assert_close(evaluate(softmax_focal_loss, x, target, **options), expected)
 
 
-@over_softmax_focal
+@over_focal
 def test_softmax_value_by_hand(backend):
     x = torch.tensor([[math.log(0.2), math.log(0.3), math.log(0.5)]], dtype=torch.float64)
     loss = softmax_focal_loss(x, torch.tensor([1]), alpha=0.25, gamma=2.0, backend=backend)
     assert loss.item() == pytest.approx(-0.25 * 0.7**2 * math.log(0.3), rel=1e-12)
 
 
-@over_softmax_focal
+@over_focal
 def test_softmax_mean_divides_by_valid_pixels_or_normalizer(backend):
     x, target = logits((2, 3, 10)), labels((2, 3, 10), 3, ignore_index=-100)
     total = softmax_focal_loss(x, target, reduction="sum", backend=backend)
@@ -118,7 +116,7 @@ def test_softmax_mean_divides_by_valid_pixels_or_normalizer(backend):
         torch.testing.assert_close(softmax_focal_loss(x, target, normalizer=seven, backend=backend), total / 7)
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("scale", [20.0, 80.0, 1e4])
 def test_softmax_confident_pixels_keep_their_digits(scale, gamma, backend):
@@ -130,7 +128,7 @@ def test_softmax_confident_pixels_keep_their_digits(scale, gamma, backend):
             check_loss(softmax_focal_loss, x, target, **options)
 
 
-@over_softmax_focal
+@over_focal
 def test_minus_infinity_masks_a_class(backend):
     x, target = logits((2, 4, 6)), labels((2, 4, 6), 3)
     x[:, 3] = -math.inf
@@ -140,7 +138,7 @@ def test_minus_infinity_masks_a_class(backend):
         assert (gradient[:, 3] == 0).all()
 
 
-@over_softmax_focal
+@over_focal
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("classes", [512, 513, 5000])
 def test_many_classes(classes, layout, backend, monkeypatch):
@@ -159,7 +157,7 @@ def test_many_classes(classes, layout, backend, monkeypatch):
         check_loss(softmax_focal_loss, layouts(x)[layout], target, backend=backend)
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize(
     ("classes", "layout"),
     [(512, "contiguous"), (512, "channels_last"), (513, "contiguous"), (513, "channels_last"), (5000, "channels_last")],
@@ -170,7 +168,7 @@ def test_many_classes_smoothed(classes, layout, backend, monkeypatch):
     check_loss(softmax_focal_loss, layouts(x)[layout], target, label_smoothing=0.1, gamma=1.5, backend=backend)
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("classes", [1000, 10_000, 250_000])
 def test_equal_terms_of_many_classes(classes, smoothing, backend):
@@ -195,14 +193,14 @@ def probabilities(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) ->
     return (t / t.sum(1 if len(shape) > 1 else 0, keepdim=True).clamp(min=0.1)).to(dtype)
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, FEW_IMAGES, (5,)], ids=str)
 def test_probabilities_grid(shape, dtype, backend):
     check_loss(softmax_focal_loss, some_layouts(logits(shape, dtype), backend), probabilities(shape, dtype), backend=backend)
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -213,7 +211,7 @@ def test_probabilities_options(alpha, smoothing, gamma, reduction, backend):
     check_loss(softmax_focal_loss, logits(shape), probabilities(shape), **options)
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_probabilities_of_any_type_and_strides(dtype, backend):
     x, target = logits((2, 3, 6, 8)), probabilities((2, 3, 6, 8), dtype)
@@ -221,7 +219,7 @@ def test_probabilities_of_any_type_and_strides(dtype, backend):
         check_loss(softmax_focal_loss, x, t, backend=backend)
 
 
-@over_softmax_focal
+@over_focal
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -237,7 +235,7 @@ def test_probabilities_at_gamma_0_are_cross_entropy(shape, reduction, weighted, 
         torch.testing.assert_close(actual, expected)
 
 
-@over_softmax_focal
+@over_focal
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_one_hot_probabilities_are_their_index(smoothing, backend):
     x, index = logits((2, 5, 40), torch.float64), labels((2, 5, 40), 5)
@@ -248,7 +246,7 @@ def test_one_hot_probabilities_are_their_index(smoothing, backend):
         torch.testing.assert_close(evaluate(softmax_focal_loss, x, target, **options), expected)
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("scale", [20.0, 80.0, 1e4])
 def test_probabilities_of_confident_pixels_keep_their_digits(scale, backend):
     x = logits((1, 4, 300), scale=scale)
@@ -257,7 +255,7 @@ def test_probabilities_of_confident_pixels_keep_their_digits(scale, backend):
         check_loss(softmax_focal_loss, x, target, reduction="none", backend=backend)
 
 
-@over_softmax_focal
+@over_focal
 def test_a_masked_class_without_probability_adds_nothing(backend):
     x, target = logits((2, 4, 6)), probabilities((2, 4, 6))
     x[:, 3], target[:, 3] = -math.inf, 0
@@ -269,7 +267,7 @@ def test_a_masked_class_without_probability_adds_nothing(backend):
     assert softmax_focal_loss(x, target, backend=backend) == math.inf
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 def test_probabilities_of_many_classes(backend):
     shape = (1, 5000, 3)
     check_loss(softmax_focal_loss, layouts(logits(shape))["channels_last"], probabilities(shape), backend=backend)
@@ -278,7 +276,7 @@ def test_probabilities_of_many_classes(backend):
 # ---- softmax: pixel weights
 
 
-@over_softmax_focal
+@over_focal
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
 @pytest.mark.parametrize("weight_shape", [(2, 5, 7), (5, 7), (2, 1, 1), ()], ids=str)
 def test_pixel_weight(weight_shape, kind, backend):
@@ -300,7 +298,7 @@ def test_pixel_weight(weight_shape, kind, backend):
         torch.testing.assert_close(actual, evaluate(expected, x, **options))
 
 
-@over_softmax_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_pixel_weight_of_any_type(reduction, dtype, backend):
@@ -309,7 +307,7 @@ def test_pixel_weight_of_any_type(reduction, dtype, backend):
         check_loss(softmax_focal_loss, x, target, weight=weight, reduction=reduction, backend=backend)
 
 
-@over_softmax_focal
+@over_focal
 def test_pixel_weight_of_ignored_pixels_may_be_anything(backend):
     x, target = logits((2, 3, 40)), labels((2, 3, 40), 3, ignore_index=7)
     weight = torch.where(target == 7, math.nan, 1.0)
@@ -339,7 +337,7 @@ def sigmoid_target(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
     return {"bool": hard.bool(), "uint8": hard.byte(), "int64": hard, "float": hard.float()}[kind]
 
 
-@over_sigmoid_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("shape", [*SHAPES, FEW_IMAGES, (), (5,)], ids=str)
@@ -355,7 +353,7 @@ def test_sigmoid_grid(shape, kind, dtype, backend):
     check_loss(sigmoid_focal_loss, some_layouts(logits(shape, dtype), backend), target, **options)
 
 
-@over_sigmoid_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("kind", TARGETS)
@@ -373,7 +371,7 @@ def test_sigmoid_options(kind, gamma, reduction, backend):
         check_loss(sigmoid_focal_loss, logits(shape), sigmoid_target(kind, shape), **options, **more)
 
 
-@over_sigmoid_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_sigmoid_none_has_the_place_of_each_logit(memory_format, backend):
     x = logits((2, 3, 4, 5)).to(memory_format=memory_format)
@@ -382,7 +380,7 @@ def test_sigmoid_none_has_the_place_of_each_logit(memory_format, backend):
     torch.testing.assert_close(loss, sigmoid_focal_loss(x, target, reduction="none", backend="reference"))
 
 
-@over_sigmoid_focal
+@over_focal
 @given(
     x=st.floats(-30, 30),
     t=st.floats(0, 1),
@@ -401,7 +399,7 @@ def test_sigmoid_is_the_formula(backend, x, t, alpha, gamma):
     assert actual.item() == pytest.approx(expected, rel=1e-11, abs=1e-300)
 
 
-@over_sigmoid_focal
+@over_focal
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_index_target_is_its_one_hot(reduction, backend):
     x, target = logits((2, 6, 50)), labels((2, 6, 50), 6)
@@ -410,7 +408,7 @@ def test_index_target_is_its_one_hot(reduction, backend):
     torch.testing.assert_close(sigmoid_focal_loss(x, target, **options), expected)
 
 
-@over_sigmoid_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize(("background_index", "ignore_index"), [(6, -1), (-1, None), (255, 6), (-(2**40), 255)])
 def test_background_index_is_negative_in_every_class(background_index, ignore_index, reduction, backend):
@@ -429,7 +427,7 @@ def test_background_index_is_negative_in_every_class(background_index, ignore_in
     check_loss(sigmoid_focal_loss, logits(shape), target, background_index=background_index, **options)
 
 
-@over_sigmoid_focal
+@over_focal
 def test_background_index_of_one_class(backend):
     x, target = logits((3, 1, 40)), labels((3, 2, 40), 2)
     expected = sigmoid_focal_loss(x, 1 - target.unsqueeze(1), alpha=0.25, backend=backend)
@@ -437,7 +435,7 @@ def test_background_index_of_one_class(backend):
     torch.testing.assert_close(loss, expected)
 
 
-@over_sigmoid_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sigmoid_is_finite_for_every_finite_logit(dtype, gamma, backend):
@@ -447,7 +445,7 @@ def test_sigmoid_is_finite_for_every_finite_logit(dtype, gamma, backend):
         check_loss(sigmoid_focal_loss, x, torch.full((12,), value), gamma=gamma, reduction="none", backend=backend)
 
 
-@over_sigmoid_focal_kernels
+@over_focal_kernels
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_sigmoid_relative_error_of_each_element(value, backend):
     """No element is lost behind larger ones, as in the norms of the accuracy policy."""

@@ -13,10 +13,8 @@ from veerloss import _arguments, _autograd, ops
 from veerloss._layout import MAX_BINS, TABLE, Errors
 
 # (backend, operator family)
-OPERATORS = [(b, stem) for b in ("native", "triton") for stem in FOCAL]
-OPERATORS += [(b, "lovasz_exact") for b in ("native", "triton", "emulated")]
+OPERATORS = [(b, stem) for b in ("native", "triton", "emulated") for stem in (*FOCAL, "lovasz_exact")]
 OPERATORS += [(b, "lovasz_histogram") for b in ("native", "emulated")]
-OPERATORS += [("emulated", "softmax_focal")]
 over_samples = pytest.mark.parametrize(
     ("backend", "stem", "case"), [(b, stem, i) for b, stem in OPERATORS for i in range(len(samples()[stem]))],
     indirect=["backend"],

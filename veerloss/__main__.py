@@ -21,8 +21,6 @@ def main() -> None:
             reason = missing_reason(backend, torch.device(device), "lovasz")
             if device == "cuda" and reason is None:
                 reason = "no CUDA device"
-            if device != "cpu" and backend == "native" and reason is None:
-                backend = "native, but for the sigmoid focal loss"  # which is a Triton kernel there
             print(f"  {device:6} {backend:10} {'available' if reason is None else f'not available: {reason}'}")
     found = {peer: patching.status(peer) for peer in patching.peers()}
     installed = {peer: status for peer, status in found.items() if status[0] is not None}

@@ -34,7 +34,7 @@ def missing_reason(backend: str, device: torch.device, loss: str) -> str | None:
     if device.type in ("meta", "cpu"):
         return native_missing["cpu"]
     if device.type == "cuda":
-        return "on a GPU the sigmoid focal loss is a Triton kernel" if loss == "sigmoid focal" else cuda_missing(device.index)
+        return cuda_missing(device.index)
     return native_missing.get(device.type, f"there is no compiled library for device type {device.type!r}")
 
 

@@ -142,6 +142,10 @@ class SigmoidFocal {
 
 }  // namespace
 
+int64_t kernels::sigmoid_focal_scratch_bytes(const SigmoidFocalInput&) {
+  return 0;
+}
+
 void kernels::sigmoid_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out, Stream) {
   focal_forward<SigmoidFocal>(input, out);
 }

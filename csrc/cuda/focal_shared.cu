@@ -1,7 +1,7 @@
 // Softmax focal loss of many classes, in parts (class_parts.cuh). The first warp has the targets.
 
 #include "class_parts.cuh"
-#include "focal.cuh"
+#include "focal_softmax.cuh"
 
 namespace veerloss {
 namespace {

@@ -2,7 +2,7 @@
 // again and writes the gradient; nothing is kept between the two, and nothing waits for the host. A target out of range makes
 // the loss NaN.
 
-#include "focal.cuh"
+#include "focal_softmax.cuh"
 #include "rows.cuh"
 
 namespace veerloss {
@@ -82,26 +82,6 @@ __global__ void __launch_bounds__(Policy::threads, focal_min_blocks<In, Range>)
     count += label != label_ignored;
   });
   if (out.reduction != Reduction::none) partials.store(sum, count);
-}
-
-// The loss, and what the sum was multiplied with: one block.
-__global__ void __launch_bounds__(Policy::threads) focal_finish_kernel(FocalLoss out, FocalPartials partials, int64_t blocks) {
-  constexpr int threads = Policy::threads;
-  __shared__ double scratch[threads];
-  double sum = 0, count = 0;
-  for (int64_t i = threadIdx.x; i < blocks; i += threads) {
-    sum += partials.sums[i];
-    count += partials.counts[i];
-  }
-  sum = block_sum<threads>(sum, scratch);
-  count = block_sum<threads>(count, scratch);
-  if (threadIdx.x != 0) return;
-  double scale = out.factor;
-  if (out.normalizer.data) scale /= load_element(out.normalizer.data, out.normalizer.dtype, 0);
-  if (out.reduction == Reduction::mean) scale = 1.0 / count;
-  if (out.reduction != Reduction::none && count == 0.0) scale = 0.0;  // loss and gradient are 0, whatever the normaliser is
-  if (out.reduction != Reduction::none) store_element(out.loss.data, out.loss.dtype, 0, sum * scale);
-  store_element(out.scale.data, out.scale.dtype, 0, scale);
 }
 
 // ---- backward
@@ -211,8 +191,7 @@ void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out,
              tiles, partials);
     });
   }
-  launch(focal_finish_kernel, {.blocks = 1, .threads = Policy::threads, .stream = stream}, out, partials,
-         out.reduction == Reduction::none ? 0 : tiles.blocks);
+  finish_focal_loss(out, tiles.blocks, stream);
 }
 
 void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream) {

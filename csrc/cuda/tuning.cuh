@@ -28,7 +28,7 @@ struct Sm80 {
     static constexpr int64_t min_classes = 33, max_classes = 32 * warps;
   };
 
-  // Softmax focal loss.
+  // Both focal losses.
   struct Focal {
     static constexpr int threads = 256;
     // Blocks of a forward pass, each of which leaves one partial sum. Each takes every max_blocks-th tile, in order: the sums,
@@ -38,6 +38,34 @@ struct Sm80 {
     static constexpr int64_t max_blocks = 2;  // tests of moderate size then have several tiles to a block
 #else
     static constexpr int64_t max_blocks = 4096;
+#endif
+  };
+
+  // Sigmoid focal loss: elements in one run of memory.
+  struct SigmoidRows {
+    static constexpr int threads = Focal::threads;
+    // Blocks on a multiprocessor: 64 registers, or 128 where gamma is not 2, of which 16-bit logits spilled 36 bytes of 80.
+    static constexpr int min_blocks(bool square) { return square ? 4 : 2; }
+    // Elements of a tile, 32 for each thread, which share what a tile costs. At least `run` pixels, the most elements that are
+    // loaded at once, of 16 bits; and of few classes no more labels than these.
+    static constexpr int tile_elements = 8192, run = 8, max_tile_labels = 1024;
+    static constexpr int64_t max_classes = int64_t{1} << 20;  // elements of a tile are counted in 32 bits
+  };
+
+  // Sigmoid focal loss: pixels, class by class.
+  struct SigmoidPlanes {
+    static constexpr int threads = Focal::threads;
+    template <class In>
+    static constexpr int min_blocks(bool square) {
+      return sizeof(In) == 8 ? 1 : SigmoidRows::min_blocks(square);
+    }
+    // A thread goes over all classes, which share what a tile costs, unless there are fewer blocks than these, four waves of an
+    // H100: then over a group of classes, of at least so many.
+    static constexpr int64_t min_group_classes = 4;
+#if defined(VEERLOSS_EMULATED)
+    static constexpr int64_t wanted_blocks = 16;  // in tests of moderate size some
+#else
+    static constexpr int64_t wanted_blocks = 2048;
 #endif
   };
 

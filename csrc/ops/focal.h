@@ -17,7 +17,7 @@ inline DType opmath_of(const Tensor& logits) {
 template <class Input>
 std::tuple<Tensor, Tensor> focal_forward(const Op& op, void (*kernel)(const Input&, const FocalLoss&, Stream),
                                          const Input& input, const Tensor& logits, Tensor loss, Reduction reduction,
-                                         double factor, const std::optional<Tensor>& normalizer, int64_t scratch_bytes = 0) {
+                                         double factor, const std::optional<Tensor>& normalizer, int64_t scratch_bytes) {
   if (normalizer)
     op.check(on_device(*normalizer) && normalizer->numel() == 1 && dtype_of(*normalizer).has_value(), "normalizer", *normalizer,
              "one element");

@@ -38,7 +38,8 @@ std::tuple<Tensor, Tensor> sigmoid_focal_forward(const Tensor& logits, const Ten
   const Tensor loss = r != Reduction::none ? empty(logits, {}, type)
                       : upcast_loss        ? write_once(empty(logits, shape_of(logits), type))
                                            : write_once(empty_as(logits));
-  return focal_forward(op, kernels::sigmoid_focal_forward, input, logits, loss, r, factor, normalizer);
+  return focal_forward(op, kernels::sigmoid_focal_forward, input, logits, loss, r, factor, normalizer,
+                       kernels::sigmoid_focal_scratch_bytes(input));
 }
 
 Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, std::optional<double> alpha,

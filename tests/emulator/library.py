@@ -28,8 +28,8 @@ SOURCES = (
             "histogram_bins.cu",
         )
     ),
-    *(CSRC / "cuda" / name for name in ("focal_softmax.cu", "focal_shared.cu")),
-    *(CSRC / "ops" / name for name in ("focal_softmax.cpp", "lovasz_exact.cpp", "lovasz_histogram.cpp")),
+    *sorted((CSRC / "cuda").glob("focal_*.cu")),
+    *(CSRC / "ops" / name for name in ("focal_sigmoid.cpp", "focal_softmax.cpp", "lovasz_exact.cpp", "lovasz_histogram.cpp")),
 )
 EMULATOR = (HERE / "emulator.cpp", HERE / "meter.cpp")
 #: The builds, by the namespace of their operators, and how they compile the kernels: as they are; with the meter of meter.h;

@@ -40,7 +40,7 @@ def of_backend(backend: str, loss: str, *values):
 
 BACKENDS = ("native", "triton")
 LOVASZ = [("native", method) for method in METHODS] + [("triton", "exact")]
-over_softmax_focal_backends = pytest.mark.parametrize("backend", [of_backend(b, "softmax focal", b) for b in BACKENDS])
+over_focal_backends = pytest.mark.parametrize("backend", [of_backend(b, "softmax focal", b) for b in BACKENDS])
 over_lovasz = pytest.mark.parametrize(("backend", "method"), [of_backend(b, "lovasz", b, m) for b, m in LOVASZ])
 over_histogram_backends = pytest.mark.parametrize("backend", [of_backend("native", "lovasz histogram", "native")])
 
@@ -57,11 +57,10 @@ def hinge(x: Tensor, y: Tensor, **options) -> Tensor:
     return lovasz_hinge_loss(x[:, 0], y.clamp(max=1), **options)
 
 
-CASES = {
-    "focal-sigmoid-dense-triton": functools.partial(sigmoid_dense, backend="triton"),
-    "focal-sigmoid-index-triton": functools.partial(sigmoid_focal_loss, alpha=0.25, backend="triton"),
-}
+CASES = {}
 for _backend in BACKENDS:
+    CASES[f"focal-sigmoid-dense-{_backend}"] = functools.partial(sigmoid_dense, backend=_backend)
+    CASES[f"focal-sigmoid-index-{_backend}"] = functools.partial(sigmoid_focal_loss, alpha=0.25, backend=_backend)
     CASES[f"focal-softmax-{_backend}"] = functools.partial(softmax_focal_loss, backend=_backend)
     CASES[f"focal-softmax-smoothed-{_backend}"] = functools.partial(softmax_focal_loss, label_smoothing=0.1, backend=_backend)
 for _backend, _method in LOVASZ:
@@ -98,7 +97,7 @@ def out_of_range(case: str, value: int):
     if "dense" in case:
         target = torch.ones_like(x, dtype=torch.long, requires_grad=False)
         target[1, 2, 20, 30] = value
-        return x, lambda: sigmoid_focal_loss(x, target, backend="triton")
+        return x, lambda: sigmoid_focal_loss(x, target, backend=CASES[case].keywords["backend"])
     if "hinge" in case:
         y = torch.where(y == value, value, y.clamp(max=1))
         options = CASES[case].keywords

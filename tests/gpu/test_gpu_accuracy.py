@@ -19,9 +19,9 @@ from gpu_cases import (
     needs_gpu,
     of_backend,
     over_cases,
+    over_focal_backends,
     over_lovasz,
     over_sizes,
-    over_softmax_focal_backends,
 )
 from grid import DTYPES, METHODS, SHAPES, labels, layouts, logits
 from torch import Tensor
@@ -55,22 +55,26 @@ def dense_targets(shape) -> list[Tensor]:
     return [t.cuda() for t in (hard.bool(), hard.byte(), hard, hard.float(), soft, soft.bfloat16())]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [*TRITON_GRID, ((), torch.float32), ((5,), torch.float16)], ids=str)
-def test_focal_sigmoid_grid(shape, dtype):
+@pytest.mark.parametrize(
+    ("backend", "shape", "dtype"),
+    [of_backend(b, "sigmoid focal", b, s, d) for b in GRID for s, d in [*GRID[b], ((), torch.float32), ((5,), torch.float16)]],
+    ids=str,
+)
+def test_focal_sigmoid_grid(backend, shape, dtype):
     """Every type of target on one shape; on the others soft targets and class indices."""
     found = dense_targets(shape)
     found = found if shape == SHAPES[3] else found[4:5]
     if len(shape) > 1 and shape[1] > 1:
         found.append(labels(shape, shape[1]).cuda())
     for target in found:
-        check(sigmoid_focal_loss, layouts(logits(shape, dtype).cuda()), target, alpha=0.25, backend="triton")
+        check(sigmoid_focal_loss, layouts(logits(shape, dtype).cuda()), target, alpha=0.25, backend=backend)
 
 
 over_reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 over_gammas = pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
 
 
-@over_softmax_focal_backends
+@over_focal_backends
 @over_reductions
 @over_gammas
 def test_focal_softmax_options(gamma, reduction, backend):
@@ -84,13 +88,14 @@ def test_focal_softmax_options(gamma, reduction, backend):
             check(softmax_focal_loss, x, x.softmax(1), alpha=alpha, label_smoothing=smoothing, **options)
 
 
+@over_focal_backends
 @over_reductions
 @over_gammas
-def test_focal_sigmoid_options(gamma, reduction):
+def test_focal_sigmoid_options(gamma, reduction, backend):
     shape = (2, 5, 9, 7)
     x = logits(shape).cuda()
     per_class = torch.rand(5, generator=torch.Generator().manual_seed(2)).cuda()
-    options = {"gamma": gamma, "reduction": reduction, "backend": "triton"}
+    options = {"gamma": gamma, "reduction": reduction, "backend": backend}
     soft = dense_targets(shape)[4]
     per_element = torch.rand(shape, generator=torch.Generator().manual_seed(5)).cuda()
     for more in ({"alpha": per_class}, {"weight": per_class}, {"alpha": 0.9, "weight": per_element}, {"ignore_index": 1}):
@@ -98,11 +103,12 @@ def test_focal_sigmoid_options(gamma, reduction):
         check(sigmoid_focal_loss, x, labels(shape, 5).cuda(), **more, **options)
 
 
-def test_focal_normalizer():
+@over_focal_backends
+def test_focal_normalizer(backend):
     shape = (2, 5, 9, 7)
     x, target = logits(shape).cuda(), labels(shape, 5).cuda()
     for normalizer in (7, torch.tensor(7.0, device="cuda")):
-        for loss, backend in ((softmax_focal_loss, "triton"), (softmax_focal_loss, "auto"), (sigmoid_focal_loss, "triton")):
+        for loss in (softmax_focal_loss, sigmoid_focal_loss):
             check(loss, x, target, normalizer=normalizer, backend=backend)
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gpu_cases import CASES, SMALL, evaluate, inputs, needs_gpu, out_of_range, over_cases
+from gpu_cases import CASES, SMALL, evaluate, inputs, needs_gpu, out_of_range, over_cases, over_focal_backends
 from grid import logits
 
 from veerloss import sigmoid_focal_loss
@@ -30,7 +30,7 @@ def test_all_ignored_is_zero_with_zero_gradient(case, reduction):
     ignored, value = (1, 1) if "hinge" in case else (255, 255)
     if "dense" in case:
         target = torch.full_like(x, 255, requires_grad=False)
-        loss = sigmoid_focal_loss(x, target, ignore_index=255, reduction=reduction, backend="triton")
+        loss = sigmoid_focal_loss(x, target, ignore_index=255, reduction=reduction, **CASES[case].keywords)
     else:
         loss = CASES[case](x, torch.full_like(y, value), ignore_index=ignored, reduction=reduction)
     assert (loss == 0).all()
@@ -61,16 +61,17 @@ def test_target_out_of_range(case, value, monkeypatch):
         call()
 
 
+@over_focal_backends
 @pytest.mark.parametrize("value", [1.5, -0.25])
-def test_focal_dense_target_outside_0_1(value, monkeypatch):
+def test_focal_dense_target_outside_0_1(value, backend, monkeypatch):
     monkeypatch.delenv("VEERLOSS_CHECK", raising=False)
     x = logits(SMALL).cuda()
     target = torch.ones_like(x)
     target[1, 2, 20, 30] = value
-    assert sigmoid_focal_loss(x, target, backend="triton").isnan()
+    assert sigmoid_focal_loss(x, target, backend=backend).isnan()
     monkeypatch.setenv("VEERLOSS_CHECK", "1")
     with pytest.raises(IndexError, match=f"target holds {value}"):
-        sigmoid_focal_loss(x, target, backend="triton")
+        sigmoid_focal_loss(x, target, backend=backend)
 
 
 @over_cases()

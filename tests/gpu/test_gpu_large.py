@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_cases import evaluate, needs_gpu, over_cases
+from gpu_cases import evaluate, needs_gpu, over_cases, over_focal_backends
 from torch import Tensor
 
 from veerloss import sigmoid_focal_loss
@@ -47,13 +47,14 @@ def test_past_2_31_elements(case, image):
         assert torch.equal(gradient[k].roll(-k * SHIFT, -1), expected[0])
 
 
-def test_past_2_31_elements_focal_dense(image):
+@over_focal_backends
+def test_past_2_31_elements_focal_dense(backend, image):
     x = image[0]
     target = (x > 1).byte()
     results = []
     for value, t in ((x, target), (images(x), images(target))):
         value = value.requires_grad_()
-        loss = sigmoid_focal_loss(value, t, reduction="sum", backend="triton")
+        loss = sigmoid_focal_loss(value, t, reduction="sum", backend=backend)
         results.append(torch.autograd.grad(loss, value)[0])
     for k in range(IMAGES):
         assert torch.equal(results[1][k].roll(-k * SHIFT, -1), results[0][0])

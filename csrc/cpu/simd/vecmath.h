@@ -4,11 +4,11 @@
 // over the domains given, in units in the last place of T: exp_neg 1, log 1, log1p_unit 1.
 #pragma once
 
-#include "../../platform.h"
+#include "../../math/log1p.h"
 
 namespace veerloss {
 
-// The logarithms are x times the polynomial through ln(1 + x) / x at the Chebyshev nodes of [0, 1] (`_unit`) and of
+// The logarithms are x times the polynomial through ln(1 + x) / x at the Chebyshev nodes of [0, 1] (math/log1p.h) and of
 // [sqrt(1/2) - 1, sqrt(2) - 1] (`_near_0`), lowest power first; the comment is the largest relative error. The series of atanh
 // has half the terms, and a division, which costs more than all of these.
 template <class T>
@@ -28,9 +28,6 @@ struct FloatFormat<float> {
   static constexpr float log1p_over_x_near_0[] = {0.999999999f, -0.499999885f, 0.333333453f, -0.250015791f,
                                                   0.200009394f, -0.166083694f, 0.141996501f, -0.132660314f,
                                                   0.128066104f, -0.0745118623f};  // 5.0e-9
-  static constexpr float log1p_over_x_unit[] = {0.999999995f,  -0.499998926f,  0.333297105f, -0.249516163f,
-                                                0.196632743f,  -0.152696671f,  0.105436238f, -0.0563736128f,
-                                                0.0195425273f, -0.00317605702f};  // 5e-9
 };
 
 template <>
@@ -65,13 +62,6 @@ struct FloatFormat<double> {
                                                    0.0652589937253437072,
                                                    -0.0592414997745332448,
                                                    0.0254899118004055761};  // 9.0e-18
-  static constexpr double log1p_over_x_unit[] = {
-      0.99999999999999999,     -0.49999999999999079,    0.333333333331975252,   -0.249999999920095234,
-      0.199999997498565228,    -0.166666618482485386,   0.142856519752759262,   -0.124994270635143811,
-      0.111072115852995379,    -0.0997976809658656833,  0.0900909581519863245,  -0.0807095457843020583,
-      0.0701529623652647141,   -0.0571897853419390586,  0.0419257098539041573,  -0.0263987794807432172,
-      0.0135987780906172537,   -0.00542173399100160966, 0.00155352440343343336, -0.000282742113937410716,
-      0.0000244379739485809471};  // 1e-17
 };
 
 template <class T, int terms>
@@ -122,7 +112,9 @@ struct VecMath {
   }
 
   // ln(1 + x) for 0 <= x <= 1.
-  static VEERLOSS_HD T log1p_unit(T x) { return x * polynomial(F::log1p_over_x_unit, x); }
+  static VEERLOSS_HD T log1p_unit(T x) { return veerloss::log1p_unit(x); }
+
+  static VEERLOSS_HD T reciprocal(T x) { return T(1) / x; }
 
  private:
   // x = 2^n (1 + f).

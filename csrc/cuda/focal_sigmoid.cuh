@@ -1,0 +1,247 @@
+// Sigmoid focal loss of elements, whose targets are class indices of pixels, or values of their own.
+#pragma once
+
+#include "../math/focal.h"
+#include "../math/log1p.h"
+#include "focal.cuh"
+#include "registers.cuh"
+
+namespace veerloss {
+
+// ---- the loss of an element
+
+template <class T>
+struct ElementMath;
+
+template <>
+struct ElementMath<double> {
+  __device__ static double exp_neg(double x) { return exp(x); }
+  __device__ static double log(double x) { return ::log(x); }
+  __device__ static double log1p_unit(double x) { return veerloss::log1p_unit(x); }
+  __device__ static double reciprocal(double x) { return 1.0 / x; }
+};
+
+template <>
+struct ElementMath<float> {
+  // To some units in the last place: 2^x of the rounded product, and what rounding took away, e^rest = 1 + rest. (The softmax
+  // does without that, for there logits are differences that have been rounded.) 6 instructions, where expf takes 8.
+  __device__ static float exp_neg(float x) {
+    const float finite = max_or_nan(x, -1000.0f), power = finite * 1.44269504f;              // log2(e)
+    const float rest = fma_rn(power, 1.90465421e-9f, fma_rn(power, -0.693147182f, finite));  // ln 2, in two parts
+    const float e = exp2_of(power);
+    return fma_rn(e, rest, e);
+  }
+  __device__ static float log(float x) { return logf(x); }
+  __device__ static float log1p_unit(float x) { return veerloss::log1p_unit(x); }
+  // To one unit in the last place; a division that rounds takes 8 instructions.
+  __device__ static float reciprocal(float x) {
+#if defined(VEERLOSS_EMULATED)
+    return 1.0f / x;
+#else
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#endif
+  }
+};
+
+// What a pass makes of an element: its loss, or the gradient of its logit. Kernels of both passes are one template, by what
+// they get: FocalLoss or FocalGradient.
+enum class Pass { forward, backward };
+template <class Out>
+constexpr Pass pass_of = std::is_same_v<Out, FocalGradient> ? Pass::backward : Pass::forward;
+
+// Factors of positive and negative elements: alpha and 1 - alpha, in a backward pass times the gradient that comes in.
+template <class T>
+struct SigmoidFactors {
+  T positive, negative;
+
+  __device__ SigmoidFactors(const SigmoidFocalInput& input, T grad) : positive(grad), negative(grad) {
+    if (!input.alpha) return;
+    positive *= static_cast<T>(*input.alpha);
+    negative *= static_cast<T>(1.0 - *input.alpha);
+  }
+  // Those of a class, which has an alpha of its own.
+  __device__ SigmoidFactors of_class(const SigmoidFocalInput& input, T grad, int64_t c) const {
+    if (!input.class_alpha) return *this;
+    const T alpha = static_cast<const T*>(input.class_alpha)[c];
+    return {grad * alpha, grad * (T(1) - alpha)};
+  }
+
+ private:
+  __device__ SigmoidFactors(T positive_factor, T negative_factor) : positive(positive_factor), negative(negative_factor) {}
+};
+
+// By a target in [0, 1].
+template <Pass pass, bool square, class T>
+__device__ inline T result_of_target(T x, T target, const SigmoidFactors<T>& factors, T gamma) {
+  const auto term = sigmoid_focal<ElementMath<T>, square>(x, target, factors.positive, factors.negative, gamma);
+  return pass == Pass::forward ? term.value : term.slope;
+}
+
+// By a class: whether it is that of the pixel. Where the label of a pixel is < 0 the result is without_class(label) instead.
+template <Pass pass, bool square, class T>
+__device__ inline T result_of_label(T x, bool positive, const SigmoidFactors<T>& factors, T gamma) {
+  const T factor = positive ? (pass == Pass::forward ? factors.positive : -factors.positive) : factors.negative;
+  const auto term = sigmoid_focal_of_class<ElementMath<T>, square>(positive ? -x : x, factor, gamma);
+  return pass == Pass::forward ? term.value : term.slope;
+}
+template <class T>
+__device__ inline T without_class(int32_t label) {
+  return label == label_bad ? static_cast<T>(not_a_number) : T(0);
+}
+
+// ---- elements that are neighbours in memory, by loads and stores of up to 16 bytes
+
+template <int bytes>
+struct WordOf;
+template <>
+struct WordOf<1> {
+  using type = uint8_t;
+};
+template <>
+struct WordOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct WordOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+
+template <class S, int n>
+struct RunOf {
+  static constexpr int bytes = n * static_cast<int>(sizeof(S)), word_bytes = bytes < 16 ? bytes : 16,
+                       words = bytes / word_bytes;
+  using Word = typename WordOf<word_bytes>::type;
+
+  __device__ static void load(S (&values)[n], const S* from) {
+    Word run[words];
+#pragma unroll
+    for (int k = 0; k < words; ++k) run[k] = reinterpret_cast<const Word*>(from)[k];
+    std::memcpy(values, run, bytes);
+  }
+  __device__ static void store(S* to, const S (&values)[n]) {
+    Word run[words];
+    std::memcpy(run, values, bytes);
+#pragma unroll
+    for (int k = 0; k < words; ++k) reinterpret_cast<Word*>(to)[k] = run[k];
+  }
+};
+
+template <int n, class S, class T>
+__device__ inline void load_run(T (&values)[n], const S* from) {
+  S stored[n];
+  RunOf<S, n>::load(stored, from);
+#pragma unroll
+  for (int k = 0; k < n; ++k) values[k] = convert<T>(stored[k]);
+}
+
+template <int n, class S, class T>
+__device__ inline void store_run(S* to, const T (&values)[n]) {
+  S stored[n];
+#pragma unroll
+  for (int k = 0; k < n; ++k) stored[k] = convert<S>(values[k]);
+  RunOf<S, n>::store(to, stored);
+}
+
+// Elements of a run: 16 bytes of logits.
+template <class In>
+constexpr int run_length = 16 / static_cast<int>(sizeof(In));
+
+inline bool is_aligned(const View& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+}
+
+// ---- targets
+
+inline bool is_integer(DType dtype) {
+  return dtype >= DType::i64;
+}
+
+// The value to ignore, as what targets are compared with before they are rounded: in 64 bits, or where these have no more,
+// in 32.
+class IgnoredValue {
+ public:
+  __device__ explicit IgnoredValue(const TargetRule& rule)
+      : any_(rule.has_ignore),
+        any_of_32_bits_(any_ && rule.ignore == static_cast<int32_t>(rule.ignore)),
+        integer_(rule.ignore),
+        number_(any_ ? static_cast<double>(rule.ignore) : not_a_number),  // which is equal to none
+        number_of_32_bits_(
+            static_cast<float>(static_cast<double>(static_cast<float>(number_)) == number_ ? number_ : not_a_number)) {}
+
+  template <class S>
+  __device__ bool is(S stored) const {
+    if constexpr (std::is_same_v<S, double>)
+      return stored == number_;
+    else if constexpr (!std::is_integral_v<S>)
+      return convert<float>(stored) == number_of_32_bits_;
+    else if constexpr (sizeof(S) == 8)
+      return any_ && stored == integer_;
+    else
+      return any_of_32_bits_ && static_cast<int32_t>(stored) == static_cast<int32_t>(integer_);
+  }
+
+ private:
+  bool any_, any_of_32_bits_;
+  int64_t integer_;
+  double number_;
+  float number_of_32_bits_;
+};
+
+template <class S, int n, class T>
+__device__ inline void load_targets_of_type(T (&targets)[n], bool (&counts)[n], const void* data, int64_t first,
+                                            const IgnoredValue& ignored) {
+  S stored[n];
+  RunOf<S, n>::load(stored, static_cast<const S*>(data) + first);
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    const T t = convert<T>(stored[k]);
+    targets[k] = t >= T(0) && t <= T(1) ? t : static_cast<T>(not_a_number);
+    counts[k] = !ignored.is(stored[k]);
+  }
+}
+
+// Of n elements: NaN where the target is not in [0, 1]; and whether it counts.
+template <int n, class T>
+__device__ inline void load_targets(T (&targets)[n], bool (&counts)[n], const void* data, DType dtype, int64_t first,
+                                    const IgnoredValue& ignored) {
+  const auto load = [&](auto zero) { load_targets_of_type<decltype(zero)>(targets, counts, data, first, ignored); };
+  switch (dtype) {
+    case DType::f64: return load(double{});
+    case DType::bf16: return load(__nv_bfloat16{});
+    case DType::f16: return load(__half{});
+    case DType::i64: return load(int64_t{});
+    case DType::i32: return load(int32_t{});
+    case DType::i16: return load(int16_t{});
+    case DType::i8: return load(int8_t{});
+    case DType::u8: return load(uint8_t{});
+    default: return load(float{});
+  }
+}
+
+// ---- launches
+
+// Calls f with a value of the element type and whether gamma is 2.
+template <class F>
+void with_sigmoid_kernel(const SigmoidFocalInput& input, const F& f) {
+  with_element_type(input.logits.dtype,
+                    [&](auto zero) { with_flag(input.gamma == 2.0, [&](auto square) { f(zero, square); }); });
+}
+
+// Elements in one run of memory: focal_sigmoid_rows.cu. `grad_logits`: null in a forward pass. Forward returns the number of
+// blocks that left a sum.
+
+bool has_sigmoid_rows(const SigmoidFocalInput& input, Reduction reduction, const View* grad_logits);
+int64_t launch_sigmoid_rows_forward(const SigmoidFocalInput& input, const FocalLoss& out, Stream stream);
+void launch_sigmoid_rows_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream stream);
+
+}  // namespace veerloss
