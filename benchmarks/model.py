@@ -151,7 +151,7 @@ def find(task: str, contestant: str, shape: tuple[int, ...]) -> Step | None:
     if task == "sigmoid_focal" and contestant == f"{OURS}, native":
         return focal("sigmoid focal")
     if task == "sigmoid_focal_index" and contestant == f"{OURS}, native":
-        return focal("sigmoid focal", ", labels") if counted else None
+        return focal("sigmoid focal", ", labels") if classes >= 17 else None
     if task == "softmax_focal" and contestant == f"{OURS}, native":
         return focal("softmax focal") if counted else FOCAL_SHARED if 136 < classes <= 160 else None
     if contestant == f"{HISTOGRAM}, native":
