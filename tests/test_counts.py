@@ -183,15 +183,6 @@ def test_budget(budget):
         assert kernel.shared_bytes <= budget.static_shared, report
 
 
-#: Bytes that a thread may spill, by kernel: of 5 to 12 classes, and on sm_100 of one class at a time, outside of the loop over
-#: pixels.
-SPILLS = {"lovasz_count_softmax_kernel": 40, "lovasz_count_classes_kernel": 4}
-
-
-def spills_of(kernel) -> int:
-    return next((count for name, count in SPILLS.items() if kernel.name.startswith(name)), 0)
-
-
 #: Bytes of code: 128 KiB are what the instruction cache of a multiprocessor holds.
 CODE_BYTES = 128 * 1024
 
@@ -204,7 +195,7 @@ def test_nothing_spills_and_code_fits_the_cache(source, arch):
     for kernel in found:
         print(f"{kernel.registers:>4} registers {kernel.spilled:>3} spilled {kernel.code_bytes:>7} bytes  {kernel.name}")
         assert kernel.registers > 0 and kernel.threads >= 32 and kernel.warps() > 0
-    spilled = {kernel.name: kernel.spilled for kernel in found if kernel.spilled > spills_of(kernel)}
+    spilled = {kernel.name: kernel.spilled for kernel in found if kernel.spilled}
     assert not spilled, f"bytes spilled on sm_{arch}: {spilled}"
     # (Weighing bins is float64, which takes much code on sm_120; it goes over bins, not pixels.)
     pixels = [kernel for kernel in found if "lovasz_weigh_kernel" not in kernel.name]

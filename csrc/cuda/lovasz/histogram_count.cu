@@ -101,7 +101,7 @@ void launch_statistics(const LovaszHistogramCount& args, Softmax<opmath_t<In>>* 
 }
 
 template <class In, Errors errors, bool plain>
-__global__ void __launch_bounds__(Policy::threads)
+__global__ void __launch_bounds__(Policy::threads, 1)
     lovasz_count_classes_kernel(LovaszHistogramCount args, Chunks chunks, Groups groups,
                                 const Softmax<opmath_t<In>>* statistics) {
   using T = opmath_t<In>;

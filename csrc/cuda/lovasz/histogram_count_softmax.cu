@@ -43,7 +43,7 @@ __device__ inline void count_foreground(const BlockCounts& block, const PixelCoo
 }
 
 template <class In, class Range, Source source, bool grouped, bool may_be_flat>
-__global__ void __launch_bounds__(threads_of(source))
+__global__ void __launch_bounds__(threads_of(source), 1)
     lovasz_count_softmax_kernel(LovaszHistogramCount args, Chunks chunks, Groups groups,
                                 const Softmax<opmath_t<In>>* statistics) {
   using T = opmath_t<In>;
