@@ -32,12 +32,12 @@ DTYPES = ("float32", "bfloat16")
 #: loop over pixels. Those of the sorts are from csrc/cuda/lovasz/exact.cu; tests/test_counts.py counts the others. After a
 #: change `python -m benchmarks.model` brings the document up to date.
 INSTRUCTIONS = {
-    "sigmoid focal forward": (59.1, 55.8),
-    "sigmoid focal backward": (63.9, 60.6),
-    "sigmoid focal forward, labels": (37.9, 37.7),
-    "sigmoid focal backward, labels": (42.7, 42.0),
-    "sigmoid focal forward, labels in rows": (57.1, 57.1),
-    "sigmoid focal backward, labels in rows": (61.0, 60.4),
+    "sigmoid focal forward": (55.3, 46.0),
+    "sigmoid focal backward": (60.4, 50.8),
+    "sigmoid focal forward, labels": (37.2, 29.1),
+    "sigmoid focal backward, labels": (41.9, 33.5),
+    "sigmoid focal forward, labels in rows": (51.8, 44.8),
+    "sigmoid focal backward, labels in rows": (57.6, 50.9),
     "softmax focal forward": (24.5, 25.6),
     "softmax focal backward": (34.4, 37.1),
     "softmax focal forward, classes in rows": (34.2, None),

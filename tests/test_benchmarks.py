@@ -293,11 +293,12 @@ def test_predictions_stand_beside_measurements(task):
 
 
 #: Of the floor on an H100, at least, float32 and bfloat16: the bars of the design, 85% and 70% for focal, 75% and 55% for
-#: histogram. In bfloat16 sigmoid focal and histogram have less: they would meet these if all instructions issued that could.
+#: histogram. In bfloat16 histogram, and by a hair sigmoid focal of dense targets, have less: they would meet these if all
+#: instructions issued that could.
 SHARES = {
     ("softmax_focal", "veerloss, native", model.CITY): (0.85, 0.7),
-    ("sigmoid_focal", "veerloss, native", model.CITY): (0.85, 0.55),
-    ("sigmoid_focal_index", "veerloss, native", model.CITY): (0.85, 0.55),
+    ("sigmoid_focal", "veerloss, native", model.CITY): (0.85, 0.65),
+    ("sigmoid_focal_index", "veerloss, native", model.CITY): (0.85, 0.7),
     ("lovasz_softmax", "veerloss histogram, native", model.CITY): (0.75, 0.45),
 }
 

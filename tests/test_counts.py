@@ -64,7 +64,7 @@ def sigmoid(step: str, dtype: str) -> list[Budget]:
         ),
         Budget(
             "focal_sigmoid.cu", rf"{planes}{n}, true, true, {out}>", 19 * n, f"sigmoid focal {step}, labels", inner=19,
-            warps=32,
+            warps=32 if dtype == "float" else 24,
         ),
     ]  # fmt: skip
 

@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(Policy::threads, Policy::min_blocks<In>(square
     if (!each) grad = gradient_of_sum<T>(out);
   const SigmoidFactors<T> factors(input, grad);
   const IgnoredValue ignored(input.rule);
+  const int64_t target_size = size_of(input.target.dtype);
   double sum = 0;
   int32_t count = 0;
   for (int64_t t = blockIdx.x; t < tiles.grid.blocks; t += tiles.blocks) {
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(Policy::threads, Policy::min_blocks<In>(square
     const In* from = pointer(input.logits);
     In* to = nullptr;
     if constexpr (pass == Pass::backward) to = pointer(out.grad_logits);
-    int64_t target = ptr_offset(input.target, image, begin, pixel);
+    const char* target = input.target.data + ptr_offset(input.target, image, begin, pixel) * target_size;
     int32_t labels[n];
     if constexpr (has_labels) {
       load_labels(labels, input, image, pixel);
@@ -105,17 +106,17 @@ __global__ void __launch_bounds__(Policy::threads, Policy::min_blocks<In>(square
       if constexpr (has_labels) {
 #pragma unroll
         for (int k = 0; k < n; ++k) {
-          const T result = outer * result_of_label<pass, square>(logits[k], labels[k] == c, of_class, gamma);
+          const T result = outer * result_of_label<In, pass, square>(logits[k], labels[k] == c, of_class, gamma);
           results[k] = labels[k] >= 0 ? result : without_class<T>(labels[k]);
         }
       } else {
         T values[n];
         bool counts[n];
-        load_targets(values, counts, input.target.data, input.target.dtype, target, ignored);
-        target += input.target.stride_channel;
+        load_targets(values, counts, target, input.target.dtype, ignored);
+        target += input.target.stride_channel * target_size;
 #pragma unroll
         for (int k = 0; k < n; ++k) {
-          const T result = outer * result_of_target<pass, square>(logits[k], values[k], of_class, gamma);
+          const T result = outer * result_of_target<In, pass, square>(logits[k], values[k], of_class, gamma);
           results[k] = counts[k] ? result : T(0);
           count += counts[k];
         }

@@ -10,38 +10,44 @@ namespace veerloss {
 
 // ---- the loss of an element
 
-template <class T>
-struct ElementMath;
+// As exact as the type of the logits needs it; in the opmath type.
+template <class In>
+struct ElementMath {
+  using T = opmath_t<In>;
 
-template <>
-struct ElementMath<double> {
-  __device__ static double exp_neg(double x) { return exp(x); }
-  __device__ static double log(double x) { return ::log(x); }
-  __device__ static double log1p_unit(double x) { return veerloss::log1p_unit(x); }
-  __device__ static double reciprocal(double x) { return 1.0 / x; }
-};
-
-template <>
-struct ElementMath<float> {
-  // To some units in the last place: 2^x of the rounded product, and what rounding took away, e^rest = 1 + rest. (The softmax
-  // does without that, for there logits are differences that have been rounded.) 6 instructions, where expf takes 8.
-  __device__ static float exp_neg(float x) {
-    const float finite = max_or_nan(x, -1000.0f), power = finite * 1.44269504f;              // log2(e)
-    const float rest = fma_rn(power, 1.90465421e-9f, fma_rn(power, -0.693147182f, finite));  // ln 2, in two parts
-    const float e = exp2_of(power);
-    return fma_rn(e, rest, e);
+  // Of float32 to some units in the last place: 2^x of the rounded product, and what rounding took away, e^rest = 1 + rest. 6
+  // instructions, where expf takes 8. Of 16 bits 2 as in the softmax: there the logit has been rounded by more.
+  __device__ static T exp_neg(T x) {
+    if constexpr (!std::is_same_v<In, float>) {
+      return veerloss::exp_neg(x);
+    } else {
+      const float finite = max_or_nan(x, -1000.0f), power = finite * 1.44269504f;              // log2(e)
+      const float rest = fma_rn(power, 1.90465421e-9f, fma_rn(power, -0.693147182f, finite));  // ln 2, in two parts
+      const float e = exp2_of(power);
+      return fma_rn(e, rest, e);
+    }
   }
-  __device__ static float log(float x) { return logf(x); }
-  __device__ static float log1p_unit(float x) { return veerloss::log1p_unit(x); }
-  // To one unit in the last place; a division that rounds takes 8 instructions.
-  __device__ static float reciprocal(float x) {
-#if defined(VEERLOSS_EMULATED)
-    return 1.0f / x;
-#else
-    float result;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
+  __device__ static T log(T x) {
+    using std::log;
+    return log(x);
+  }
+  // Of 16 bits by 3 instructions less.
+  __device__ static T log1p_unit(T x) {
+    if constexpr (sizeof(In) == 2)
+      return log1p_unit_short(x);
+    else
+      return veerloss::log1p_unit(x);
+  }
+  // Of float32 to one unit in the last place; a division that rounds takes 8 instructions.
+  __device__ static T reciprocal(T x) {
+#if !defined(VEERLOSS_EMULATED)
+    if constexpr (!std::is_same_v<T, double>) {
+      float result;
+      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+      return result;
+    }
 #endif
+    return T(1) / x;
   }
 };
 
@@ -73,17 +79,17 @@ struct SigmoidFactors {
 };
 
 // By a target in [0, 1].
-template <Pass pass, bool square, class T>
+template <class In, Pass pass, bool square, class T>
 __device__ inline T result_of_target(T x, T target, const SigmoidFactors<T>& factors, T gamma) {
-  const auto term = sigmoid_focal<ElementMath<T>, square>(x, target, factors.positive, factors.negative, gamma);
+  const auto term = sigmoid_focal<ElementMath<In>, square>(x, target, factors.positive, factors.negative, gamma);
   return pass == Pass::forward ? term.value : term.slope;
 }
 
 // By a class: whether it is that of the pixel. Where the label of a pixel is < 0 the result is without_class(label) instead.
-template <Pass pass, bool square, class T>
+template <class In, Pass pass, bool square, class T>
 __device__ inline T result_of_label(T x, bool positive, const SigmoidFactors<T>& factors, T gamma) {
   const T factor = positive ? (pass == Pass::forward ? factors.positive : -factors.positive) : factors.negative;
-  const auto term = sigmoid_focal_of_class<ElementMath<T>, square>(positive ? -x : x, factor, gamma);
+  const auto term = sigmoid_focal_of_class<ElementMath<In>, square>(positive ? -x : x, factor, gamma);
   return pass == Pass::forward ? term.value : term.slope;
 }
 template <class T>
@@ -136,20 +142,58 @@ struct RunOf {
   }
 };
 
+// Elements of 16 bits are converted in pairs: a word of two bfloat16 is two float32 by a shift and a mask, and one instruction
+// rounds a pair.
+template <class S>
+__device__ inline float2 widen_pair(uint32_t pair) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16>)
+    return {bit_cast<float>(pair << 16), bit_cast<float>(pair & 0xffff0000u)};
+  else
+    return __half22float2(bit_cast<__half2>(pair));
+}
+template <class S>
+__device__ inline uint32_t round_pair(float low, float high) {
+  if constexpr (std::is_same_v<S, __nv_bfloat16>)
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+  else
+    return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+}
+
+template <class S, int n>
+constexpr bool in_pairs = (std::is_same_v<S, __nv_bfloat16> || std::is_same_v<S, __half>) && n % 2 == 0;
+
 template <int n, class S, class T>
 __device__ inline void load_run(T (&values)[n], const S* from) {
-  S stored[n];
-  RunOf<S, n>::load(stored, from);
+  if constexpr (in_pairs<S, n>) {
+    uint32_t pairs[n / 2];
+    RunOf<uint32_t, n / 2>::load(pairs, reinterpret_cast<const uint32_t*>(from));
 #pragma unroll
-  for (int k = 0; k < n; ++k) values[k] = convert<T>(stored[k]);
+    for (int k = 0; k < n; k += 2) {
+      const float2 pair = widen_pair<S>(pairs[k / 2]);
+      values[k] = pair.x;
+      values[k + 1] = pair.y;
+    }
+  } else {
+    S stored[n];
+    RunOf<S, n>::load(stored, from);
+#pragma unroll
+    for (int k = 0; k < n; ++k) values[k] = convert<T>(stored[k]);
+  }
 }
 
 template <int n, class S, class T>
 __device__ inline void store_run(S* to, const T (&values)[n]) {
-  S stored[n];
+  if constexpr (in_pairs<S, n>) {
+    uint32_t pairs[n / 2];
 #pragma unroll
-  for (int k = 0; k < n; ++k) stored[k] = convert<S>(values[k]);
-  RunOf<S, n>::store(to, stored);
+    for (int k = 0; k < n; k += 2) pairs[k / 2] = round_pair<S>(values[k], values[k + 1]);
+    RunOf<uint32_t, n / 2>::store(reinterpret_cast<uint32_t*>(to), pairs);
+  } else {
+    S stored[n];
+#pragma unroll
+    for (int k = 0; k < n; ++k) stored[k] = convert<S>(values[k]);
+    RunOf<S, n>::store(to, stored);
+  }
 }
 
 // Elements of a run: 16 bytes of logits.
@@ -197,11 +241,25 @@ class IgnoredValue {
   float number_of_32_bits_;
 };
 
+// Bytes of an element.
+__device__ inline int size_of(DType dtype) {
+  switch (dtype) {
+    case DType::f64:
+    case DType::i64: return 8;
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::i8:
+    case DType::u8: return 1;
+    default: return 2;
+  }
+}
+
 template <class S, int n, class T>
-__device__ inline void load_targets_of_type(T (&targets)[n], bool (&counts)[n], const void* data, int64_t first,
-                                            const IgnoredValue& ignored) {
-  S stored[n];
-  RunOf<S, n>::load(stored, static_cast<const S*>(data) + first);
+__device__ inline void load_targets_of_type(T (&targets)[n], bool (&counts)[n], const char* from, const IgnoredValue& ignored) {
+  // What is stored, in a type that holds it.
+  using Stored = std::conditional_t<in_pairs<S, 2>, float, S>;
+  Stored stored[n];
+  load_run(stored, reinterpret_cast<const S*>(from));
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     const T t = convert<T>(stored[k]);
@@ -212,9 +270,9 @@ __device__ inline void load_targets_of_type(T (&targets)[n], bool (&counts)[n], 
 
 // Of n elements: NaN where the target is not in [0, 1]; and whether it counts.
 template <int n, class T>
-__device__ inline void load_targets(T (&targets)[n], bool (&counts)[n], const void* data, DType dtype, int64_t first,
+__device__ inline void load_targets(T (&targets)[n], bool (&counts)[n], const char* from, DType dtype,
                                     const IgnoredValue& ignored) {
-  const auto load = [&](auto zero) { load_targets_of_type<decltype(zero)>(targets, counts, data, first, ignored); };
+  const auto load = [&](auto zero) { load_targets_of_type<decltype(zero)>(targets, counts, from, ignored); };
   switch (dtype) {
     case DType::f64: return load(double{});
     case DType::bf16: return load(__nv_bfloat16{});

@@ -47,8 +47,22 @@ struct ElementPlace {
   }
 };
 
+// Where a run of elements begins: a pointer takes the place of the index of an element, and of its product with a size.
+template <class In>
+struct RunPointers {
+  const In* logits;
+  const char* target;
+  In* gradient;
+
+  __device__ void skip(int elements, int64_t target_size) {
+    logits += elements;
+    target += elements * target_size;
+    gradient += elements;
+  }
+};
+
 template <class In, Targets targets, bool square, class Out>
-__global__ void __launch_bounds__(Policy::threads, Policy::min_blocks(square))
+__global__ void __launch_bounds__(Policy::threads, Policy::min_blocks(square, targets == Targets::values_by_class))
     sigmoid_focal_rows_kernel(SigmoidFocalInput input, Out out, RowTiles tiles, FocalPartials partials) {
   using T = opmath_t<In>;
   constexpr Pass pass = pass_of<Out>;
@@ -60,23 +74,23 @@ __global__ void __launch_bounds__(Policy::threads, Policy::min_blocks(square))
   if constexpr (pass == Pass::backward) grad = gradient_of_sum<T>(out);
   const SigmoidFactors<T> factors(input, grad);
   const IgnoredValue ignored(input.rule);
+  const int64_t target_size = size_of(input.target.dtype);
   const ElementPlace stride(by_class ? threads * n : 0, classes);
   const int own = static_cast<int>(threadIdx.x);
   __shared__ int32_t labels[has_labels ? Policy::max_tile_labels + 1 : 1];
   double sum = 0;
   int32_t count = 0;
 
-  // Of `length` elements of the tile that begins with element `first` of all.
-  const auto run = [&](auto length, int64_t first, int element, ElementPlace at) {
+  const auto run = [&](auto length, const RunPointers<In>& pointers, ElementPlace at) {
     constexpr int m = length;
-    const int64_t i = first + element;
     T logits[m], results[m];
-    load_run(logits, reinterpret_cast<const In*>(input.logits.data) + i);
+    load_run(logits, pointers.logits);
     if constexpr (has_labels) {
       int32_t label = labels[at.pixel];
 #pragma unroll
       for (int k = 0; k < m; ++k) {
-        const T result = result_of_label<pass, square>(logits[k], label == at.c, factors.of_class(input, grad, at.c), gamma);
+        const T result =
+            result_of_label<In, pass, square>(logits[k], label == at.c, factors.of_class(input, grad, at.c), gamma);
         results[k] = label >= 0 ? result : without_class<T>(label);
         if (++at.c == classes) {
           at.c = 0;
@@ -86,7 +100,7 @@ __global__ void __launch_bounds__(Policy::threads, Policy::min_blocks(square))
     } else {
       T values[m];
       bool counts[m];
-      load_targets(values, counts, input.target.data, input.target.dtype, i, ignored);
+      load_targets(values, counts, pointers.target, input.target.dtype, ignored);
 #pragma unroll
       for (int k = 0; k < m; ++k) {
         auto of_element = factors;
@@ -94,13 +108,13 @@ __global__ void __launch_bounds__(Policy::threads, Policy::min_blocks(square))
           of_element = factors.of_class(input, grad, at.c);
           at.c = at.c + 1 == classes ? 0 : at.c + 1;
         }
-        const T result = result_of_target<pass, square>(logits[k], values[k], of_element, gamma);
+        const T result = result_of_target<In, pass, square>(logits[k], values[k], of_element, gamma);
         results[k] = counts[k] ? result : T(0);
         count += counts[k];
       }
     }
     if constexpr (pass == Pass::backward) {
-      store_run(reinterpret_cast<In*>(out.grad_logits.data) + i, results);
+      store_run(pointers.gradient, results);
     } else {
       T of_run = results[0];
 #pragma unroll
@@ -109,7 +123,14 @@ __global__ void __launch_bounds__(Policy::threads, Policy::min_blocks(square))
     }
   };
 
-  int64_t first = 0;  // of the tile, and then of the last one
+  const auto pointers_to = [&](int64_t element) {
+    RunPointers<In> found{reinterpret_cast<const In*>(input.logits.data) + element, nullptr, nullptr};
+    if constexpr (!has_labels) found.target = input.target.data + element * target_size;
+    if constexpr (pass == Pass::backward) found.gradient = reinterpret_cast<In*>(out.grad_logits.data) + element;
+    return found;
+  };
+
+  int64_t first = 0;  // element of the tile, and then of the last one
   int elements = 0;
   for (int64_t tile = blockIdx.x; tile < tiles.tiles; tile += tiles.blocks) {
     const int64_t first_pixel = tile * tiles.tile_pixels, left = tiles.pixels - first_pixel;
@@ -126,17 +147,19 @@ __global__ void __launch_bounds__(Policy::threads, Policy::min_blocks(square))
       }
       __syncthreads();
     }
+    RunPointers<In> pointers = pointers_to(first + own * n);
     ElementPlace at(by_class ? own * n : 0, classes);
     VEERLOSS_NO_UNROLL
     for (int element = own * n; element + n <= elements; element += threads * n) {
-      run(std::integral_constant<int, n>{}, first, element, at);
+      run(std::integral_constant<int, n>{}, pointers, at);
+      pointers.skip(threads * n, target_size);
       if constexpr (by_class) at.skip(stride, classes);
     }
   }
   // The last tile of all may have some elements more.
   if (const int rest = elements % n; own < rest) {
     const int element = elements - rest + own;
-    run(std::integral_constant<int, 1>{}, first, element, ElementPlace(by_class ? element : 0, classes));
+    run(std::integral_constant<int, 1>{}, pointers_to(first + element), ElementPlace(by_class ? element : 0, classes));
   }
   if constexpr (pass == Pass::forward) partials.store(sum, count);
 }

@@ -44,8 +44,9 @@ struct Sm80 {
   // Sigmoid focal loss: elements in one run of memory.
   struct SigmoidRows {
     static constexpr int threads = Focal::threads;
-    // Blocks on a multiprocessor: 64 registers, or 128 where gamma is not 2, of which 16-bit logits spilled 36 bytes of 80.
-    static constexpr int min_blocks(bool square) { return square ? 4 : 2; }
+    // Blocks on a multiprocessor: 64 registers; 80 with an alpha for each class, where 16-bit logits spilled 4 bytes; or 128
+    // where gamma is not 2, for they spilled 36 bytes of 80.
+    static constexpr int min_blocks(bool square, bool class_alpha) { return !square ? 2 : class_alpha ? 3 : 4; }
     // Elements of a tile, 32 for each thread, which share what a tile costs. At least `run` pixels, the most elements that are
     // loaded at once, of 16 bits; and of few classes no more labels than these.
     static constexpr int tile_elements = 8192, run = 8, max_tile_labels = 1024;
@@ -55,9 +56,10 @@ struct Sm80 {
   // Sigmoid focal loss: pixels, class by class.
   struct SigmoidPlanes {
     static constexpr int threads = Focal::threads;
+    // As of SigmoidRows; of 16-bit logits 80 registers, for with 64 they spilled up to 20 bytes on sm_100 and sm_120.
     template <class In>
     static constexpr int min_blocks(bool square) {
-      return sizeof(In) == 8 ? 1 : SigmoidRows::min_blocks(square);
+      return sizeof(In) == 8 ? 1 : SigmoidRows::min_blocks(square, sizeof(In) == 2);
     }
     // A thread goes over all classes, which share what a tile costs, unless there are fewer blocks than these, four waves of an
     // H100: then over a group of classes, of at least so many.

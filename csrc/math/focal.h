@@ -31,7 +31,7 @@ VEERLOSS_HD ValueAndSlope<T> focusing(T q, T gamma) {
 }
 
 // What the binary loss takes from a logit x: p = sigmoid(x), 1 - p without the cancellation of that subtraction, and by how
-// much softplus(x) exceeds max(x, 0), the same for -x. NaN for an infinite x.
+// much softplus(x) exceeds max(x, 0), the same for -x.
 template <class T>
 struct SigmoidTerms {
   T p, not_p, excess;
@@ -41,17 +41,18 @@ template <class Math, class T>
 VEERLOSS_HD SigmoidTerms<T> sigmoid_terms(T x) {
   const T e = Math::exp_neg(-std::fabs(x));
   const T r = Math::reciprocal(T(1) + e);
-  return {x < T(0) ? e * r : r, x < T(0) ? r : e * r, Math::log1p_unit(e) + (x - x)};
+  return {x < T(0) ? e * r : r, x < T(0) ? r : e * r, Math::log1p_unit(e)};
 }
 
 // Binary focal loss of logit x and target t in [0, 1], torchvision's formula for soft targets:
 //   alpha_t * bce(x, t) * q^gamma,  q = p (1 - t) + (1 - p) t,  p = sigmoid(x)
-// slope is the derivative with respect to x. An infinite x gives NaN, as it does in binary_cross_entropy_with_logits.
+// slope is the derivative with respect to x. An infinite x gives NaN, as it does in binary_cross_entropy_with_logits: of
+// x * 0.
 template <class Math, bool Square, class T>
 VEERLOSS_HD ValueAndSlope<T> sigmoid_focal(T x, T t, T alpha_positive, T alpha_negative, T gamma) {
   const T s = T(1) - t;
   const auto [p, not_p, excess] = sigmoid_terms<Math>(x);
-  const T bce = s * (x < T(0) ? T(0) : x) + t * (x < T(0) ? -x : T(0)) + excess;
+  const T bce = s * (x < T(0) ? T(0) : x) + t * (x < T(0) ? -x : T(0)) + x * T(0) + excess;
   const T alpha = alpha_positive * t + alpha_negative * s;
   const auto focus = focusing<Math, Square>(s * p + t * not_p, gamma);
   const T dq = p * not_p * (s - t);
@@ -64,7 +65,7 @@ VEERLOSS_HD ValueAndSlope<T> sigmoid_focal(T x, T t, T alpha_positive, T alpha_n
 template <class Math, bool Square, class T>
 VEERLOSS_HD ValueAndSlope<T> sigmoid_focal_of_class(T u, T alpha, T gamma) {
   const auto [q, not_q, excess] = sigmoid_terms<Math>(u);
-  const T bce = (u < T(0) ? T(0) : u) + excess;
+  const T bce = (u < T(0) ? T(0) : u) + u * T(0) + excess;
   const T factor = alpha * focusing<Math, Square>(q, gamma).value;
   return {factor * bce, factor * (q + gamma * not_q * bce)};
 }
