@@ -372,6 +372,29 @@ def test_sigmoid_options(kind, gamma, reduction, backend):
 
 
 @over_focal_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+@pytest.mark.parametrize("alpha", [0.25, PER_CLASS], ids=["alpha", "alpha of classes"])
+@pytest.mark.parametrize("kind", ["soft", "int64", "index"])
+def test_sigmoid_layouts_of_logits_and_target(kind, alpha, gamma, dtype, backend):
+    """Vectors of 16 bytes, whose pixels are whole images (or not), and memory that does not begin where a vector may."""
+    for shape in ((3, 5, 8, 13), (3, 5, 7, 13)):
+        x, target = logits(shape, dtype), sigmoid_target(kind, shape)
+        targets = [target] if kind == "index" else layouts(target).values()
+        for t in targets:
+            for moved in (False, True):
+                options = {"alpha": alpha, "gamma": gamma, "ignore_index": 1, "backend": backend}
+                found = {name: past_one(v) if moved else v for name, v in layouts(x).items()}
+                check_loss(sigmoid_focal_loss, found, past_one(t) if moved else t, **options)
+
+
+def past_one(x: torch.Tensor) -> torch.Tensor:
+    """The same, laid out alike, one element further in memory."""
+    memory = x.new_empty(1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1)
+    return memory.as_strided(x.shape, x.stride(), 1).copy_(x)
+
+
+@over_focal_kernels
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_sigmoid_none_has_the_place_of_each_logit(memory_format, backend):
     x = logits((2, 3, 4, 5)).to(memory_format=memory_format)
