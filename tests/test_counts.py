@@ -88,7 +88,7 @@ def budgets(dtype: str) -> list[Budget]:
         *(focal_shared(step, dtype) for step in ("forward", "backward")),
         count(dtype, 0, "", warps=32, **shared),
         # The longest way has a label of every type, a class that is missing, and a pivot for confident pixels.
-        Budget(GRADIENT, f"lovasz_gradient_kernel<{in_registers}, false>", 19, "histogram backward", warps=24, **shared),
+        Budget(GRADIENT, rf"lovasz_gradient_kernel<{in_registers}, \(Pixels\)0>", 19, "histogram backward", warps=24, **shared),
         # One class, of a pixel for each thread: the index of a pixel takes some multiplications.
         Budget(
             "lovasz/histogram_count.cu",
@@ -151,6 +151,14 @@ BUDGETS = [
         "histogram statistics, many classes",
         whole=True,
         warps=48,
+    ),
+    Budget(
+        GRADIENT,
+        r"lovasz_gradient_kernel<float, ClassRange<17, 20>, \(Pixels\)2>",
+        19,
+        "histogram backward, classes in rows",
+        warps=24,
+        dynamic_shared=SHARED + 4 * 19 * 768,
     ),
     Budget(EXACT, "lovasz_digits_kernel<float>", 4, "exact digits"),
 ]

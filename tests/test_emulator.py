@@ -180,8 +180,8 @@ def test_traffic_of_the_softmax_focal_loss(layout, dtype, metered):
     assert of_logits <= total(backward, "written") <= of_logits + small
     label_logits = 32 * y.numel()
     assert 32 * total(forward, "sectors") <= of_logits + of_target + label_logits + 8 * small
-    for launches in (forward, backward):  # as counted: 0.55 turns more than without conflicts, of rows of 19 classes
-        assert total(launches, "conflicts") <= 0.6 * total(launches, "shared")
+    for launches in (forward, backward):  # as counted: 0.06 turns more than without conflicts, of rows of 19 classes
+        assert total(launches, "conflicts") <= 0.07 * total(launches, "shared")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -250,6 +250,22 @@ def test_traffic_of_many_classes(layout, metered):
         assert of_logits <= launch["read"] <= of_logits + of_target + of_softmax + of_bins
     assert of_logits <= backward["read"] <= of_logits + of_target + of_bins
     assert backward["written"] == of_logits
+
+
+@pytest.mark.parametrize("classes", [3, 19, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@over_layouts
+def test_backward_of_the_histogram_method_is_coalesced(layout, dtype, classes, metered):
+    """Warps ask for whole sectors of logits and gradient, also where classes are neighbours: all pixels of a block at once, or
+    strips of them (24 classes). Of a pixel's label one sector of its logit and one of its weight; blocks load the bins."""
+    shape = (2, classes, 64, 128)
+    x, y = logits(shape, dtype).contiguous(memory_format=layout), labels(shape, classes)
+    _, (backward,) = metered(LOSSES["lovasz histogram"], x, y)
+    of_logits, of_target = memory(x, y)
+    of_bins = classes * (8 * TABLE + 4 * bin_count(classes)) + 1024
+    asked_for = 2 * of_logits + of_target + 2 * 32 * y.numel() + backward["blocks"] * of_bins
+    assert 32 * backward["sectors"] <= asked_for
+    assert "lovasz_gradient_kernel" in backward["kernel"]
 
 
 def test_traffic_of_the_exact_method(metered):

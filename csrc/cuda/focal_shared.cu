@@ -118,7 +118,7 @@ void with_kernel(const SoftmaxFocalInput& input, const FocalTiles& tiles, Stream
   const Launch shape{.blocks = tiles.blocks,
                      .threads = threads,
                      .stream = stream,
-                     .shared_bytes = shared_rows_bytes(tile_pixels * classes, sizeof(float))};
+                     .shared_bytes = shared_rows_bytes(tile_pixels, classes, sizeof(float))};
   with_element_type(input.logits.dtype, [&](auto zero) {
     if constexpr (!std::is_same_v<decltype(zero), double>) with_part_range(classes, [&](auto range) { f(zero, range, shape); });
   });

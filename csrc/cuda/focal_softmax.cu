@@ -162,8 +162,7 @@ void with_kernel(const SoftmaxFocalInput& input, bool rows, const F& f) {
     with_class_range<In>(input.geometry.channels, [&](auto range) {
       if constexpr (range.most > 0 && !std::is_same_v<In, double>)
         if (rows)
-          return call(range, LabelsInRows{},
-                      shared_rows_bytes(Policy::threads * input.geometry.channels, sizeof(opmath_t<In>)));
+          return call(range, LabelsInRows{}, shared_rows_bytes(Policy::threads, input.geometry.channels, sizeof(opmath_t<In>)));
       call(range, Labels{}, 0);
     });
   });

@@ -169,7 +169,7 @@ bool launch_gradient_in_parts(const LovaszBatch& batch, const Weights& weights, 
                {.blocks = grid.blocks,
                 .threads = PartsPolicy::threads,
                 .stream = stream,
-                .shared_bytes = rows ? shared_rows_bytes(PartsPolicy::pixels * classes, sizeof(opmath_t<In>)) : 0},
+                .shared_bytes = rows ? shared_rows_bytes(PartsPolicy::pixels, classes, sizeof(opmath_t<In>)) : 0},
                batch, weights, out, grid);
       });
     });

@@ -72,7 +72,8 @@ __device__ inline void store(const View& view, int64_t image, int64_t channel, i
 
 __device__ inline int32_t label_of(int64_t value, const TargetRule& rule) {
   const int32_t no_class = (rule.has_background & (value == rule.background)) ? label_background : label_bad;
-  const int32_t label = value >= 0 && value < rule.classes ? static_cast<int32_t>(value) : no_class;
+  const bool is_class = static_cast<uint64_t>(value) < static_cast<uint64_t>(rule.classes);
+  const int32_t label = is_class ? static_cast<int32_t>(value) : no_class;
   return (rule.has_ignore & (value == rule.ignore)) ? label_ignored : label;
 }
 
@@ -82,19 +83,20 @@ __device__ inline int32_t label_of(double value, const TargetRule& rule) {
   return is_class ? static_cast<int32_t>(value) : label_bad;
 }
 
+// Element i of a tensor of integers.
+__device__ inline int64_t load_integer(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::i64: return static_cast<const int64_t*>(data)[i];
+    case DType::u8: return static_cast<const uint8_t*>(data)[i];
+    case DType::i32: return static_cast<const int32_t*>(data)[i];
+    case DType::i16: return static_cast<const int16_t*>(data)[i];
+    default: return static_cast<const int8_t*>(data)[i];
+  }
+}
+
 // From a target [N, P] of integers: less to choose from.
 __device__ inline int32_t load_integer_label(const View& target, const TargetRule& rule, int64_t image, int64_t pixel) {
-  const int64_t i = ptr_offset(target, image, 0, pixel);
-  const void* data = target.data;
-  int64_t value;
-  switch (target.dtype) {
-    case DType::i64: value = static_cast<const int64_t*>(data)[i]; break;
-    case DType::u8: value = static_cast<const uint8_t*>(data)[i]; break;
-    case DType::i32: value = static_cast<const int32_t*>(data)[i]; break;
-    case DType::i16: value = static_cast<const int16_t*>(data)[i]; break;
-    default: value = static_cast<const int8_t*>(data)[i];
-  }
-  return label_of(value, rule);
+  return label_of(load_integer(target.data, target.dtype, ptr_offset(target, image, 0, pixel)), rule);
 }
 
 // From a target [N, P] of any type.

@@ -114,6 +114,17 @@ __device__ inline float exp2_of(float x) {
 #endif
 }
 
+// 1 / x of a normal number, one instruction, to a unit in the last place.
+__device__ inline float reciprocal_of(float x) {
+#if defined(VEERLOSS_EMULATED)
+  return 1.0f / x;
+#else
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#endif
+}
+
 // exp(x) for x <= 0; exactly 1 for 0, and 0 below the smallest normal number. In float32 two instructions, accurate to the
 // rounding of x log2(e), some |x| / 2^24: no more than rounding a logit, or x - log(sum), to float32 costs.
 __device__ inline float exp_neg(float x) {

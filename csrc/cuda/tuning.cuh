@@ -142,8 +142,8 @@ struct Sm80 {
 
   // As HistogramCount: weights of four bytes take the place of counts.
   struct HistogramGradient {
-    static constexpr int threads = 768;  // 80 registers each
-    static constexpr int64_t static_bytes = 1280;
+    static constexpr int threads = 768;            // 80 registers each
+    static constexpr int64_t static_bytes = 1408;  // as above
     static constexpr int64_t most_classes = 24;
   };
 

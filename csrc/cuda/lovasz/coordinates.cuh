@@ -99,14 +99,42 @@ __device__ inline char* near(char* base, uint32_t i, uint32_t bytes) {
 #endif
 }
 
+// Where the elements of a tensor lie, in bytes: made on the host, so that no pixel has to multiply.
+struct NearView {
+  char* data;
+  int64_t image;
+  uint32_t channel, pixel;
+
+  __device__ char* at(uint32_t image_index, uint32_t i) const {
+    return near(data + static_cast<int64_t>(image_index) * image, i, pixel);
+  }
+};
+
+inline NearView near_view(const View& view, int64_t element_bytes) {
+  return {view.data, view.stride_image * element_bytes, static_cast<uint32_t>(view.stride_channel * element_bytes),
+          static_cast<uint32_t>(view.stride_pixel * element_bytes)};
+}
+inline bool is_near(const View& view, int64_t element_bytes) {
+  const auto fits = [&](int64_t stride) { return stride >= 0 && stride * element_bytes < int64_t{1} << 31; };
+  return fits(view.stride_channel) && fits(view.stride_pixel);
+}
+inline bool are_near(const View& logits) {
+  return is_near(logits, sizeof(float));
+}
+inline bool is_integer(DType dtype) {
+  return dtype != DType::f32 && dtype != DType::f64 && dtype != DType::bf16 && dtype != DType::f16;
+}
+
 // The classes of a pixel at distances of 32 bits, which multiply in one instruction.
 template <class In>
 struct NearClasses {
   char* first;
   uint32_t step;
 
+  __device__ NearClasses(char* first, uint32_t step) : first(first), step(step) {}
   __device__ NearClasses(const View& view, uint32_t image, uint32_t pixel)
-      : first(near(image_of(view, image), pixel, static_cast<uint32_t>(view.stride_pixel) * static_cast<uint32_t>(sizeof(In)))),
+      : first(near(view.data + static_cast<int64_t>(image) * view.stride_image * static_cast<int64_t>(sizeof(In)), pixel,
+                   static_cast<uint32_t>(view.stride_pixel) * static_cast<uint32_t>(sizeof(In)))),
         step(static_cast<uint32_t>(view.stride_channel) * static_cast<uint32_t>(sizeof(In))) {}
 
   __device__ opmath_t<In> load(int c) const {
@@ -119,19 +147,8 @@ struct NearClasses {
   __device__ void store(int c, opmath_t<In> value) const { *at(c) = convert<In>(value); }
 
  private:
-  static __device__ char* image_of(const View& view, uint32_t image) {
-    return view.data + static_cast<int64_t>(image) * view.stride_image * static_cast<int64_t>(sizeof(In));
-  }
   __device__ In* at(int c) const { return reinterpret_cast<In*>(near(first, static_cast<uint32_t>(c), step)); }
 };
-
-inline bool are_near(const View& view) {
-  const auto is_near = [](int64_t stride) { return stride >= 0 && stride < int64_t{1} << 29; };
-  return is_near(view.stride_channel) && is_near(view.stride_pixel);
-}
-inline bool is_integer(DType dtype) {
-  return dtype != DType::f32 && dtype != DType::f64 && dtype != DType::bf16 && dtype != DType::f16;
-}
 
 // All loads of a pixel are under way at once: `classes` from `first` on. Those that are missing get -infinity. `pixel` is a
 // NearClasses or a SharedRow (rows.cuh).

@@ -87,7 +87,7 @@ void launch_statistics(const LovaszHistogramCount& args, Softmax<opmath_t<In>>* 
       const Launch shape{.blocks = parts.images * parts.chunks,
                          .threads = PartsPolicy::threads,
                          .stream = args.stream,
-                         .shared_bytes = rows ? shared_rows_bytes(PartsPolicy::pixels * b.classes(), sizeof(opmath_t<In>)) : 0};
+                         .shared_bytes = rows ? shared_rows_bytes(PartsPolicy::pixels, b.classes(), sizeof(opmath_t<In>)) : 0};
       return with_part_range(b.classes(), [&](auto range) {
         with_flag(rows, [&](auto in_rows) {
           launch(lovasz_statistics_parts_kernel<In, decltype(range), decltype(in_rows)::value>, shape, args, parts, statistics);

@@ -176,7 +176,7 @@ void launch_all(const LovaszHistogramCount& args) {
     using Range = decltype(range);
     if constexpr (Range::most > 0 && Range::most <= most) {
       if (!in_rows(args)) return launch_source<In, Range, Source::memory>(args, groups_of(b, most), 0);
-      const int64_t bytes = shared_rows_bytes(CountPolicy::threads_of_rows * b.classes(), sizeof(opmath_t<In>));
+      const int64_t bytes = shared_rows_bytes(CountPolicy::threads_of_rows, b.classes(), sizeof(opmath_t<In>));
       launch_source<In, Range, Source::rows>(args, groups_of(b, most, bytes), bytes);
     }
   });

@@ -2,14 +2,14 @@
 // the order of the steps.
 //
 //   in shared memory  softmax of classes in registers: a block has the tables of all classes, and the weights of background,
-//   each
-//                     times what its segment is multiplied by. The weight of the label's class comes from L2
+//                     times what their segment is multiplied by. The weight of the label's class comes from L2
 //   from L2           everything else, by gradient.cuh
 //   sum               probabilities and a hinge: weight times error, in fixed point
 //
 // All are integers or one value for each element: the results are the same bits in every run.
 
 #include "../gradient.cuh"
+#include "../rows.cuh"
 #include "coordinates.cuh"
 
 namespace veerloss {
@@ -19,50 +19,104 @@ namespace {
 
 using Policy = Tuning::HistogramGradient;
 
-int64_t shared_bytes(int64_t classes, int64_t bins) {
+VEERLOSS_HD int64_t shared_bytes(int64_t classes, int64_t bins) {
   return classes * (BinLayout::table * static_cast<int64_t>(sizeof(BinPair)) + 4 * bins);
 }
 
-template <class In, class Range, bool flat>
-__global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(LovaszHistogramBackward args, Chunks chunks) {
-  VEERLOSS_DYNAMIC_SHARED(memory);
-  const LovaszBatch& b = args.batch;
-  constexpr int bins = BinLayout::bins(Range::most), table = BinLayout::table;
-  const auto classes = static_cast<int>(b.classes());
-  const auto [first_image, part, none] = image_part(chunks.chunks);
-  const int64_t segment = b.segment(b.per_image ? first_image : 0, 0);  // of class 0
-  __shared__ float factors[Range::most];
-  if (threadIdx.x < Range::most && static_cast<int>(threadIdx.x) < classes)
-    factors[threadIdx.x] = SegmentFactor<float>(args.out)(segment + threadIdx.x);
-  __syncthreads();
-  const float* weights = static_cast<const float*>(args.weights) + segment * 2 * bins;
-  auto* tables = reinterpret_cast<BinPair*>(memory);                      // [classes][table]
-  auto* background = reinterpret_cast<float*>(tables + classes * table);  // [classes][bins]
-  for (int i = static_cast<int>(threadIdx.x); i < classes * table; i += Policy::threads)
-    tables[i] = args.table[segment * table + i];
-  for (int c = 0; c < classes; ++c) {
-    const float times = factors[c];
-    for (int k = static_cast<int>(threadIdx.x); k < bins; k += Policy::threads)
-      background[c * bins + k] = weights[2 * c * bins + k] * times;
-  }
-  __syncthreads();
+// Whose pixels a block has, one for each thread at a time: those of an image, or of all images as one sequence; or either where
+// the classes of a pixel are neighbours (rows.cuh).
+enum class Pixels { of_image, of_images, in_rows };
 
-  const int64_t begin = chunks.begin(part), end = chunks.end(part);
-  const BlockPixels<flat> pixels{chunks, first_image};
-  VEERLOSS_NO_UNROLL
-  for (uint32_t j = static_cast<uint32_t>(begin) + threadIdx.x; j < static_cast<uint32_t>(end); j += Policy::threads) {
-    const uint32_t image = pixels.image(j);
-    const auto pixel = static_cast<uint32_t>(pixels.pixel(j));
-    const int32_t label = load_integer_label(b.target, b.rule, image, pixel);
-    const NearClasses<In> logits(b.logits, image, pixel), out(args.out.grad_logits, image, pixel);
-    if (label < 0) {  // ignored: its logits are not read; out of range: the loss is NaN, whatever is here
-#pragma unroll
-      for (int c = 0; c < Range::most; ++c)
-        if (Range::has(c, classes)) out.store(c, 0.0f);
-      continue;
+// The tensors of a pixel.
+struct Tensors {
+  NearView logits, target, grad;
+};
+
+// Where a pixel has its elements.
+struct PixelAt {
+  char *logits, *target, *grad;
+
+  __device__ PixelAt(const Tensors& tensors, uint32_t image, uint32_t pixel)
+      : logits(tensors.logits.at(image, pixel)), target(tensors.target.at(image, pixel)), grad(tensors.grad.at(image, pixel)) {}
+
+  // `count` pixels further, in the same image.
+  __device__ void advance(const Tensors& tensors, uint32_t count) {
+    logits = near(logits, count, tensors.logits.pixel);
+    target = near(target, count, tensors.target.pixel);
+    grad = near(grad, count, tensors.grad.pixel);
+  }
+};
+
+int64_t integer_bytes(DType dtype) {
+  return dtype == DType::i64 ? 8 : dtype == DType::i32 ? 4 : dtype == DType::i16 ? 2 : 1;
+}
+
+template <class In>
+Tensors tensors_of(const LovaszHistogramBackward& args) {
+  const View& target = args.batch.target;
+  return {near_view(args.batch.logits, sizeof(In)), near_view(target, integer_bytes(target.dtype)),
+          near_view(args.out.grad_logits, sizeof(In))};
+}
+
+// A rule that always has a value to ignore and one that is background: in place of none one that is no class. A gradient does
+// not tell what is out of range from what is ignored.
+TargetRule without_none(TargetRule rule) {
+  const int64_t other = rule.has_background && rule.background == -1 ? -2 : -1;
+  if (!rule.has_ignore) rule.ignore = other;
+  if (!rule.has_background) rule.background = rule.ignore;
+  rule.has_ignore = rule.has_background = true;
+  return rule;
+}
+
+// What the weight of foreground of a class takes.
+struct alignas(16) LabelClass {
+  const float* weights;
+  float factor;
+};
+
+__device__ inline float weight_of(const float* weights, uint32_t bin_offset) {
+  return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(weights) + bin_offset);
+}
+
+// The classes of a block, in shared memory.
+template <class Range>
+class BlockClasses {
+  static constexpr int bins = BinLayout::bins(Range::most), table = BinLayout::table, threads = Policy::threads;
+
+ public:
+  // From all threads; `segment` is that of class 0. A barrier has to follow.
+  __device__ BlockClasses(const LovaszHistogramBackward& args, int64_t segment, unsigned char* memory,
+                          LabelClass* label_classes)
+      : classes_(static_cast<int>(args.batch.classes())),
+        present_((1u << classes_) - 1),
+        tables_(reinterpret_cast<BinPair*>(memory)),
+        background_(reinterpret_cast<float*>(tables_ + classes_ * table)),
+        label_classes_(label_classes) {
+    const float* weights = static_cast<const float*>(args.weights) + segment * 2 * bins;
+    if (threadIdx.x < Range::most && static_cast<int>(threadIdx.x) < classes_)
+      label_classes[threadIdx.x] = {weights + (2 * threadIdx.x + 1) * bins,
+                                    SegmentFactor<float>(args.out)(segment + threadIdx.x)};
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < classes_ * table; i += threads)
+      tables_[i] = args.table[segment * table + i];
+    for (int c = 0; c < classes_; ++c) {
+      const float times = label_classes[c].factor;
+      for (int k = static_cast<int>(threadIdx.x); k < bins; k += threads)
+        background_[c * bins + k] = weights[2 * c * bins + k] * times;
     }
-    float exps[Range::most], g[Range::most];
-    load_near<Range>(g, logits, 0, classes);
+  }
+
+  __device__ int count() const { return classes_; }
+  // As Range::has, of one bit: a comparison for each class would take more predicates than there are.
+  __device__ bool has(int c) const { return c < Range::least || (present_ & (1u << c)) != 0; }
+  // A class to look up where there is no label, or background for a label: that takes no branch.
+  __device__ int label_class(int32_t label) const { return label < classes_ ? label : 0; }
+
+  // Turns the logits of a pixel into their gradients. `label` >= 0; label_logit: that of label_class.
+  __device__ void gradients(float (&g)[Range::most], float label_logit, int32_t label) const {
+    const int label_class = this->label_class(label);
+    const uint32_t labels = label < classes_ ? 1u << label : 0;
+    float exps[Range::most];
     const float max_logit = max_of(g);
     SumExclMax<float> sum;
 #pragma unroll
@@ -72,37 +126,134 @@ __global__ void __launch_bounds__(Policy::threads) lovasz_gradient_kernel(Lovasz
       sum.add(exps[c]);
     }
     const PixelCoordinates<float> coordinates(sum.sum);
-    const float inv_sumexp = 1.0f / add_rn(1.0f, sum.sum);
-    // The label's class, whose logit is in L1.
-    float foreground = 0.0f, label_below = -1.0f;
-    if (label < classes) {
-      label_below = below_largest(logits.load(label), max_logit);
-      const uint32_t bin = bin_offset_of(-coordinates.of(label_below), tables + label * table);
-      foreground = weights[(2 * label + 1) * bins + bin / 4] * factors[label];
-    }
-    // As SoftmaxGradient, in two steps: the weight of a most probable class is the pivot, and all others are relative to it.
+    const float inv_sumexp = reciprocal_of(1.0f + sum.sum);
+    const float label_below = below_largest(label_logit, max_logit);
+    const auto [foreground_weights, foreground_factor] = label_classes_[label_class];
+    const uint32_t foreground_bin = bin_offset_of(-coordinates.of(label_below), tables_ + label_class * table);
+    const float foreground = weight_of(foreground_weights, foreground_bin) * foreground_factor;
+    // As SoftmaxGradient, in two steps: the weight of a most probable class is the pivot, and all others are relative to it. A
+    // class that is missing has the exponential 0 and the weights of the last one, which takes no branch.
     float pivot = 0.0f;
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) {
-      if (!Range::has(c, classes)) continue;
+      const int known = c < Range::least || c < classes_ ? c : classes_ - 1;
       const bool top = g[c] == 0.0f;
-      const uint32_t bin = bin_offset_of(coordinates.of(g[c]), tables + c * table);
-      g[c] = *reinterpret_cast<const float*>(reinterpret_cast<const char*>(background + c * bins) + bin);
+      g[c] = weight_of(background_ + known * bins, bin_offset_of(coordinates.of(g[c]), tables_ + known * table));
       pivot = top ? g[c] : pivot;
     }
-    pivot = label_below == 0.0f ? foreground : pivot;
-    const uint32_t labels = label < classes ? 1u << label : 0;
+    pivot = labels != 0 && label_below == 0.0f ? foreground : pivot;
     float mean = 0.0f;
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) {
-      if (!Range::has(c, classes)) continue;
       g[c] = ((labels & (1u << c)) ? foreground : g[c]) - pivot;
       mean = fma_rn(exps[c], g[c], mean);
     }
     mean *= inv_sumexp * inv_sumexp;
 #pragma unroll
-    for (int c = 0; c < Range::most; ++c)
-      if (Range::has(c, classes)) out.store(c, exps[c] * fma_rn(g[c], inv_sumexp, -mean));
+    for (int c = 0; c < Range::most; ++c) g[c] = exps[c] * fma_rn(g[c], inv_sumexp, -mean);
+  }
+
+ private:
+  int classes_;
+  uint32_t present_;   // a bit for each class
+  BinPair* tables_;    // [classes][table]
+  float* background_;  // [classes][bins]
+  const LabelClass* label_classes_;
+};
+
+// strip: so many of a block's pixels go through shared memory together (in_rows). One block at the least, else ptxas takes less
+// registers than there are, and spills some.
+template <class In, class Range, Pixels kind>
+__global__ void __launch_bounds__(Policy::threads, 1)
+    lovasz_gradient_kernel(LovaszHistogramBackward args, Chunks chunks, Tensors tensors, int strip) {
+  constexpr int threads = Policy::threads;
+  VEERLOSS_DYNAMIC_SHARED(memory);
+  __shared__ LabelClass label_classes[Range::most];
+  const LovaszBatch& b = args.batch;
+  const auto [first_image, part, none] = image_part(chunks.chunks);
+  const BlockClasses<Range> classes(args, b.segment(b.per_image ? first_image : 0, 0), memory, label_classes);
+  __syncthreads();
+  TargetRule rule = b.rule;
+  rule.has_ignore = rule.has_background = true;  // see without_none
+  const auto begin = static_cast<uint32_t>(chunks.begin(part)), end = static_cast<uint32_t>(chunks.end(part));
+  float g[Range::most];
+  if constexpr (kind == Pixels::in_rows) {
+    const SharedRows<In, threads> rows(memory + shared_bytes(classes.count(), BinLayout::bins(Range::most)), classes.count());
+    constexpr int at_once = Range::most <= 20 ? Range::most : 0;  // 24 would spill
+    const auto thread = static_cast<int>(threadIdx.x);
+    for (uint32_t first = begin; first < end; first += threads) {
+      const int tile = static_cast<int>(end - first < threads ? end - first : threads);
+      int32_t label = label_ignored;
+      if (thread < tile) {
+        const auto [image, pixel] = block_pixel(chunks, first_image, first + thread);
+        const char* target = tensors.target.at(static_cast<uint32_t>(image), static_cast<uint32_t>(pixel));
+        label = label_of(load_integer(target, b.target.dtype, 0), rule);
+      }
+      float label_logit = 0.0f;
+      const auto for_each_strip = [&](const auto& f) {
+        VEERLOSS_NO_UNROLL
+        for (int from = 0; from < tile; from += strip) {
+          const PixelRun run{first_image, first + from, strip < tile - from ? strip : tile - from};
+          f(run, thread >= from && thread < from + run.count, rows.row(thread - from));
+          __syncthreads();
+        }
+      };
+      for_each_strip([&](const PixelRun& run, bool mine, SharedRow<float> row) {
+        rows.template load<at_once>(b.logits, run);
+        __syncthreads();
+        if (!mine) return;
+        if (label >= 0) {
+          SharedRow<float> of_label = row;
+          of_label.skip(classes.label_class(label));
+          label_logit = of_label.load();
+        }
+        load_classes<Range>(g, row, classes.count());
+      });
+      if (label >= 0) {
+        classes.gradients(g, label_logit, label);
+      } else {
+#pragma unroll
+        for (float& value : g) value = 0.0f;
+      }
+      for_each_strip([&](const PixelRun& run, bool mine, SharedRow<float> row) {
+        if (mine) {
+#pragma unroll
+          for (int c = 0; c < Range::most; ++c, ++row)
+            if (classes.has(c)) row.store(g[c]);
+        }
+        __syncthreads();
+        rows.template store<at_once>(args.out.grad_logits, run);
+      });
+    }
+  } else {
+    uint32_t j = begin + threadIdx.x;
+    const BlockPixels<kind == Pixels::of_images> pixels{chunks, first_image};
+    PixelAt at(tensors, pixels.image(j), static_cast<uint32_t>(pixels.pixel(j)));
+    const auto advance = [&] {
+      j += threads;
+      if constexpr (kind == Pixels::of_images)
+        at = PixelAt(tensors, pixels.image(j), static_cast<uint32_t>(pixels.pixel(j)));
+      else
+        at.advance(tensors, threads);
+    };
+    VEERLOSS_NO_UNROLL
+    for (; j < end; advance()) {
+      const int32_t label = label_of(load_integer(at.target, b.target.dtype, 0), rule);
+      const NearClasses<In> logits(at.logits, tensors.logits.channel), out(at.grad, tensors.grad.channel);
+      if (label < 0) {  // ignored: its logits are not read; out of range: the loss is NaN, whatever is here
+#pragma unroll
+        for (int c = 0; c < Range::most; ++c)
+          if (classes.has(c)) out.store(c, 0.0f);
+        continue;
+      }
+#pragma unroll
+      for (int c = 0; c < Range::most; ++c) g[c] = classes.has(c) ? logits.load(c) : -std::numeric_limits<float>::infinity();
+      const float label_logit = logits.load(classes.label_class(label));  // in L1
+      classes.gradients(g, label_logit, label);
+#pragma unroll
+      for (int c = 0; c < Range::most; ++c)
+        if (classes.has(c)) out.store(c, g[c]);
+    }
   }
 }
 
@@ -204,23 +355,34 @@ void lovasz_histogram_sum(const LovaszHistogramSum& args) {
 
 void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
   const LovaszBatch& b = args.batch;
-  const int64_t shared = shared_bytes(b.classes(), args.bins);
-  if (b.errors != Errors::softmax || b.logits.dtype == DType::f64 || b.classes() > Policy::most_classes ||
-      !is_integer(b.target.dtype) || !are_near(b.logits) || !are_near(args.out.grad_logits) ||
-      shared > max_shared_bytes_of_block() - Policy::static_bytes)
+  const View &logits = b.logits, &grad = args.out.grad_logits;
+  const int64_t shared = shared_bytes(b.classes(), args.bins),
+                left = max_shared_bytes_of_block() - Policy::static_bytes - shared;
+  if (b.errors != Errors::softmax || logits.dtype == DType::f64 || b.classes() > Policy::most_classes ||
+      !is_integer(b.target.dtype) || !are_near(logits) || !are_near(grad) || !is_near(b.target, sizeof(int64_t)) || left < 0)
     return launch_gradient<BinWeights>(args);
-  const Chunks chunks = chunks_of(b, Policy::threads, int64_t{1} << 40, multiprocessors(), 1, false);
-  with_element_type(b.logits.dtype, [&](auto zero) {
+  with_element_type(logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     with_class_range<In>(b.classes(), [&](auto range) {
       using Range = decltype(range);
-      if constexpr (!std::is_same_v<In, double> && Range::most > 0 && Range::most <= Policy::most_classes)
-        launch(chunks.flat ? lovasz_gradient_kernel<In, Range, true> : lovasz_gradient_kernel<In, Range, false>,
+      if constexpr (!std::is_same_v<In, double> && Range::most > 0 && Range::most <= Policy::most_classes) {
+        constexpr int threads = Policy::threads;
+        const Chunks chunks = chunks_of(b, threads, int64_t{1} << 40, multiprocessors(), 1, false);
+        // Pixels of a strip: of a block, or as many warps of them as fit.
+        const int64_t fit = left / shared_rows_bytes(32, b.classes(), sizeof(float)) * 32;
+        const bool in_rows = fit > 0 && has_rows(logits, b.geometry, chunks.flat) && has_rows(grad, b.geometry, chunks.flat);
+        const int64_t strip = !in_rows ? 0 : fit < threads ? fit : threads;
+        LovaszHistogramBackward with_rule = args;
+        with_rule.batch.rule = without_none(b.rule);
+        launch(in_rows       ? lovasz_gradient_kernel<In, Range, Pixels::in_rows>
+               : chunks.flat ? lovasz_gradient_kernel<In, Range, Pixels::of_images>
+                             : lovasz_gradient_kernel<In, Range, Pixels::of_image>,
                {.blocks = chunks.images * chunks.chunks,
-                .threads = Policy::threads,
+                .threads = threads,
                 .stream = args.stream,
-                .shared_bytes = shared},
-               args, chunks);
+                .shared_bytes = shared + shared_rows_bytes(strip, b.classes(), sizeof(float))},
+               with_rule, chunks, tensors_of<In>(args), static_cast<int>(strip));
+      }
     });
   });
 }
