@@ -74,6 +74,25 @@ def test_the_order_of_threads_changes_no_bit(shape, layout, loss, emulated, monk
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 5, 7), (2, 8, 40, 50), (1, 12, 100, 100), (2, 19, 50, 60), (1, 20, 60, 61), (2, 24, 30, 33)], ids=str
+)
+def test_rows_through_shared_memory_change_no_bit(shape, per_image, emulated):
+    """Of method "histogram": classes that are neighbours go through shared memory, all pixels of a block at once or strips of
+    them, of one image or of several."""
+    emulated(library.NAMESPACE)
+    x, y = logits(shape), labels(shape, shape[1])
+    options = {"ignore_index": 1, "per_image": per_image}
+    for dtype in (torch.float32, torch.float16):
+        planes, rows = (
+            forward_and_backward(LOSSES["lovasz histogram"], x.to(dtype).contiguous(memory_format=layout), y, **options)
+            for layout in (torch.contiguous_format, torch.channels_last)
+        )
+        assert planes[0].isfinite() and planes[1].count_nonzero() > 0
+        assert torch.equal(rows[0], planes[0]) and torch.equal(rows[1], planes[1])
+
+
 # ---- fused multiplications and additions
 
 
