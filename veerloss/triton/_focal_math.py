@@ -8,7 +8,8 @@ import triton.language as tl
 
 from ._math import LN2_HIGH, LN2_LOW, exp_neg
 
-# As in csrc/cpu/simd/vecmath.h, lowest power first: ln(1 + x) / x on [sqrt(1/2) - 1, sqrt(2) - 1] and on [0, 1].
+# Lowest power first, ln(1 + x) / x: on [sqrt(1/2) - 1, sqrt(2) - 1] as in csrc/cpu/simd/vecmath.h, on [0, 1] as in
+# csrc/math/log1p.h.
 LOG1P_NEAR_0 = tl.constexpr((
     0.999999999, -0.499999885, 0.333333453, -0.250015791, 0.200009394, -0.166083694, 0.141996501, -0.132660314, 0.128066104,
     -0.0745118623,
