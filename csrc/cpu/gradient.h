@@ -24,6 +24,7 @@ std::vector<T> segment_factors(const LovaszBatch& b, const LovaszGradient& out) 
 //
 //   void operator()(const TileRows<T>& rows, const Tile& tile, int64_t c, T factor, T* grad);
 //   static constexpr bool by_error;  // whether it reads the labels and values of `rows`, or `tile` alone
+//   static bool makes_exponentials(const LovaszBatch&);  // whether class 0 of a tile makes those of `rows`
 //
 // Every thread works on a copy of `weights`, which has a buffer of `capacity` elements at most, those of the largest tile.
 // Pixels of no tile do not count, and get 0.
@@ -43,9 +44,10 @@ void lovasz_gradient(const LovaszBatch& b, const LovaszGradient& out, const Segm
       if (tile.sparse()) clear_run(out.grad_logits, g, tile.span);
       if (tile.size == 0) continue;
       if (Weights::by_error || tile.size < tile.span.count) tiles.load_labels_of(b, tile, t, bad);
-      if (Weights::by_error || b.errors != Errors::hinge) load_tile(b, tile, capacity, t);
+      if (Weights::by_error || b.errors != Errors::hinge) load_tile(b, tile, capacity, t, !Weights::makes_exponentials(b));
       if (tile.sparse()) pixel_offsets(t.offset.data(), out.grad_logits, g, tile.span.first, t.index.data(), n);
-      if (softmax) VEERLOSS_DISPATCH(GradientTiles::begin(n, t.pivot, t.others, t.has_weight.data()));
+      const bool few = softmax && g.channels <= most_few;
+      if (softmax && !few) VEERLOSS_DISPATCH(GradientTiles::begin(n, t.pivot, t.others, t.has_weight.data()));
       for (int64_t c = 0; c < g.channels; ++c) {
         T* const grad = t.grad + c * capacity;
         const T factor = factors[tile.row * g.channels + c];
@@ -55,20 +57,31 @@ void lovasz_gradient(const LovaszBatch& b, const LovaszGradient& out, const Segm
               GradientTiles::sign_outside(t.values + c * capacity, grad, n));  // needs the sign of the weight alone
           VEERLOSS_DISPATCH(GradientTiles::scale(grad, n, factor));
         }
-        if (softmax && c > 0 && c % classes_per_sum == 0)
-          VEERLOSS_DISPATCH(SoftmaxTiles::end_part(t.others, t.total.data(), n, c));
-        if (softmax)
-          VEERLOSS_DISPATCH(GradientTiles::accumulate(t.exps + c * capacity, grad, n, t.pivot, t.others, t.has_weight.data()));
+        if (!softmax || few) continue;
+        if (c > 0 && c % classes_per_sum == 0) VEERLOSS_DISPATCH(SoftmaxTiles::end_part(t.others, t.total.data(), n, c));
+        VEERLOSS_DISPATCH(GradientTiles::accumulate(t.exps + c * capacity, grad, n, t.pivot, t.others, t.has_weight.data()));
       }
-      if (softmax && g.channels > classes_per_sum) VEERLOSS_DISPATCH(SoftmaxTiles::end_sum(t.others, t.total.data(), n));
-      if (softmax) VEERLOSS_DISPATCH(GradientTiles::end(n, t.sumexp_excl_max, t.inv_sumexp, t.pivot, t.others));
+      const auto in_place = [&](int64_t c) {
+        return softmax && !tile.sparse() ? row_in_place<T>(out.grad_logits, g, c, tile.span) : nullptr;
+      };
+      if (few) {
+        T* const to = in_place(0) ? in_place(0) : t.grad;
+        const int64_t stride = in_place(0) ? out.grad_logits.stride_channel : capacity;
+        with_few(g.channels, [&](auto classes) {
+          constexpr int count = decltype(classes)::value;
+          VEERLOSS_DISPATCH(GradientTiles::few<count>(t.exps, t.grad, capacity, n, t.sumexp_excl_max, to, stride));
+        });
+      } else if (softmax) {
+        if (g.channels > classes_per_sum) VEERLOSS_DISPATCH(SoftmaxTiles::end_sum(t.others, t.total.data(), n));
+        VEERLOSS_DISPATCH(GradientTiles::end(n, t.sumexp_excl_max, t.inv_sumexp, t.pivot, t.others));
+      }
       for (int64_t c = 0; c < g.channels; ++c) {
         T* const grad = t.grad + c * capacity;
-        T* const in_place = softmax && !tile.sparse() ? row_in_place<T>(out.grad_logits, g, c, tile.span) : nullptr;
-        if (softmax)
+        T* const to = in_place(c);
+        if (softmax && !few)
           VEERLOSS_DISPATCH(GradientTiles::softmax(t.exps + c * capacity, grad, n, t.inv_sumexp, t.pivot, t.others,
-                                                   t.has_weight.data(), in_place ? in_place : grad));
-        if (in_place) continue;
+                                                   t.has_weight.data(), to ? to : grad));
+        if (to) continue;
         if (tile.sparse())
           scatter_row(grad, out.grad_logits, c, t.offset.data(), n);
         else

@@ -25,12 +25,12 @@ void store_row(const double* in, const View& v, const Geometry& g, int64_t chann
   VEERLOSS_DISPATCH(RowTiles::store(in, v, g, channel, run));
 }
 
-void gather_row(float* out, const View& v, int64_t channel, const int64_t* offset, int64_t n) {
-  VEERLOSS_DISPATCH(RowTiles::gather(out, v, channel, offset, n));
+void gather_row(float* out, const View& v, int64_t channel, const int64_t* offset, const int32_t* index, int64_t n) {
+  VEERLOSS_DISPATCH(RowTiles::gather(out, v, channel, offset, index, n));
 }
 
-void gather_row(double* out, const View& v, int64_t channel, const int64_t* offset, int64_t n) {
-  VEERLOSS_DISPATCH(RowTiles::gather(out, v, channel, offset, n));
+void gather_row(double* out, const View& v, int64_t channel, const int64_t* offset, const int32_t* index, int64_t n) {
+  VEERLOSS_DISPATCH(RowTiles::gather(out, v, channel, offset, index, n));
 }
 
 void scatter_row(const float* in, const View& v, int64_t channel, const int64_t* offset, int64_t n) {

@@ -22,9 +22,9 @@ T* row_in_place(const View& v, const Geometry& g, int64_t channel, Run run) {
   return reinterpret_cast<T*>(v.data) + image * v.stride_image + channel * v.stride_channel + pixel;
 }
 
-// Single pixels of a channel of logits, each `offset` elements from those of pixel 0.
-void gather_row(float* out, const View& v, int64_t channel, const int64_t* offset, int64_t n);
-void gather_row(double* out, const View& v, int64_t channel, const int64_t* offset, int64_t n);
+// Single pixels of a channel of logits, each `offset` elements from those of pixel 0; `index` as for pixel_offsets.
+void gather_row(float* out, const View& v, int64_t channel, const int64_t* offset, const int32_t* index, int64_t n);
+void gather_row(double* out, const View& v, int64_t channel, const int64_t* offset, const int32_t* index, int64_t n);
 void scatter_row(const float* in, const View& v, int64_t channel, const int64_t* offset, int64_t n);
 void scatter_row(const double* in, const View& v, int64_t channel, const int64_t* offset, int64_t n);
 

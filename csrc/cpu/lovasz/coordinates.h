@@ -14,19 +14,38 @@ template <class T>
 class TileCoordinates {
  public:
   TileCoordinates(const LovaszBatch& b, int64_t capacity)
-      : coordinate(capacity), batch_(b), capacity_(capacity), shared_(capacity), top_(capacity) {}
+      : batch_(b),
+        capacity_(capacity),
+        few_(makes_exponentials(b)),
+        coordinates_(capacity * (few_ ? b.classes() : 1)),
+        shared_(few_ ? 0 : capacity),
+        top_(few_ ? 0 : capacity) {}
+
+  // Whether `begin` makes the exponentials of `rows`, with the coordinates of all classes at once: a choice by the number of
+  // classes alone, so that all passes over pixels find the same bits.
+  static bool makes_exponentials(const LovaszBatch& b) { return b.errors == Errors::softmax && b.classes() <= most_few; }
 
   void begin(const TileRows<T>& rows, int64_t n) {
     n_ = n;
     if (batch_.errors != Errors::softmax) return;
-    VEERLOSS_DISPATCH(HistogramTiles::shared_coordinates(rows.sumexp_excl_max, n, shared_.data(), top_.data()));
-    any_nan_ = VEERLOSS_DISPATCH(HistogramTiles::any_nan(shared_.data(), n, rows.label.data()));
+    if (few_)
+      with_few(batch_.classes(), [&](auto classes) {
+        constexpr int count = decltype(classes)::value;
+        VEERLOSS_DISPATCH(HistogramTiles::few_coordinates<count>(rows.logits, rows.logits_stride, n, rows.label.data(),
+                                                                 capacity_, rows.exps, rows.sumexp_excl_max,
+                                                                 coordinates_.data()));
+      });
+    else
+      VEERLOSS_DISPATCH(HistogramTiles::shared_coordinates(rows.sumexp_excl_max, n, shared_.data(), top_.data()));
+    any_nan_ = VEERLOSS_DISPATCH(HistogramTiles::any_nan(rows.sumexp_excl_max, n, rows.label.data()));
   }
 
-  void find(const TileRows<T>& rows, int64_t c) {
+  // [capacity], until the next class is found.
+  const float* find(const TileRows<T>& rows, int64_t c) {
+    if (few_) return found_ = coordinates_.data() + c * capacity_;
     const int32_t* label = rows.label.data();
     const auto foreground = static_cast<int32_t>(batch_.foreground(c));
-    float* const out = coordinate.data();
+    float* const out = coordinates_.data();
     if (batch_.errors == Errors::softmax)
       VEERLOSS_DISPATCH(HistogramTiles::softmax_coordinates(rows.logits + c * rows.logits_stride, n_, label, foreground,
                                                             rows.max_logit, shared_.data(), top_.data(), out));
@@ -34,21 +53,23 @@ class TileCoordinates {
       VEERLOSS_DISPATCH(HistogramTiles::probability_coordinates(rows.values + c * capacity_, n_, label, foreground, out));
     else
       VEERLOSS_DISPATCH(HistogramTiles::hinge_coordinates(rows.values + c * capacity_, n_, label, out));
+    return found_ = out;
   }
 
   // Whether a pixel has an error that is not a number: in a softmax of any class, else of the class found last.
   bool any_nan(const TileRows<T>& rows) const {
     if (batch_.errors == Errors::softmax) return any_nan_;
-    return VEERLOSS_DISPATCH(HistogramTiles::any_nan(coordinate.data(), n_, rows.label.data()));
+    return VEERLOSS_DISPATCH(HistogramTiles::any_nan(found_, n_, rows.label.data()));
   }
-
-  std::vector<float> coordinate;  // [capacity], of the class found last
 
  private:
   const LovaszBatch& batch_;
   const int64_t capacity_;
+  const bool few_;
   int64_t n_ = 0;
   bool any_nan_ = false;
+  const float* found_ = nullptr;
+  std::vector<float> coordinates_;  // [classes][capacity] of few, else of the class found last
   std::vector<T> shared_, top_;
 };
 

@@ -124,6 +124,7 @@ template <class T>
 class StoredWeights {
  public:
   static constexpr bool by_error = false;
+  static bool makes_exponentials(const LovaszBatch&) { return false; }
 
   StoredWeights(const T* weights, const SegmentKeys& place, int64_t capacity)
       : weights_(weights), place_(place), of_tile_(capacity + 16), mask_(capacity / 16) {}

@@ -95,14 +95,13 @@ void count(const LovaszHistogramCount& args) {
       if (n == 0) continue;
       const int32_t* label = rows.label.data();
       tiles.load_labels_of(b, tile, rows, bad);
-      load_tile(b, tile, capacity, rows);
+      load_tile(b, tile, capacity, rows, !TileCoordinates<T>::makes_exponentials(b));
       counter.begin(tile.row, n, count_pixels(label, n));
       coordinates.begin(rows, n);
       for (int64_t c = 0; c < classes; ++c) {
         const int64_t segment = tile.row * classes + c;
         if (args.segment_mask && !args.segment_mask[segment]) continue;
-        coordinates.find(rows, c);
-        const float* coordinate = coordinates.coordinate.data();
+        const float* coordinate = coordinates.find(rows, c);
         counter.add(c, coordinate, n, label, args.table ? args.table + segment * BinLayout::table : coarse_table().data());
         if (coordinates.any_nan(rows))
           counter.add_largest(c, key_of_nan);

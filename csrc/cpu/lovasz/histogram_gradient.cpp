@@ -13,6 +13,7 @@ namespace {
 template <class T>
 struct BinWeights {
   static constexpr bool by_error = true;
+  static bool makes_exponentials(const LovaszBatch& b) { return TileCoordinates<T>::makes_exponentials(b); }
 
   BinWeights(const LovaszBatch& b, int64_t bins, const BinPair* table, const void* weights, int64_t capacity)
       : batch_(b), bins_(bins), table_(table), weights_(static_cast<const T*>(weights)), coordinates_(b, capacity) {}
@@ -24,8 +25,7 @@ struct BinWeights {
     const BinPair* table = table_ + segment * BinLayout::table;
     const T* weights = weights_ + segment * 2 * bins_;
     if (c == 0) coordinates_.begin(rows, n);
-    coordinates_.find(rows, c);
-    const float* coordinate = coordinates_.coordinate.data();
+    const float* coordinate = coordinates_.find(rows, c);
     if (batch_.errors == Errors::softmax)
       VEERLOSS_DISPATCH(HistogramTiles::look_up<false>(coordinate, n, label, fg, table, bins, weights, factor, grad));
     else

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -174,9 +175,22 @@ class SegmentTiles {
   std::vector<int64_t> valid_;
 };
 
-// Loads the logits or probabilities of a tile, and computes the exponentials of a softmax.
+// Up to so many classes loops over pixels keep in registers.
+constexpr int most_few = 8;
+
+// Calls f with the number of few classes as a std::integral_constant, and returns true; false of more classes.
+template <int classes = 1, class F>
+bool with_few(int64_t count, const F& f) {
+  if (count == classes) return f(std::integral_constant<int, classes>{}), true;
+  if constexpr (classes < most_few)
+    return with_few<classes + 1>(count, f);
+  else
+    return false;
+}
+
+// Loads the logits or probabilities of a tile, and computes the exponentials of a softmax, unless they are left to another.
 template <class T>
-void load_tile(const LovaszBatch& b, const Tile& tile, int64_t capacity, TileRows<T>& rows) {
+void load_tile(const LovaszBatch& b, const Tile& tile, int64_t capacity, TileRows<T>& rows, bool exponentials = true) {
   const Geometry& g = b.geometry;
   const bool softmax = b.errors == Errors::softmax;
   const int64_t n = tile.loaded();
@@ -184,13 +198,14 @@ void load_tile(const LovaszBatch& b, const Tile& tile, int64_t capacity, TileRow
   if (tile.sparse()) pixel_offsets(rows.offset.data(), b.logits, g, tile.span.first, rows.index.data(), n);
   for (int64_t c = 0; !in_place && c < g.channels; ++c) {
     if (tile.sparse())
-      gather_row(rows.values + c * capacity, b.logits, c, rows.offset.data(), n);
+      gather_row(rows.values + c * capacity, b.logits, c, rows.offset.data(), rows.index.data(), n);
     else
       load_row(rows.values + c * capacity, b.logits, g, c, tile.span);
   }
   if (!softmax) return;
   rows.logits = in_place ? in_place : rows.values;
   rows.logits_stride = in_place ? b.logits.stride_channel : capacity;
+  if (!exponentials) return;
   VEERLOSS_DISPATCH(SoftmaxTiles::maximum(rows.logits, g.channels, rows.logits_stride, n, rows.max_logit));
   VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(rows.logits, rows.logits_stride, rows.exps, g.channels, capacity, n,
                                                rows.max_logit, rows.max_count, rows.sumexp_excl_max, rows.inv_sumexp,

@@ -43,6 +43,33 @@ struct GradientTiles {
     }
   }
 
+  // All of it for few classes, [classes][stride]: one loop, which keeps the classes of a pixel in registers. `out` is g, or
+  // not.
+  template <int classes, class T>
+  static void few(const T* __restrict exps, const T* g, int64_t stride, int64_t n, const T* __restrict sumexp_excl_max, T* out,
+                  int64_t out_stride) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      T e[classes], weight[classes], pivot = 0, others = 0;
+      int32_t has_weight = 0;
+#pragma GCC unroll 8
+      for (int c = 0; c < classes; ++c) {
+        e[c] = exps[c * stride + i];
+        weight[c] = g[c * stride + i];
+        others += e[c] == T(1) ? pivot : e[c] * weight[c];
+        pivot = e[c] == T(1) ? weight[c] : pivot;
+        has_weight |= weight[c] != T(0);
+      }
+      const T inv_sumexp = T(1) / (T(1) + sumexp_excl_max[i]);
+      others = (others - pivot * sumexp_excl_max[i]) * inv_sumexp;
+#pragma GCC unroll 8
+      for (int c = 0; c < classes; ++c) {
+        const T slope = e[c] * inv_sumexp * ((weight[c] - pivot) - others);
+        out[c * out_stride + i] = has_weight ? slope : T(0);
+      }
+    }
+  }
+
   template <class T>
   static void sign_outside(const T* __restrict p, T* __restrict weight, int64_t n) {
     for (int64_t i = 0; i < n; ++i) weight[i] = veerloss::sign_outside(p[i], weight[i]);

@@ -13,6 +13,40 @@ struct HistogramTiles {
     }
   }
 
+  // The coordinates of all of few classes, [classes][stride], with the softmax that they come from: one loop, which keeps the
+  // classes of a pixel in registers.
+  template <int classes, class T>
+  static void few_coordinates(const T* __restrict logits, int64_t logits_stride, int64_t n, const int32_t* __restrict label,
+                              int64_t stride, T* __restrict exps, T* __restrict sumexp_excl_max,
+                              float* __restrict coordinates) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      T below[classes], max_logit = logits[i], sum = 0, count = 0;
+#pragma GCC unroll 8
+      for (int c = 0; c < classes; ++c) {
+        below[c] = logits[c * logits_stride + i];
+        max_logit = below[c] > max_logit ? below[c] : max_logit;
+      }
+#pragma GCC unroll 8
+      for (int c = 0; c < classes; ++c) {
+        below[c] -= max_logit;
+        const T e = VecMath<T>::exp_neg(below[c]);
+        sum += e == T(1) ? T(0) : e;
+        count += e == T(1) ? T(1) : T(0);
+        exps[c * stride + i] = e;
+      }
+      sum += count - T(1);
+      sumexp_excl_max[i] = sum;
+      const T log2_sum = VecMath<T>::log2(T(1) + sum), shared = T(1) - log2_sum;
+      const T top = top_coordinate<VecMath<T>>(sum, log2_sum);
+#pragma GCC unroll 8
+      for (int c = 0; c < classes; ++c) {
+        const T background = below[c] == T(0) ? top : below[c] * T(log2_e) + shared;
+        coordinates[c * stride + i] = static_cast<float>(label[i] == c ? -background : background);
+      }
+    }
+  }
+
   // Of class c.
   template <class T>
   static void softmax_coordinates(const T* __restrict logits, int64_t n, const int32_t* __restrict label, int32_t c,

@@ -17,11 +17,23 @@ struct RowTiles {
   }
 
   // The same of single pixels: the elements at base + channel * stride_channel + offset[i], base being that of the view.
+  // Where 16 pixels follow one another, by their index, so do their elements.
   template <class T>
-  static void gather(T* __restrict out, const View& v, int64_t channel, const int64_t* __restrict offset, int64_t n) {
+  static void gather(T* __restrict out, const View& v, int64_t channel, const int64_t* __restrict offset,
+                     const int32_t* __restrict index, int64_t n) {
     with_element(v.dtype, [&](auto element, auto convert) {
       const auto* __restrict in = reinterpret_cast<const decltype(element)*>(v.data) + channel * v.stride_channel;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(convert(in[offset[i]]));
+      int64_t i = 0;
+      while (i + 16 <= n) {
+        const bool follow = v.stride_pixel == 1 && index[i + 15] - index[i] == 15 && offset[i + 15] - offset[i] == 15;
+        const auto* __restrict from = in + offset[i];
+        if (follow)
+          for (int64_t j = 0; j < 16; ++j) out[i + j] = static_cast<T>(convert(from[j]));
+        else
+          for (int64_t j = 0; j < 16; ++j) out[i + j] = static_cast<T>(convert(in[offset[i + j]]));
+        i += 16;
+      }
+      for (; i < n; ++i) out[i] = static_cast<T>(convert(in[offset[i]]));
     });
   }
 
