@@ -49,7 +49,7 @@ INSTRUCTIONS = {
     "histogram count, softmax stored": (32.0, None),
     "histogram backward": (35.7, 38.1),
     "histogram backward, classes in rows": (53.7, None),
-    "histogram count, hinge": (119, 120),
+    "histogram count, hinge": (112, 113),
     "histogram sum, hinge": (102, 103),
     "histogram backward, hinge": (102, 104),
     "histogram statistics, many classes": (29.0, None),

@@ -185,7 +185,7 @@ def test_budget(budget):
         )
         print(report)
         # Versions of nvcc may differ. What needs clearly less deserves a new number there.
-        assert 0.93 * budget.instructions - 0.1 <= per_element <= 1.01 * budget.instructions + 0.1, report
+        assert 0.95 * budget.instructions - 0.1 <= per_element <= 1.01 * budget.instructions + 0.1, report
         assert kernel.wide_multiplies <= wide, report
         assert warps >= budget.warps, report
         assert kernel.shared_bytes <= budget.static_shared, report
