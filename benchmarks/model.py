@@ -49,7 +49,7 @@ INSTRUCTIONS = {
     "histogram count, softmax stored": (32.0, None),
     "histogram backward": (35.7, 38.1),
     "histogram backward, classes in rows": (53.7, None),
-    "histogram count, hinge": (112, 113),
+    "histogram count, hinge": (110, 111),
     "histogram sum, hinge": (102, 103),
     "histogram backward, hinge": (102, 104),
     "histogram statistics, many classes": (29.0, None),
@@ -65,9 +65,9 @@ INSTRUCTIONS = {
     "exact backward, hinge": (25.0, 25.0),
     "radix sort, a digit": (104, 104),
 }
-#: Instructions of a thread in the kernels of method "histogram" that have one block for each segment: to place bins; to weigh
-#: one bin, in two passes, whether or not a segment needs other bins; and bins at a time.
-PLACE, WEIGH, WEIGHED = 4400, 820 + 1066, 512
+#: Instructions, one after another, of a thread in the kernels over bins of method "histogram": to place them, by one block for each
+#: segment; for each bin to find out whether others are needed, by such a block, and how many it takes at a time; and to weigh a bin.
+PLACE, CHECK, CHECKED, WEIGH = 4400, 820, 512, 1062
 #: Of random elements (inputs.py): those that are sorted, for their error is not below the least of foreground.
 SORTED = {"lovasz_softmax": 0.07, "lovasz_hinge": 0.84}
 
@@ -104,8 +104,7 @@ def histogram(classes: int, hinge: bool) -> Step:
     sample = replace(count, share=SAMPLE_RUN / SAMPLE_STEP, tables=tables + 8.0 * COARSE_BINS * classes)
     backward = Kernel(f"histogram backward{kind}", 2, 1, tables=tables + 4.0 * bins * classes)
     sums = (Kernel(f"histogram sum{kind}", 1, 1),) if hinge else ()
-    weigh = WEIGH * math.ceil(bins / WEIGHED)
-    return Step((sample, count, *sums, backward), 35 if hinge else 10, PLACE + weigh)
+    return Step((sample, count, *sums, backward), 35 if hinge else 10, PLACE + CHECK * math.ceil(bins / CHECKED) + WEIGH)
 
 
 def histogram_of_many(classes: int) -> Step:
@@ -117,7 +116,7 @@ def histogram_of_many(classes: int) -> Step:
     )
     backward = Kernel("histogram backward, many classes", 2, 1)
     sample = (replace(kernel, share=SAMPLE_RUN / SAMPLE_STEP) for kernel in (statistics, count))
-    return Step((*sample, statistics, count, backward), 13, PLACE + WEIGH * math.ceil(bin_count(classes) / WEIGHED))
+    return Step((*sample, statistics, count, backward), 13, PLACE + CHECK * math.ceil(bin_count(classes) / CHECKED) + WEIGH)
 
 
 def exact(task: str, elements: int) -> Step:

@@ -25,7 +25,8 @@ SOURCES = (
             "histogram_count_softmax.cu",
             "histogram_count.cu",
             "exact.cu",
-            "histogram_bins.cu",
+            "histogram_weigh.cu",
+            "histogram_place.cu",
         )
     ),
     *sorted((CSRC / "cuda").glob("focal_*.cu")),

@@ -159,7 +159,7 @@ void forward(const LovaszExactForward& args) {
   }
   launch(lovasz_segment_kernel<T>, {.blocks = b.segments(), .threads = Tuning::ExactSegment::threads, .stream = args.stream},
          s.group, s.results);
-  launch_finish<T>(b, s.results, args.out, args.stream);
+  launch_finish<T>(b, SegmentResults{s.results}, args.out, args.stream);
 }
 
 }  // namespace

@@ -12,35 +12,52 @@ struct SegmentResult {
   bool takes_part;
 };
 
-// One block.
-template <class T>
+// Those of all, as they are.
+struct SegmentResults {
+  const SegmentResult* results;
+
+  __device__ bool takes_part(int64_t segment) const { return results[segment].takes_part; }
+  __device__ double loss(int64_t segment) const { return results[segment].loss; }
+};
+
+// One block. Results: a SegmentResults, or what has the same functions; `loss` is called once for each segment.
+template <class T, class Results>
 __global__ void __launch_bounds__(Tuning::Finish::threads)
-    lovasz_finish_kernel(const SegmentResult* results, int64_t rows, int64_t classes, LovaszLoss out) {
+    lovasz_finish_kernel(Results results, int64_t rows, int64_t classes, LovaszLoss out) {
   constexpr int threads = Tuning::Finish::threads;
   __shared__ double scratch[threads];
+  __shared__ int in_mean[threads];  // of a row, how many segments take part
   const bool reduces = out.reduction != Reduction::none, is_mean = out.reduction == Reduction::mean;
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < rows * classes; i += threads) {
-    const SegmentResult result = results[i];
-    const int64_t row = i / classes, c = i % classes;
-    int32_t in_mean = 0;
-    for (int64_t k = 0; is_mean && k < classes; ++k) in_mean += results[row * classes + k].takes_part;
-    double factor = result.takes_part ? 1.0 : 0.0;
-    if (result.takes_part && out.class_weight) factor = static_cast<double>(static_cast<const T*>(out.class_weight)[c]);
-    if (result.takes_part && is_mean) factor /= static_cast<double>(in_mean) * static_cast<double>(rows);
-    const double loss = result.takes_part ? factor * result.loss : 0.0;
-    sum += loss;
-    static_cast<T*>(out.scale)[i] = static_cast<T>(factor);
-    if (!reduces) store_element(out.loss, out.loss_dtype, i, loss);
+  for (int64_t first = 0; first < rows; first += threads) {
+    const int64_t begin = first * classes, end = (first + threads < rows ? first + threads : rows) * classes;
+    in_mean[threadIdx.x] = 0;
+    __syncthreads();
+    for (int64_t i = begin + threadIdx.x; is_mean && i < end; i += threads)
+      if (results.takes_part(i)) atomicAdd(&in_mean[i / classes - first], 1);
+    __syncthreads();
+    for (int64_t i = begin + threadIdx.x; i < end; i += threads) {
+      const double loss = results.loss(i);
+      double factor = 0.0;
+      if (results.takes_part(i)) {
+        factor = out.class_weight ? static_cast<double>(static_cast<const T*>(out.class_weight)[i % classes]) : 1.0;
+        if (is_mean) factor /= static_cast<double>(in_mean[i / classes - first]) * static_cast<double>(rows);
+      }
+      const double scaled = results.takes_part(i) ? factor * loss : 0.0;
+      sum += scaled;
+      static_cast<T*>(out.scale)[i] = static_cast<T>(factor);
+      if (!reduces) store_element(out.loss, out.loss_dtype, i, scaled);
+    }
+    __syncthreads();
   }
   sum = block_sum<threads>(sum, scratch);
   if (threadIdx.x == 0 && reduces) store_element(out.loss, out.loss_dtype, 0, sum);
 }
 
-template <class T>
-void launch_finish(const LovaszBatch& batch, const SegmentResult* results, const LovaszLoss& out, Stream stream) {
-  launch(lovasz_finish_kernel<T>, {.blocks = 1, .threads = Tuning::Finish::threads, .stream = stream}, results, batch.rows(),
-         batch.classes(), out);
+template <class T, class Results>
+void launch_finish(const LovaszBatch& batch, const Results& results, const LovaszLoss& out, Stream stream) {
+  launch(lovasz_finish_kernel<T, Results>, {.blocks = 1, .threads = Tuning::Finish::threads, .stream = stream}, results,
+         batch.rows(), batch.classes(), out);
 }
 
 }  // namespace veerloss
