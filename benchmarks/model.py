@@ -65,8 +65,9 @@ INSTRUCTIONS = {
     "exact backward, hinge": (25.0, 25.0),
     "radix sort, a digit": (104, 104),
 }
-#: Instructions, one after another, of a thread in the kernels over bins of method "histogram": to place them, by one block for each
-#: segment; for each bin to find out whether others are needed, by such a block, and how many it takes at a time; and to weigh a bin.
+#: Instructions, one after another, of a thread in the kernels over bins of method "histogram": to place them, by one block for
+#: each segment; for each bin to find out whether others are needed, by such a block, and how many it takes at a time; and to
+#: weigh a bin.
 PLACE, CHECK, CHECKED, WEIGH = 4400, 820, 512, 1062
 #: Of random elements (inputs.py): those that are sorted, for their error is not below the least of foreground.
 SORTED = {"lovasz_softmax": 0.07, "lovasz_hinge": 0.84}
