@@ -44,8 +44,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def draw(curves, seed=0):
-    return pages.draw_page(curves, np.random.default_rng(seed))
+def draw(curves, seed=0, difficulty=0.0):
+    return pages.draw_page(curves, np.random.default_rng(seed), difficulty)
 
 
 def recovered_error(probabilities, page, label):
@@ -79,6 +79,34 @@ def test_mask_follows_the_curves(curves, seed):
     solid, dashed, paper = (page.image[page.mask == label].mean() for label in (1, 2, 0))
     assert solid < 0.75 * paper
     assert dashed < 0.9 * paper
+
+
+@pytest.mark.parametrize("difficulty", [0.3, 1.0])
+def test_difficulty_changes_the_image_alone(curves, difficulty):
+    clean, hard, again = draw(curves), draw(curves, difficulty=difficulty), draw(curves, difficulty=difficulty)
+    np.testing.assert_array_equal(hard.image, again.image)
+    np.testing.assert_array_equal(hard.mask, clean.mask)
+    assert hard.image.min() >= 0 and hard.image.max() <= 1
+
+
+def test_a_difficult_page_has_less_contrast_and_more_noise(curves):
+    def contrast(difficulty):
+        """Of curve 1 against paper, in standard deviations of paper, the mean of some pages."""
+        found = []
+        for seed in range(10):
+            page = draw(curves, seed, difficulty)
+            paper = page.image[page.mask == 0]
+            found.append((paper.mean() - page.image[page.mask == 1].mean()) / paper.std())
+        return np.mean(found)
+
+    levels = [contrast(difficulty) for difficulty in (0.0, 0.5, 1.0)]
+    assert levels[0] > 1.2 * levels[1] and levels[1] > 1.2 * levels[2]
+
+
+@pytest.mark.parametrize("difficulty", [-0.1, 1.5, float("nan")])
+def test_difficulty_is_from_0_to_1(curves, difficulty):
+    with pytest.raises(ValueError, match=f"difficulty is {difficulty}, expected a number from 0 to 1"):
+        draw(curves, difficulty=difficulty)
 
 
 def test_distance_to_the_stroke_against_every_segment():
@@ -131,6 +159,31 @@ def test_spline_bridges_a_hole_and_holds_the_ends(curves):
     real = recover.resample(curves[0])
     assert np.abs(found - real)[94:125].max() < 0.03  # the bridge, 3 rows
     np.testing.assert_allclose(found[:31], curves[0, 20], atol=0.01)  # 31 points in 20 columns
+
+
+def test_coverage_and_gaps_of_a_centreline(curves):
+    page = draw(curves)
+    mask = page.mask.copy()
+    rows = recover.centreline(recover.one_hot(mask, pages.CLASSES), 1)
+    assert recover.coverage(rows) == 1 and recover.longest_gap(rows) == 0
+    mask[:, 60:80] = mask[:, :5] = mask[:, -30:] = 0
+    rows = recover.centreline(recover.one_hot(mask, pages.CLASSES), 1)
+    assert recover.coverage(rows) == pytest.approx(1 - 55 / pages.WIDTH) and recover.longest_gap(rows) == 30
+    nothing = recover.centreline(recover.one_hot(np.zeros_like(mask), pages.CLASSES), 1)
+    assert recover.coverage(nothing) == 0 and recover.longest_gap(nothing) == pages.WIDTH
+
+
+def test_pchip_does_not_overshoot(curves):
+    """Where a curve jumps across a gap the cubic spline swings past its values; both meet them elsewhere."""
+    step = np.stack([np.where(np.arange(pages.WIDTH) < 96, 0.3, 0.7), curves[1]])
+    page = draw(step)
+    truth = recover.one_hot(page.mask, pages.CLASSES)
+    truth[1, :, 86:106] = 0
+    truth[0] = 1 - truth[1:].sum(axis=0)
+    cubic, pchip = (recover.recover(truth, 1, page.skew, spline) for spline in ("cubic", "pchip"))
+    assert np.ptp(pchip) <= 0.42 and np.abs(cubic - pchip)[:120].max() < 0.01
+    with pytest.raises(ValueError, match="spline is 'linear', expected one of"):
+        recover.recover(truth, 1, page.skew, "linear")
 
 
 def test_empty_curve_counts_as_a_half(curves):

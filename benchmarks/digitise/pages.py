@@ -99,8 +99,46 @@ def _grid(rng: np.random.Generator, skew: float) -> np.ndarray:
     return ink.clip(0, 1)
 
 
-def draw_page(curves: np.ndarray, rng: np.random.Generator) -> Page:
-    """Draw ``curves[2, WIDTH]``, values in [0, 1]; the same generator state gives the same page."""
+@dataclass(frozen=True)
+class Wear:
+    """What age and handling do to a page.
+
+    fade, breaks: ``[2, WIDTH]``, shares of each curve's ink; smudge: ``[HEIGHT, WIDTH]``, share of the
+    light that is left; grain: standard deviation beside the scanner's; blur: standard deviation, pixels.
+    """
+
+    fade: np.ndarray
+    breaks: np.ndarray
+    smudge: np.ndarray
+    grain: float
+    blur: float
+
+
+def _wear(rng: np.random.Generator, difficulty: float) -> Wear:
+    fade = 1 - 0.75 * difficulty * np.stack([(0.5 + 0.5 * _smooth_noise(rng, 20)).clip(0, 1) for _ in range(2)])
+    breaks = np.ones((2, WIDTH))
+    for curve in breaks:
+        for _ in range(rng.poisson(5 * difficulty)):
+            start = rng.integers(WIDTH)
+            curve[start : start + rng.integers(3, 13)] = 0
+    smudge = np.ones((HEIGHT, WIDTH))
+    row, column = np.arange(HEIGHT)[:, None], np.arange(WIDTH)[None, :]
+    for _ in range(rng.poisson(4 * difficulty)):
+        height, width = rng.uniform(2, 12), rng.uniform(4, 30)
+        distance = ((row - rng.uniform(0, HEIGHT)) / height) ** 2 + ((column - rng.uniform(0, WIDTH)) / width) ** 2
+        smudge *= 1 - rng.uniform(0.1, 0.5) * np.exp(-distance)
+    return Wear(fade, breaks, smudge, grain=0.08 * difficulty, blur=0.6 * difficulty)
+
+
+def draw_page(curves: np.ndarray, rng: np.random.Generator, difficulty: float = 0.0) -> Page:
+    """Draw ``curves[2, WIDTH]``, values in [0, 1]; the same generator state gives the same page.
+
+    difficulty: from 0, a clean page, to 1: strokes fade and break, paper is smudged, grain and blur
+    grow.  It changes the image alone: the mask is that of the curves at any difficulty.
+    """
+    if not 0 <= difficulty <= 1:
+        raise ValueError(f"difficulty is {difficulty}, expected a number from 0 to 1")
+    wear = _wear(rng.spawn(1)[0], difficulty) if difficulty > 0 else None  # leaves the state as it is
     skew = np.tan(np.radians(rng.uniform(-1, 1)))
     mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     paper = rng.uniform(0.84, 0.97) + 0.02 * gaussian_filter(rng.standard_normal((HEIGHT // 8, WIDTH // 8)), 1.5).repeat(
@@ -115,11 +153,17 @@ def draw_page(curves: np.ndarray, rng: np.random.Generator) -> Page:
             period, duty = rng.uniform(7, 11), rng.uniform(0.55, 0.7)
             ink = ink * ((along + rng.uniform(0, period)) % period < duty * period)
         dark = rng.uniform(0.7, 0.95) + 0.06 * _smooth_noise(rng, 5)
+        if wear:
+            ink, dark = ink * wear.breaks[label - 1], dark * wear.fade[label - 1]
         bled = 1.25 * gaussian_filter(ink, rng.uniform(0.3, 0.6))  # wet ink creeps, edges soften
         clear = clear * (1 - (bled * dark).clip(0, 0.97))
         mask[distance <= width / 2] = label
     grain = rng.normal(0, rng.uniform(0.02, 0.05), (HEIGHT, WIDTH))
-    image = gaussian_filter(paper * clear, rng.uniform(0.25, 0.5)) + grain  # the scanner's optics
+    light, optics = paper * clear, rng.uniform(0.25, 0.5)  # the scanner's
+    if wear:
+        light, optics = light * wear.smudge, optics + wear.blur
+        grain = np.hypot(1, wear.grain / grain.std()) * grain
+    image = gaussian_filter(light, optics) + grain
     specks = rng.random((HEIGHT, WIDTH)) < 5e-4
     image[specks] *= 0.4
     return Page(image.clip(0, 1).astype(np.float32), mask, curves, float(skew))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.interpolate import CubicSpline
+from scipy.interpolate import CubicSpline, PchipInterpolator
 
 from .pages import values_from_rows
 
@@ -17,25 +17,52 @@ def resample(curve: np.ndarray) -> np.ndarray:
     return np.interp(np.linspace(0, columns[-1], POINTS), columns, curve)
 
 
-def recover(probabilities: np.ndarray, label: int, skew: float) -> np.ndarray | None:
-    """Values of curve ``label`` at ``POINTS`` depths along the page, or None if it has no pixel.
+def centreline(probabilities: np.ndarray, label: int) -> np.ndarray:
+    """Row of curve ``label`` in every column, ``[WIDTH]``; NaN where it has no pixel.
 
-    probabilities: ``[C, HEIGHT, WIDTH]``; a one-hot mask does as well.  The centreline of a column
-    is the mean row of the pixels whose likeliest class is ``label``, weighted by their probability.
-    A cubic spline bridges the columns that have none; beyond the outermost the end value holds.
+    probabilities: ``[C, HEIGHT, WIDTH]``; a one-hot mask does as well.  The row is the mean of those
+    of the pixels whose likeliest class is ``label``, weighted by their probability.
     """
     weight = probabilities[label] * (probabilities.argmax(axis=0) == label)
     total = weight.sum(axis=0)
-    seen = np.flatnonzero(total)
-    if not len(seen):
-        return None
+    seen = total > 0
     rows = np.full(total.shape, np.nan)
     rows[seen] = (weight * np.arange(len(weight))[:, None]).sum(axis=0)[seen] / total[seen]
+    return rows
+
+
+def coverage(rows: np.ndarray) -> float:
+    """Share of the columns in which a centreline has a row."""
+    return float(np.isfinite(rows).mean())
+
+
+def longest_gap(rows: np.ndarray) -> int:
+    """Columns of the longest run, ends included, in which a centreline has no row."""
+    edges = np.flatnonzero(np.concatenate([[True], np.isfinite(rows), [True]]))
+    return int(np.diff(edges).max() - 1)
+
+
+SPLINES = {"cubic": CubicSpline, "pchip": PchipInterpolator}
+
+
+def recover(probabilities: np.ndarray, label: int, skew: float, spline: str = "cubic") -> np.ndarray | None:
+    """Values of curve ``label`` at ``POINTS`` depths along the page, or None if it has no pixel.
+
+    probabilities: as for :func:`centreline`.  A spline, "cubic" or (monotone between the columns,
+    and so without overshoot) "pchip", bridges the columns that have no pixel; beyond the outermost
+    the end value holds.
+    """
+    if spline not in SPLINES:
+        raise ValueError(f"spline is {spline!r}, expected one of {sorted(SPLINES)}")
+    rows = centreline(probabilities, label)
+    seen = np.flatnonzero(np.isfinite(rows))
+    if not len(seen):
+        return None
     values = values_from_rows(rows, skew)[seen]
-    depths = np.linspace(0, len(total) - 1, POINTS).clip(seen[0], seen[-1])
+    depths = np.linspace(0, len(rows) - 1, POINTS).clip(seen[0], seen[-1])
     if len(seen) == 1:
         return np.full(POINTS, values[0]).clip(0, 1)
-    return CubicSpline(seen, values)(depths).clip(0, 1)  # clipped: the track ends at 0 and 1
+    return SPLINES[spline](seen, values)(depths).clip(0, 1)  # clipped: the track ends at 0 and 1
 
 
 def error(recovered: np.ndarray | None, curve: np.ndarray) -> float:
