@@ -22,7 +22,7 @@ struct SegmentResults {
 
 // One block. Results: a SegmentResults, or what has the same functions; `loss` is called once for each segment.
 template <class T, class Results>
-__global__ void __launch_bounds__(Tuning::Finish::threads)
+__global__ void __launch_bounds__(Tuning::Finish::threads, 1)
     lovasz_finish_kernel(Results results, int64_t rows, int64_t classes, LovaszLoss out) {
   constexpr int threads = Tuning::Finish::threads;
   __shared__ double scratch[threads];
