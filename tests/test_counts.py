@@ -123,8 +123,8 @@ BUDGETS = [
     *budgets("float"),
     *budgets("__nv_bfloat16"),
     *(focal(step, "float", 1, ", classes in rows") for step in ("forward", "backward")),
-    # Rows of 512 pixels.
-    count("float", 1, ", classes in rows", warps=16, dynamic_shared=SHARED + 512 * 19 * 4 * 33 // 32),
+    # Rows of 512 pixels, and of 19 words.
+    count("float", 1, ", classes in rows", warps=16, dynamic_shared=SHARED + 512 * 19 * 4),
     # Of 150 classes, 19 of a block.
     count("float", 2, ", softmax stored", wide_multiplies=30, warps=32, dynamic_shared=SHARED),
     # 150 classes.

@@ -73,6 +73,23 @@ __device__ inline void store_element(void* data, DType dtype, int64_t i, double 
   }
 }
 
+VEERLOSS_HD bool is_integer(DType dtype) {
+  return dtype != DType::f32 && dtype != DType::f64 && dtype != DType::bf16 && dtype != DType::f16;
+}
+
+// Bytes of an element.
+VEERLOSS_HD int size_of(DType dtype) {
+  switch (dtype) {
+    case DType::f64:
+    case DType::i64: return 8;
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::i8:
+    case DType::u8: return 1;
+    default: return 2;
+  }
+}
+
 // ---- run-time values as template arguments
 
 // Calls f with a value of the element type of logits.

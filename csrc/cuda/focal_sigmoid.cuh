@@ -39,17 +39,7 @@ struct ElementMath {
     else
       return veerloss::log1p_unit(x);
   }
-  // Of float32 to one unit in the last place; a division that rounds takes 8 instructions.
-  __device__ static T reciprocal(T x) {
-#if !defined(VEERLOSS_EMULATED)
-    if constexpr (!std::is_same_v<T, double>) {
-      float result;
-      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-      return result;
-    }
-#endif
-    return T(1) / x;
-  }
+  __device__ static T reciprocal(T x) { return reciprocal_of(x); }
 };
 
 // What a pass makes of an element: its loss, or the gradient of its logit. Kernels of both passes are one template, by what
@@ -100,35 +90,14 @@ __device__ inline T without_class(int32_t label) {
 
 // ---- elements that are neighbours in memory, by loads and stores of up to 16 bytes
 
-template <int bytes>
-struct WordOf;
-template <>
-struct WordOf<1> {
-  using type = uint8_t;
-};
-template <>
-struct WordOf<2> {
-  using type = uint16_t;
-};
-template <>
-struct WordOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct WordOf<8> {
-  using type = uint2;
-};
-template <>
-struct WordOf<16> {
-  using type = uint4;
-};
-
 // n elements of a type, in as few words as hold them.
 template <class S, int n>
 struct RunOf {
   static constexpr int bytes = n * static_cast<int>(sizeof(S)), word_bytes = bytes < 16 ? bytes : 16,
                        words = bytes / word_bytes;
-  using Word = typename WordOf<word_bytes>::type;
+  template <int size, class Type, class Larger>
+  using At = std::conditional_t<word_bytes == size, Type, Larger>;
+  using Word = At<1, uint8_t, At<2, uint16_t, At<4, uint32_t, At<8, uint2, uint4>>>>;
 
   __device__ static void load(S (&values)[n], const S* from) {
     Word run[words];
@@ -208,10 +177,6 @@ inline bool is_aligned(const View& view) {
 
 // ---- targets
 
-inline bool is_integer(DType dtype) {
-  return dtype >= DType::i64;
-}
-
 // The value to ignore, as what targets are compared with before they are rounded: in 64 bits, or where these have no more,
 // in 32.
 class IgnoredValue {
@@ -242,19 +207,6 @@ class IgnoredValue {
   double number_;
   float number_of_32_bits_;
 };
-
-// Bytes of an element.
-__device__ inline int size_of(DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-    case DType::i64: return 8;
-    case DType::f32:
-    case DType::i32: return 4;
-    case DType::i8:
-    case DType::u8: return 1;
-    default: return 2;
-  }
-}
 
 template <class S, int n, class T>
 __device__ inline void load_targets_of_type(T (&targets)[n], bool (&counts)[n], const char* from, const IgnoredValue& ignored) {

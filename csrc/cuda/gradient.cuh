@@ -5,7 +5,7 @@
 //
 //   static constexpr bool reads_label   whether it uses labels; if not, the target is not read
 //   Exp                                 the exponential that its softmax is made of
-//   of_pixel(batch, image, pixel, first, label, softmax)(k, logit)         of class first + k of a pixel
+//   of_pixel(batch, image, pixel, first, label, softmax)(k, logit)  of class first + k of a pixel
 //   of_segment<errors>(batch, segment, c)(index, is_foreground, x)  of a pixel, by its index in the batch, in a class
 //
 // The weight is multiplied by the factor of the segment, and by the derivative of p.
@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads)
     const T x = pixels.load(at);
     T g = Weights::reads_label && label < 0 ? T(0) : weigh(pixels.index(at), label == foreground, x);
     if (errors == Errors::probabilities) g = sign_outside(x, g);
-    pixels.store(out.grad_logits, at,
-                 factor == T(0) ? T(0) : g * factor);  // of a segment that takes no part, whatever it holds
+    g = factor == T(0) ? T(0) : g * factor;  // of a segment that takes no part, whatever it holds
+    pixels.store(out.grad_logits, at, g);
   }
 }
 
@@ -124,7 +124,7 @@ void launch_gradient(const Args& args) {
                {.blocks = grid.blocks, .threads = Policy::threads, .stream = args.stream}, batch, W(args), args.out, grid);
       });
     } else {
-      const Chunks chunks = chunks_of(batch, Policy::threads, Policy::most_tiles, multiprocessors(), 1, false);
+      const Chunks chunks = class_chunks(batch, Policy::threads, Policy::most_tiles);
       const bool plain = is_plain(batch, chunks) && are_near(args.out.grad_logits);
       const Launch shape{.blocks = chunks.images * chunks.chunks * classes, .threads = Policy::threads, .stream = args.stream};
       with_elementwise(batch, plain, [&](auto errors, auto is_plain) {

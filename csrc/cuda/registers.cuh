@@ -114,7 +114,7 @@ __device__ inline float exp2_of(float x) {
 #endif
 }
 
-// 1 / x of a normal number, one instruction, to a unit in the last place.
+// 1 / x of a normal number. In float32 one instruction, to a unit in the last place; a division that rounds takes 8.
 __device__ inline float reciprocal_of(float x) {
 #if defined(VEERLOSS_EMULATED)
   return 1.0f / x;
@@ -123,6 +123,9 @@ __device__ inline float reciprocal_of(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #endif
+}
+__device__ inline double reciprocal_of(double x) {
+  return 1.0 / x;
 }
 
 // exp(x) for x <= 0; exactly 1 for 0, and 0 below the smallest normal number. In float32 two instructions, accurate to the

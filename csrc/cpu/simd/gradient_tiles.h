@@ -14,22 +14,17 @@ struct GradientTiles {
     }
   }
 
-  // A pivot that a later class replaces joins the others; the first one is 0.
   template <class T>
   static void accumulate(const T* __restrict exps, const T* __restrict g, int64_t n, T* __restrict pivot, T* __restrict others,
                          int32_t* __restrict has_weight) {
-    for (int64_t i = 0; i < n; ++i) {
-      others[i] += exps[i] == T(1) ? pivot[i] : exps[i] * g[i];
-      pivot[i] = exps[i] == T(1) ? g[i] : pivot[i];
-      has_weight[i] |= g[i] != T(0);
-    }
+    for (int64_t i = 0; i < n; ++i) add(exps[i], g[i], pivot[i], others[i], has_weight[i]);
   }
 
   // `others` becomes sum_c p_c (g_c - pivot).
   template <class T>
   static void end(int64_t n, const T* __restrict sumexp_excl_max, const T* __restrict inv_sumexp, const T* __restrict pivot,
                   T* __restrict others) {
-    for (int64_t i = 0; i < n; ++i) others[i] = (others[i] - pivot[i] * sumexp_excl_max[i]) * inv_sumexp[i];
+    for (int64_t i = 0; i < n; ++i) others[i] = mean(others[i], pivot[i], sumexp_excl_max[i], inv_sumexp[i]);
   }
 
   // `out` may be g.
@@ -37,10 +32,7 @@ struct GradientTiles {
   static void softmax(const T* __restrict exps, const T* g, int64_t n, const T* __restrict inv_sumexp,
                       const T* __restrict pivot, const T* __restrict others, const int32_t* __restrict has_weight, T* out) {
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      const T slope = exps[i] * inv_sumexp[i] * ((g[i] - pivot[i]) - others[i]);
-      out[i] = has_weight[i] ? slope : T(0);
-    }
+    for (int64_t i = 0; i < n; ++i) out[i] = slope(exps[i], g[i], inv_sumexp[i], pivot[i], others[i], has_weight[i]);
   }
 
   // All of it for few classes, [classes][stride]: one loop, which keeps the classes of a pixel in registers. `out` is g, or
@@ -56,17 +48,12 @@ struct GradientTiles {
       for (int c = 0; c < classes; ++c) {
         e[c] = exps[c * stride + i];
         weight[c] = g[c * stride + i];
-        others += e[c] == T(1) ? pivot : e[c] * weight[c];
-        pivot = e[c] == T(1) ? weight[c] : pivot;
-        has_weight |= weight[c] != T(0);
+        add(e[c], weight[c], pivot, others, has_weight);
       }
       const T inv_sumexp = T(1) / (T(1) + sumexp_excl_max[i]);
-      others = (others - pivot * sumexp_excl_max[i]) * inv_sumexp;
+      others = mean(others, pivot, sumexp_excl_max[i], inv_sumexp);
 #pragma GCC unroll 8
-      for (int c = 0; c < classes; ++c) {
-        const T slope = e[c] * inv_sumexp * ((weight[c] - pivot) - others);
-        out[c * out_stride + i] = has_weight ? slope : T(0);
-      }
+      for (int c = 0; c < classes; ++c) out[c * out_stride + i] = slope(e[c], weight[c], inv_sumexp, pivot, others, has_weight);
     }
   }
 
@@ -78,5 +65,26 @@ struct GradientTiles {
   template <class T>
   static void scale(T* __restrict values, int64_t n, T factor) {
     for (int64_t i = 0; i < n; ++i) values[i] *= factor;
+  }
+
+ private:
+  // ---- of one pixel
+
+  // One class. A pivot that a later class replaces joins the others; the first one is 0.
+  template <class T>
+  static VEERLOSS_HD void add(T exp, T g, T& pivot, T& others, int32_t& has_weight) {
+    others += exp == T(1) ? pivot : exp * g;
+    pivot = exp == T(1) ? g : pivot;
+    has_weight |= g != T(0);
+  }
+  // sum_c p_c (g_c - pivot)
+  template <class T>
+  static VEERLOSS_HD T mean(T others, T pivot, T sumexp_excl_max, T inv_sumexp) {
+    return (others - pivot * sumexp_excl_max) * inv_sumexp;
+  }
+  template <class T>
+  static VEERLOSS_HD T slope(T exp, T g, T inv_sumexp, T pivot, T mean, int32_t has_weight) {
+    const T value = exp * inv_sumexp * ((g - pivot) - mean);
+    return has_weight ? value : T(0);
   }
 };

@@ -30,10 +30,7 @@ struct HistogramTiles {
 #pragma GCC unroll 8
       for (int c = 0; c < classes; ++c) {
         below[c] -= max_logit;
-        const T e = VecMath<T>::exp_neg(below[c]);
-        sum += e == T(1) ? T(0) : e;
-        count += e == T(1) ? T(1) : T(0);
-        exps[c * stride + i] = e;
+        exps[c * stride + i] = SoftmaxTiles::exponential(below[c], sum, count);
       }
       sum += count - T(1);
       sumexp_excl_max[i] = sum;
@@ -41,8 +38,7 @@ struct HistogramTiles {
       const T top = top_coordinate<VecMath<T>>(sum, log2_sum);
 #pragma GCC unroll 8
       for (int c = 0; c < classes; ++c) {
-        const T background = below[c] == T(0) ? top : below[c] * T(log2_e) + shared;
-        coordinates[c * stride + i] = static_cast<float>(label[i] == c ? -background : background);
+        coordinates[c * stride + i] = softmax_coordinate(below[c], shared, top, label[i] == c);
       }
     }
   }
@@ -53,9 +49,7 @@ struct HistogramTiles {
                                   const T* __restrict max_logit, const T* __restrict shared, const T* __restrict top,
                                   float* __restrict out) {
     for (int64_t i = 0; i < n; ++i) {
-      const T below = logits[i] - max_logit[i];
-      const T background = below == T(0) ? top[i] : below * T(log2_e) + shared[i];
-      out[i] = static_cast<float>(label[i] == c ? -background : background);
+      out[i] = softmax_coordinate(logits[i] - max_logit[i], shared[i], top[i], label[i] == c);
     }
   }
 
@@ -180,6 +174,12 @@ struct HistogramTiles {
   }
 
  private:
+  template <class T>
+  static VEERLOSS_HD float softmax_coordinate(T below_max, T shared, T top, bool foreground) {
+    const T background = below_max == T(0) ? top : below_max * T(log2_e) + shared;
+    return static_cast<float>(foreground ? -background : background);
+  }
+
   // For the logarithm of normal numbers.
   template <class T>
   static VEERLOSS_HD T at_least_tiny(T error) {

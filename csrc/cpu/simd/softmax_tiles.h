@@ -29,10 +29,7 @@ struct SoftmaxTiles {
       T* out = exps + c * stride;
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
-        const T e = VecMath<T>::exp_neg(in[i] - max_logit[i]);
-        sumexp_excl_max[i] += e == T(1) ? T(0) : e;
-        max_count[i] += e == T(1) ? T(1) : T(0);
-        out[i] = e;
+        out[i] = exponential(in[i] - max_logit[i], sumexp_excl_max[i], max_count[i]);
       }
     }
     if (classes > classes_per_sum) end_sum(sumexp_excl_max, total, n);
@@ -40,6 +37,15 @@ struct SoftmaxTiles {
       sumexp_excl_max[i] += max_count[i] - T(1);
       inv_sumexp[i] = T(1) / (T(1) + sumexp_excl_max[i]);
     }
+  }
+
+  // Of one class of a pixel, which is added to the sum of the others, or one more that has the maximum.
+  template <class T>
+  static VEERLOSS_HD T exponential(T below_max, T& sumexp_excl_max, T& max_count) {
+    const T e = VecMath<T>::exp_neg(below_max);
+    sumexp_excl_max += e == T(1) ? T(0) : e;
+    max_count += e == T(1) ? T(1) : T(0);
+    return e;
   }
 
   // A sum over more than classes_per_sum classes, every so many of them, before class c: what `sum` has goes to `total`.

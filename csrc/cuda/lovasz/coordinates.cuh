@@ -23,6 +23,12 @@ struct CoordinateMath {
   static __device__ double log2(double x) { return ::log2(x); }
 };
 
+// Shared memory of a class in kernels that have all its bins there: its table, and four bytes for each bin, as many as a
+// segment of so many classes has.
+VEERLOSS_HD constexpr int64_t class_bytes(int64_t classes) {
+  return BinLayout::table * static_cast<int64_t>(sizeof(BinPair)) + 4 * BinLayout::bins(classes);
+}
+
 // Four times the bin of a coordinate. `table`: of a segment, in any memory; 8-byte aligned.
 __device__ inline uint32_t bin_offset_of(float coordinate, const BinPair* table) {
   const float position = position_of(coordinate, table[0]);
@@ -121,9 +127,6 @@ inline bool is_near(const View& view, int64_t element_bytes) {
 inline bool are_near(const View& logits) {
   return is_near(logits, sizeof(float));
 }
-inline bool is_integer(DType dtype) {
-  return dtype != DType::f32 && dtype != DType::f64 && dtype != DType::bf16 && dtype != DType::f16;
-}
 
 // The classes of a pixel at distances of 32 bits, which multiply in one instruction.
 template <class In>
@@ -204,6 +207,11 @@ inline Chunks chunks_of(const LovaszBatch& b, int64_t tile, int64_t most, int64_
   c.chunk = tile * (chunk < 1 ? 1 : chunk > most ? most : chunk);
   c.chunks = ceil_div(c.pixels, c.chunk);
   return c;
+}
+
+// For kernels whose blocks have pixels of one class: as many blocks of `threads` as multiprocessors hold.
+inline Chunks class_chunks(const LovaszBatch& b, int threads, int64_t most_tiles) {
+  return chunks_of(b, threads, most_tiles, multiprocessors() * (2048 / threads), b.classes(), false);
 }
 
 // Pixel j of an image's sample, or of the image; -1 past its end, which no pixel of 32 bits is.

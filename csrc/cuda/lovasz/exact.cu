@@ -86,7 +86,7 @@ struct ExactScratch {
 
     constexpr int64_t states_of_tile = digits * ((SortWord<Word>::passes - 1) * sizeof(Place) + sizeof(RankedPlace));
     constexpr int64_t bytes_of_pair = 2 * sizeof(Pair<Word>) + ceil_div(states_of_tile, SortTile<Word>::size);
-    const int64_t gradient = b.segments() * b.length() * bytes_of(b.logits.dtype);
+    const int64_t gradient = b.segments() * b.length() * size_of(b.logits.dtype);
     const int64_t buffers = gradient < SortPolicy::min_bytes   ? SortPolicy::min_bytes
                             : gradient > SortPolicy::max_bytes ? SortPolicy::max_bytes
                                                                : gradient;
@@ -106,8 +106,6 @@ struct ExactScratch {
     bytes = arrays.bytes();
     group_zeroed_bytes = bytes - before;
   }
-
-  static int64_t bytes_of(DType logits) { return logits == DType::f64 ? 8 : logits == DType::f32 ? 4 : 2; }
 
   SortGroup<T> group;
   SegmentResult* results;

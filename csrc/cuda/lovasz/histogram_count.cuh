@@ -19,14 +19,6 @@ VEERLOSS_HD constexpr int64_t plane_of(int64_t classes) {
   return BinLayout::bins(classes);
 }
 
-// Shared memory of a class: its table, and its counts.
-VEERLOSS_HD constexpr int64_t table_bytes() {
-  return BinLayout::table * static_cast<int64_t>(sizeof(BinPair));
-}
-VEERLOSS_HD constexpr int64_t class_bytes(int64_t classes) {
-  return table_bytes() + 4 * plane_of(classes);
-}
-
 // How classes are shared out among blocks.
 struct Groups {
   int classes, groups;  // of a group at most; their number

@@ -19,10 +19,6 @@ namespace {
 
 using Policy = Tuning::HistogramGradient;
 
-VEERLOSS_HD int64_t shared_bytes(int64_t classes, int64_t bins) {
-  return classes * (BinLayout::table * static_cast<int64_t>(sizeof(BinPair)) + 4 * bins);
-}
-
 // Whose pixels a block has, one for each thread at a time: those of an image, or of all images as one sequence; or either where
 // the classes of a pixel are neighbours (rows.cuh).
 enum class Pixels { of_image, of_images, in_rows };
@@ -47,14 +43,10 @@ struct PixelAt {
   }
 };
 
-int64_t integer_bytes(DType dtype) {
-  return dtype == DType::i64 ? 8 : dtype == DType::i32 ? 4 : dtype == DType::i16 ? 2 : 1;
-}
-
 template <class In>
 Tensors tensors_of(const LovaszHistogramBackward& args) {
   const View& target = args.batch.target;
-  return {near_view(args.batch.logits, sizeof(In)), near_view(target, integer_bytes(target.dtype)),
+  return {near_view(args.batch.logits, sizeof(In)), near_view(target, size_of(target.dtype)),
           near_view(args.out.grad_logits, sizeof(In))};
 }
 
@@ -178,7 +170,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
   const auto begin = static_cast<uint32_t>(chunks.begin(part)), end = static_cast<uint32_t>(chunks.end(part));
   float g[Range::most];
   if constexpr (kind == Pixels::in_rows) {
-    const SharedRows<In, threads> rows(memory + shared_bytes(classes.count(), BinLayout::bins(Range::most)), classes.count());
+    const SharedRows<In, threads> rows(memory + classes.count() * class_bytes(Range::most), classes.count());
     constexpr int at_once = Range::most <= 20 ? Range::most : 0;  // 24 would spill
     const auto thread = static_cast<int>(threadIdx.x);
     for (uint32_t first = begin; first < end; first += threads) {
@@ -341,7 +333,7 @@ void lovasz_histogram_sum(const LovaszHistogramSum& args) {
   using SumPolicy = Tuning::HistogramSum;
   const LovaszBatch& b = args.batch;
   zero_memory(args.sums, b.segments() * static_cast<int64_t>(sizeof(int64_t)), args.stream);
-  const Chunks chunks = chunks_of(b, SumPolicy::threads, SumPolicy::most_tiles, multiprocessors(), 1, false);
+  const Chunks chunks = class_chunks(b, SumPolicy::threads, SumPolicy::most_tiles);
   const Launch shape{
       .blocks = chunks.images * chunks.chunks * b.classes(), .threads = SumPolicy::threads, .stream = args.stream};
   with_element_type(b.logits.dtype, [&](auto zero) {
@@ -356,7 +348,7 @@ void lovasz_histogram_sum(const LovaszHistogramSum& args) {
 void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
   const LovaszBatch& b = args.batch;
   const View &logits = b.logits, &grad = args.out.grad_logits;
-  const int64_t shared = shared_bytes(b.classes(), args.bins),
+  const int64_t shared = b.classes() * class_bytes(b.classes()),
                 left = max_shared_bytes_of_block() - Policy::static_bytes - shared;
   if (b.errors != Errors::softmax || logits.dtype == DType::f64 || b.classes() > Policy::most_classes ||
       !is_integer(b.target.dtype) || !are_near(logits) || !are_near(grad) || !is_near(b.target, sizeof(int64_t)) || left < 0)

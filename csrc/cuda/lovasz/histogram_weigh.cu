@@ -16,6 +16,7 @@ constexpr int threads = BinsPolicy::threads;
 struct BinWalk {
   double below, low, high, above;
 
+  BinWalk() = default;
   // At bin k, 1 <= k < bins. Beside the outer bins are others as wide.
   __device__ BinWalk(const BinMap& map, int k, int bins)
       : below(0),
@@ -59,7 +60,7 @@ VEERLOSS_HD int64_t parts_of(int64_t bins) {
 
 template <class T, class Count, Weigh what>
 __global__ void __launch_bounds__(threads, 1)
-    lovasz_weigh_kernel(LovaszHistogramWeigh args, SegmentResult* results, WeighPart* parts) {
+    lovasz_weigh_kernel(LovaszHistogramWeigh args, bool* takes_part, WeighPart* parts) {
   __shared__ BinPair table[BinLayout::table];
   __shared__ PlaceScratch scratch;
   constexpr bool weighs = what != Weigh::placement, places = what != Weigh::weights;
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(threads, 1)
     double fg = fg_high + (block_fg - fg_before - thread_fg),
            bg = bg_high + (block_bg - bg_before - thread_bg);  // larger errors
     double weight_sum = 0, gradient_sum = 0, loss_sum = 0;
-    BinWalk walk(map, bins - 1, bins);
+    BinWalk walk;
     int at_bin = 0;  // of the walk; 0: none of this thread
     VEERLOSS_NO_UNROLL
     for (int k = mine.end - 1; k >= mine.begin; --k) {
@@ -212,18 +213,18 @@ __global__ void __launch_bounds__(threads, 1)
   if (thread != 0) return;
   if (weighs) parts[blockIdx.x] = {loss, bound};
   if (block != 0) return;
-  results[segment] = {.loss = 0.0, .takes_part = part};
+  takes_part[segment] = part;
   args.needs_rebin[segment] = needs_rebin;
 }
 
 // The results of all segments, from the parts of each, for lovasz_finish_kernel.
 struct WeighResults {
-  const SegmentResult* results;
+  const bool* part_taken;
   const WeighPart* parts;
   double* bounds;
   int blocks;  // of a segment
 
-  __device__ bool takes_part(int64_t segment) const { return results[segment].takes_part; }
+  __device__ bool takes_part(int64_t segment) const { return part_taken[segment]; }
   __device__ double loss(int64_t segment) const {
     WeighPart sum{0.0, 0.0};
     for (int k = 0; k < blocks; ++k) {
@@ -238,12 +239,12 @@ struct WeighResults {
 struct WeighScratch {
   WeighScratch(const LovaszBatch& b, void* memory) {
     ScratchArrays arrays(memory);
-    results = arrays.take<SegmentResult>(b.segments());
+    takes_part = arrays.take<bool>(b.segments());
     parts = arrays.take<WeighPart>(b.segments() * parts_of<Weigh::weights>(BinLayout::bins(b.classes())));
     bytes = arrays.bytes();
   }
 
-  SegmentResult* results;
+  bool* takes_part;
   WeighPart* parts;
   int64_t bytes;
 };
@@ -262,11 +263,11 @@ void kernels::lovasz_histogram_weigh(const LovaszHistogramWeigh& args) {
       const int64_t parts = parts_of<what>(args.bins);
       with_count_type(args.counts, [&](auto zero) {
         launch(lovasz_weigh_kernel<T, decltype(zero), what>,
-               {.blocks = args.batch.segments() * parts, .threads = threads, .stream = args.stream}, args, scratch.results,
+               {.blocks = args.batch.segments() * parts, .threads = threads, .stream = args.stream}, args, scratch.takes_part,
                scratch.parts);
       });
       if (what != Weigh::placement)
-        launch_finish<T>(args.batch, WeighResults{scratch.results, scratch.parts, args.bounds, static_cast<int>(parts)},
+        launch_finish<T>(args.batch, WeighResults{scratch.takes_part, scratch.parts, args.bounds, static_cast<int>(parts)},
                          args.out, args.stream);
     };
     if (args.again)
