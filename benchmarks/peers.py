@@ -145,11 +145,13 @@ def compiled(loss: Loss | Lazy) -> Lazy:
     return Lazy(lambda: torch.compile(load(), dynamic=False))
 
 
-_torchvision_focal = _peer(
-    "torchvision",
-    "torchvision.ops",
-    lambda ops: functools.partial(ops.sigmoid_focal_loss, alpha=ALPHA, gamma=GAMMA, reduction="mean"),
-)
+def torchvision_focal(alpha: float) -> Lazy:
+    """alpha < 0: none."""
+    options = {"alpha": alpha, "gamma": GAMMA, "reduction": "mean"}
+    return _peer("torchvision", "torchvision.ops", lambda ops: functools.partial(ops.sigmoid_focal_loss, **options))
+
+
+_torchvision_focal = torchvision_focal(ALPHA)
 
 
 # ------------------------------------------------------------------ tasks
