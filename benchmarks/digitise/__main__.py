@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .arms import focal_and_lovasz
 from .figure import Row, draw_figure
+from .model import UNet
 from .pages import CLASSES, WIDTH, Page, augment, draw_page
-from .recover import error, iou, one_hot, recover
-from .train import Clock, backend, predict, train
+from .recover import error, iou, recover
+from .train import Clock, Pages, predict, train
 from .well import (
     CURVES,
     PAIRS,
@@ -72,10 +74,10 @@ def test_rows(cut: list[Window], rng: np.random.Generator) -> list[Row]:
 
 
 def judge(rows: list[Row], probabilities: np.ndarray) -> None:
-    """Fill in what was predicted and recovered; ``probabilities`` [rows, C, HEIGHT, WIDTH]."""
+    """Fill in what was predicted and recovered; ``probabilities`` [rows, C, height, width]."""
     for row, likely in zip(rows, probabilities, strict=True):
         row.predicted = likely.argmax(axis=0)
-        row.recovered = [recover(likely, label, row.page.skew) for label in (1, 2)]
+        row.recovered = [recover(likely, label, row.page.track) for label in (1, 2)]
         row.errors = [error(*both) for both in zip(row.recovered, row.page.curves, strict=True)]
 
 
@@ -85,7 +87,7 @@ def floor(rows: list[Row]) -> np.ndarray:
     return np.mean(
         [
             [
-                error(recover(one_hot(row.page.mask, CLASSES), label, row.page.skew), curve)
+                error(recover(row.page.mask, label, row.page.track), curve)
                 for label, curve in zip((1, 2), row.page.curves, strict=True)
             ]
             for row in rows
@@ -101,6 +103,15 @@ def typical(rows: list[Row]) -> list[Row]:
         ranked = sorted((row for row in rows if row.names == names), key=lambda r: sum(r.errors))
         chosen.append(ranked[len(ranked) // 2])
     return chosen
+
+
+def backend() -> str:
+    """Which backend "auto" is here: the compiled kernels, or the reference where there are none."""
+    try:
+        focal_and_lovasz(torch.zeros(1, CLASSES, 1), torch.zeros(1, 1, dtype=torch.long), "native")
+    except RuntimeError:
+        return "reference only"
+    return "native"
 
 
 def report(rows: list[Row], clock: Clock) -> tuple[str, str]:
@@ -130,7 +141,7 @@ def report(rows: list[Row], clock: Clock) -> tuple[str, str]:
         "  the holes this leaves in curve 2.",
         "\nLoss, forward and backward, medians over the training steps",
     ]
-    clocked = {f"veerloss, {backend()}": clock.ours(), "reference": clock.reference()}
+    clocked = {f"veerloss, {backend()}": clock.own(), "reference": clock.other()}
     for name, (milliseconds, share) in clocked.items():
         lines.append(f"  {name:24}{milliseconds:7.1f} ms{share:12.1%} of the step")
     headline = (
@@ -162,8 +173,23 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"training on {interval(upper)}, testing on {interval(lower)}")
     pages = training_pages(windows(upper, SAMPLES, SAMPLES // 2, WIDTH), drawing)
     rows = test_rows(windows(lower, SAMPLES, SAMPLES, WIDTH), testing)
-    model, clock = train(pages, steps=options.steps, batch=options.batch, rng=ordering)
-    judge(rows, predict(model, [row.page for row in rows]))
+    with tqdm(total=options.steps, desc="training", unit="step") as bar:
+
+        def show(step: int, model: UNet, loss: float) -> None:
+            bar.update()
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{loss:.3f}")
+
+        model, clock = train(
+            Pages.of(pages),
+            lambda logits, target, done: focal_and_lovasz(logits, target),
+            other=lambda logits, target, done: focal_and_lovasz(logits, target, "reference"),
+            steps=options.steps,
+            batch=options.batch,
+            rng=ordering,
+            after_step=show,
+        )
+    judge(rows, predict(model, Pages.of([row.page for row in rows]).images))
 
     table, headline = report(rows, clock)
     draw_figure(typical(rows), f"{WELL_NAME}, {interval(lower)}\n{headline}", options.out)

@@ -52,11 +52,6 @@ def _always(loss: Callable[[Tensor, Tensor], Tensor]) -> ArmLoss:
     return lambda logits, target, done: loss(logits, target)
 
 
-def _focal_per_positive(focal: Callable[..., Tensor], logits: Tensor, target: Tensor) -> Tensor:
-    """Divided by the pixels of curves, as RetinaNet divides by its positives."""
-    return focal(logits, target, normalizer=(target > 0).sum().clamp_min(1))
-
-
 def _sum(*losses: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda logits, target: sum(loss(logits, target) for loss in losses)
 
@@ -89,11 +84,21 @@ focal = functools.partial(veerloss.softmax_focal_loss, gamma=GAMMA)
 lovasz = veerloss.lovasz_softmax_loss
 sce = functools.partial(veerloss.softmax_focal_loss, gamma=0.0, label_smoothing=SMOOTHING)
 cross_entropy = functools.partial(veerloss.softmax_focal_loss, gamma=0.0)
-focal_per_positive = functools.partial(_focal_per_positive, focal)
 one_vs_rest = functools.partial(veerloss.sigmoid_focal_loss, alpha=None, gamma=GAMMA)
 
 
 _torchvision_focal = peers.torchvision_focal(alpha=-1.0)
+
+
+def focal_per_positive(logits: Tensor, target: Tensor, backend: str = "auto") -> Tensor:
+    """Focal loss divided by the pixels of curves, as RetinaNet divides by its positives: over all pixels the paper would
+    make it vanish beside a region loss."""
+    return focal(logits, target, normalizer=(target > 0).sum().clamp_min(1), backend=backend)
+
+
+def focal_and_lovasz(logits: Tensor, target: Tensor, backend: str = "auto") -> Tensor:
+    """What the demo trains with."""
+    return focal_per_positive(logits, target, backend) + lovasz(logits, target, backend=backend)
 
 
 def _peer_one_vs_rest(logits: Tensor, target: Tensor) -> Tensor:
@@ -132,14 +137,14 @@ def _extra() -> list[Arm]:
     ce, peer_ce = cross_entropy, F.cross_entropy
     positives, peer_positives = focal_per_positive, _peer_focal_per_positive
     sums = {
-        "CE + Lovász": ("equal weights", (ce, lovasz), (peer_ce, _peer_lovasz), _TORCH),
-        "Focal + Lovász": (f"gamma {GAMMA:g}, per positives; equal weights", (positives, lovasz),
-                           (peer_positives, _peer_lovasz), _KORNIA),
+        "CE + Lovász": ("equal weights", _sum(ce, lovasz), _sum(peer_ce, _peer_lovasz), _TORCH),
+        "Focal + Lovász": (f"gamma {GAMMA:g}, per positives; equal weights", focal_and_lovasz,
+                           _sum(peer_positives, _peer_lovasz), _KORNIA),
     }  # fmt: skip
     return [
         Arm("CE", "extra", "", _always(ce), _always(peer_ce), _TORCH),
         *(
-            Arm(name, "extra", settings, _always(_sum(*ours)), _always(_sum(*theirs)), f"{peer} + {_SMP}")
+            Arm(name, "extra", settings, _always(ours), _always(theirs), f"{peer} + {_SMP}")
             for name, (settings, ours, theirs, peer) in sums.items()
         ),
         Arm("CE then Lovász", "extra", "half of the steps each", _then(ce, lovasz), _then(peer_ce, _peer_lovasz),

@@ -21,7 +21,7 @@ INK, PAPER = "#22262b", "#f5f2ea"
 class Row:
     """One test page and, once judged, what was made of it.
 
-    names: of the two curves; depth: ``[WIDTH]`` feet; predicted: ``[HEIGHT, WIDTH]`` classes;
+    names: of the two curves; depth: ``[width]`` feet; predicted: ``[height, width]`` classes;
     recovered: per curve ``[POINTS]`` values or None; errors: per curve the mean absolute error.
     """
 

@@ -79,10 +79,39 @@ def read_well(wheel: Path) -> Well:
         raise WellUnavailable(
             f"{wheel} is damaged or not the expected file ({error}).\n  Delete it and run this again to download it afresh."
         ) from error
-    las = lasio.read(io.StringIO(text))
-    values = np.stack([np.asarray(las[name], dtype=float) for name in CURVES])
-    logged = np.isfinite(values).all(axis=0)
-    return Well(np.asarray(las.index, dtype=float)[logged], values[:, logged])
+    return _curves(text, LAS_IN_WHEEL)
+
+
+def read_las(path: Path) -> Well:
+    """Read the curves of ``CURVES`` from a LAS file of one's own."""
+    try:
+        text = Path(path).read_text(encoding="latin-1")
+    except OSError as error:
+        raise WellUnavailable(f"{path} cannot be read: {error.strerror}") from error
+    return _curves(text, str(path))
+
+
+def _curves(text: str, name: str) -> Well:
+    """``CURVES`` out of the text of a LAS file, the rows where all of them were logged."""
+    try:
+        las = lasio.read(io.StringIO(text))
+    except Exception as error:  # lasio raises many types, KeyError and IndexError among them, for a damaged file
+        raise WellUnavailable(f"{name} is not a LAS file, or is damaged ({type(error).__name__}: {error})") from error
+    present = [curve.mnemonic for curve in las.curves]
+    if missing := [curve for curve in CURVES if curve not in present]:
+        raise WellUnavailable(f"{name} has no curve {', '.join(missing)}; it has {', '.join(present) or 'none at all'}")
+    try:
+        values = np.stack([np.asarray(las[curve], dtype=float) for curve in CURVES])
+        depth = np.asarray(las.index, dtype=float)
+    except ValueError as error:
+        raise WellUnavailable(f"{name} has text where numbers belong ({error})") from error
+    logged = np.isfinite(values)
+    if empty := [curve for curve, seen in zip(CURVES, logged, strict=True) if not seen.any()]:
+        raise WellUnavailable(f"{name}: nothing but nulls in {', '.join(empty)}")
+    together = logged.all(axis=0) & np.isfinite(depth)
+    if not together.any():
+        raise WellUnavailable(f"{name}: no depth has all of {', '.join(CURVES)}")
+    return Well(depth[together], values[:, together])
 
 
 def split_by_depth(well: Well, test_share: float = 0.3, gap: int = 192) -> tuple[Well, Well]:
