@@ -35,13 +35,19 @@ class Clock:
     with_other: list[tuple[float, float]] = field(default_factory=list)  # (step, loss)
 
     def own(self) -> tuple[float, float]:
-        """Median milliseconds of the loss, median share of the step in it."""
+        """Milliseconds of the loss, and its share of the step: medians."""
         shares = [loss / step for step, loss in zip(self.step, self.loss, strict=True)]
-        return 1e3 * median(self.loss), median(shares)
+        return 1e3 * _middle(self.loss), _middle(shares)
 
     def other(self) -> tuple[float, float]:
         """As :meth:`own`, for steps in which the other loss had taken the place of the first."""
-        return 1e3 * median(loss for _, loss in self.with_other), median(loss / step for step, loss in self.with_other)
+        return 1e3 * _middle([loss for _, loss in self.with_other]), _middle([loss / step for step, loss in self.with_other])
+
+
+def _middle(values: Sequence[float]) -> float:
+    """The mean of the medians of both halves of a training: a loss may change at half time."""
+    half = len(values) // 2
+    return (median(values[:half]) + median(values[half:])) / 2 if half else median(values)
 
 
 @dataclass(frozen=True)
