@@ -14,9 +14,10 @@ CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name 
 # What the build needs, quoted for the shell: the list of pyproject.toml.
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
-.PHONY: help env demo test bench accuracy gpu lint format wheel clean
+.PHONY: help env demo study test bench accuracy gpu lint format wheel clean
 help:
 	@echo 'make demo    train on a real well log, recover its curves, draw digitise.png (about 2 minutes)'
+	@echo 'make study   five losses carried through to the recovered curve, into benchmarks/results (about an hour; QUICK=1: 3 minutes)'
 	@echo 'make test    build and run every test'
 	@echo 'make bench   speed, memory and accuracy against the peers, into benchmarks/results (about 6 minutes)'
 	@echo 'make accuracy  the Lovász methods against float64, case by case and size by size (about 6 minutes)'
@@ -48,6 +49,10 @@ env: $(INSTALLED)
 
 demo: env
 	$(BIN)/python -m benchmarks.digitise
+
+# Goes on where it was interrupted. QUICK=1 for a small one, whose report is in .cache/study.
+study: env
+	$(BIN)/python -m benchmarks.digitise.study
 
 # TESTS: arguments of pytest, to run some of them.
 test: env

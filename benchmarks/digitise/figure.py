@@ -135,8 +135,8 @@ def draw_learning(results: Sequence[dict], path: Path) -> None:
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for result in results:
-        arm, points = result["run"]["arm"], np.array(result["learning"])
-        if ARMS[arm].group == "sensitivity" or not len(points):
+        arm, points = result["run"]["arm"], np.array(result.get("learning", []))  # a run that failed has none
+        if not len(points) or ARMS[arm].group == "sensitivity":
             continue
         colour, marker = _style(arm)
         main = ARMS[arm].group == "main"

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ import veerloss
 
 from . import recover
 from .arms import ARMS
-from .model import UNet
+from .model import STRIDE, UNet
 from .pages import CLASSES, Page, Track, draw_page
 from .signals import synthetic_pair
 from .train import Diverged, Pages, predict, train
@@ -71,6 +72,11 @@ class Scale:
     synthetic: int
     real: int
     groups: tuple[str, ...] = ("main", "extra", "sensitivity")
+
+    def __post_init__(self) -> None:
+        for side in ("height", "width"):
+            if getattr(self, side) % STRIDE or getattr(self, side) <= 0:
+                raise ValueError(f"{side} is {getattr(self, side)}, expected a multiple of {STRIDE}, the stride of the network")
 
 
 SCALES = {
@@ -135,7 +141,8 @@ class Drawn:
 
 
 def _draw(what: Drawn, scale: Scale, level: float) -> Page:
-    rng = np.random.default_rng(what.seed)
+    # a copy: draw_page spawns a generator, which the sequence counts
+    rng = np.random.default_rng(np.random.SeedSequence(what.seed.entropy, spawn_key=what.seed.spawn_key))
     values = synthetic_pair(rng, scale.width) if what.values is None else what.values
     return draw_page(values, rng, level, scale.height)
 
@@ -214,7 +221,15 @@ def first(of: PageSet, count: int) -> PageSet:
 _sets: dict[str, PageSet] = {}
 
 
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
 def start_worker(paths: dict[str, Path], threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore")  # MONAI and the peers have a lot to say
     torch.set_num_threads(threads)
     _sets.update({name: load_pages(path) for name, path in paths.items()})
@@ -318,8 +333,9 @@ def execute_all(
                 except Exception as problem:
                     yield run, {"run": asdict(run), "status": "failed", "message": f"{type(problem).__name__}: {problem}"}
         except BaseException:
+            workers = list((pool._processes or {}).values())  # Python 3.14 has pool.terminate_workers for this
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
+            for process in workers:
                 process.terminate()
             raise
 
@@ -373,9 +389,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, BrokenProcessPool) as problem:
         what = "interrupted" if isinstance(problem, KeyboardInterrupt) else "a worker was killed (perhaps by lack of memory)"
-        finished = len(kept(runs_of(scale), options.folder))
+        runs = runs_of(scale)
+        finished = len(kept(runs, options.folder))
         print(
-            f"\nstudy: {what}; {finished} of {len(runs_of(scale))} runs are finished and kept in {options.folder}: "
+            f"\nstudy: {what}; {finished} of {len(runs)} runs are finished and kept in {options.folder}: "
             "the same command goes on with the others.",
             file=sys.stderr,
         )
