@@ -334,6 +334,7 @@ def test_results_are_sorted_by_seed(finished):
             np.testing.assert_array_equal(of.mae[seed], results[run]["sets"]["real"]["mae"])
     rows = outcomes.by_run_and_curve(results.values(), "real")
     assert len(rows) == 2 * (len(results) - 1) and all(0 <= row["miou"] <= 1 for row in rows)
+    assert {row["curve"] for row in rows} == {0, 1}
 
 
 # ---------------------------------------------------------------------- report

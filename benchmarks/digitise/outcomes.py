@@ -138,7 +138,7 @@ def regress(found: Iterable[Outcome]) -> Regression | None:
 
 
 def by_run_and_curve(results: Iterable[dict], pages: str) -> list[dict[str, float]]:
-    """One row for each finished run and curve, what claims.py regresses: its means of mae and longest_gap, and its IoU."""
+    """One row for each finished run and curve (0, 1), what claims.py regresses: its means of mae and longest_gap, its IoU."""
     rows = []
     for result in results:
         if result["status"] != "done":
@@ -146,5 +146,7 @@ def by_run_and_curve(results: Iterable[dict], pages: str) -> list[dict[str, floa
         judged = result["sets"][pages]
         overlap = iou(np.sum(judged["confusion"], axis=0))
         mae, gap = np.mean(judged["mae"], axis=0), np.mean(judged["longest_gap"], axis=0)
-        rows += [{"mae": float(mae[c]), "longest_gap": float(gap[c]), "miou": float(overlap[c + 1])} for c in range(len(mae))]
+        rows += [
+            {"curve": c, "mae": float(mae[c]), "longest_gap": float(gap[c]), "miou": float(overlap[c + 1])} for c in (0, 1)
+        ]
     return rows
