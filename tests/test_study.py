@@ -369,6 +369,22 @@ def test_report_of_nothing(paths, tmp_path):
     assert "0 of 20 runs finished" in text and "| Dice |  |  | 0.0367 | 0.0774 |" in text
 
 
+def test_snapshot_is_where_both_curves_are(paths, tmp_path, monkeypatch):
+    of = study.load_pages(paths["real"])
+    monkeypatch.setattr(report, "SNAPSHOT", (32, 40))
+    logits = np.arange(3 * 64 * 96, dtype=np.float32).reshape(1, 3, 64, 96).repeat(3, axis=0)
+    report.snapshot(logits, of, 1, tmp_path / "snapshot.npz")
+    found = np.load(tmp_path / "snapshot.npz")
+    assert found["image"].shape == found["target"].shape == (32, 40) and found["logits"].shape == (3, 32, 40)
+    row, column = divmod(int(found["logits"][0, 0, 0]), 96)
+    mask = of.pages.masks[1].numpy()
+    np.testing.assert_array_equal(found["target"], mask[row : row + 32, column : column + 40])
+    np.testing.assert_array_equal(found["logits"], logits[1, :, row : row + 32, column : column + 40])
+    least = min((found["target"] == label).sum() for label in (1, 2))
+    boxes = np.lib.stride_tricks.sliding_window_view(mask, (32, 40))
+    assert least == max(min((box == 1).sum(), (box == 2).sum()) for box in boxes.reshape(-1, 32, 40)) > 0
+
+
 def test_conclusions_are_of_one_study(finished, tmp_path, monkeypatch):
     _, _, _, results = finished
     written = tmp_path / "conclusions.md"

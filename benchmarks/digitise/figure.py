@@ -81,9 +81,7 @@ def draw_figure(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 # Okabe and Ito's colours for the five, greys and dashes for the rest: told apart by colour-blind eyes and in print.
-FIVE = dict(
-    zip(("Dice", "Tversky", "Lovász", "Focal", "SCE"), ("#0072b2", "#009e73", "#d55e00", "#cc79a7", "#e69f00"), strict=True)
-)
+FIVE_COLOURS = {"Dice": "#0072b2", "Tversky": "#009e73", "Lovász": "#d55e00", "Focal": "#cc79a7", "SCE": "#e69f00"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 
 
@@ -91,7 +89,7 @@ def _style(arm: str) -> tuple[str, str]:
     """Colour and marker of an arm."""
     compared = [one.name for one in ARMS.values() if one.group != "sensitivity"]
     place = compared.index(arm) if arm in compared else 0
-    return FIVE.get(arm, ("#555555", "#888888", "#222222")[place % 3]), MARKERS[place % len(MARKERS)]
+    return FIVE_COLOURS.get(arm, ("#555555", "#888888", "#222222")[place % 3]), MARKERS[place % len(MARKERS)]
 
 
 def _finish(figure: Figure, panels: Sequence[Axes], path: Path) -> None:

@@ -14,13 +14,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 from .claims import FIVE, focal_ratio, push
-from .figure import CURVE_COLOURS, INK, PAPER
+from .figure import CURVE_COLOURS, FIVE_COLOURS, INK, PAPER
 
-# Okabe and Ito's colours, apart for colour-blind eyes too; lines of one kind of loss share a dash
-STYLES = {
-    "Dice": ("#0072b2", "-"), "Tversky": ("#56b4e9", "--"), "Lovász": ("#d55e00", "-"), "Focal": ("#009e73", "-"),
-    "SCE": ("#cc79a7", "-"), "CE": ("#77736a", ":"),
-}  # fmt: skip
+DASHES = {"Dice": "-", "Tversky": "--", "Lovász": "-", "Focal": "-", "SCE": "-"}  # the region losses are alike
+STYLES = {name: (FIVE_COLOURS[name], dash) for name, dash in DASHES.items()} | {"CE": ("#77736a", ":")}
 GAMMAS = {0.5: ":", 1.0: "--", 2.0: "-", 5.0: "-."}
 CONFIDENCES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999)  # ticks
 LEAST, MOST = 1e-2, 1e2  # of the maps, in means of the page

@@ -15,9 +15,11 @@ import torch
 import veerloss
 
 from .. import peers
-from . import recover
+from . import claims, recover
 from .arms import ARMS, GAMMA, TVERSKY
 from .figure import draw_curves, draw_learning, draw_masks_against_curves, draw_regression
+from .instrument import Snapshot
+from .instrument import draw as draw_instrument
 from .outcomes import (
     Interval,
     Outcome,
@@ -199,6 +201,46 @@ def regression_text(results: dict[Run, dict], pages: str) -> str:
     )
 
 
+SNAPSHOT = (96, 128)  # rows and columns of the crop for the instrument
+
+
+def snapshot(logits: np.ndarray, of: PageSet, page: int, path: Path) -> None:
+    """Write the crop of a page that shows most of the curve that it shows least of: what instrument.Snapshot reads.
+
+    logits: ``[pages, C, H, W]``.
+    """
+    mask = of.pages.masks[page].numpy()
+    counts = [_box_sums(mask == label, SNAPSHOT) for label in (1, 2)]
+    row, column = np.unravel_index(np.minimum(*counts).argmax(), counts[0].shape)
+    crop = (slice(row, row + SNAPSHOT[0]), slice(column, column + SNAPSHOT[1]))
+    image = (of.pages.images[page, 0].numpy()[crop] / 255).astype(np.float32)
+    np.savez_compressed(path, image=image, target=mask[crop], logits=logits[page][(slice(None), *crop)])
+
+
+def _box_sums(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pixels in every box of ``size`` that lies within ``mask[H, W]``, by its first pixel; a box no larger than the mask."""
+    total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    height, width = (min(one, side) for one, side in zip(size, mask.shape, strict=True))
+    return total[height:, width:] - total[:-height, width:] - total[height:, :-width] + total[:-height, :-width]
+
+
+def claims_table(results: dict[Run, dict], page: Path | None) -> str:
+    """The twelve claims: their verdicts on made-up predictions, and the verdicts on the network's own, of ``page``."""
+    measured = claims.measure([row for pages in SETS for row in _grouped(results, pages)])
+    head = ["claim", "verdict", "on a page", "measured", "shown by"]
+    own = [""] * len(measured)
+    if page:
+        kept = Snapshot.read(page)
+        scene = claims.Scene(kept.target[0].numpy(), kept.target, {"CE": kept.logits})
+        own = [claim.verdict if claim.numbers else "" for claim in claims.measure(of=scene)]
+    rows = [[c.claim, c.verdict, other, c.measured, f"`{c.shown_by}`"] for c, other in zip(measured, own, strict=True)]
+    return table(head, rows)
+
+
+def _grouped(results: dict[Run, dict], pages: str) -> list[dict]:
+    return [row | {"curve": f"{pages} {row['curve']}"} for row in by_run_and_curve(results.values(), pages)]
+
+
 def unfinished(results: dict[Run, dict]) -> str:
     bad = [(run, result) for run, result in results.items() if result["status"] != "done"]
     if not bad:
@@ -236,6 +278,12 @@ def write_report(
     draw_learning([r for run, r in results.items() if run.seed == 0 and run.steps == long], out / f"{stem}-learning.png")
     draw_regression({pages: by_run_and_curve(results.values(), pages) for pages in SETS}, out / f"{stem}-regression.png")
     draw_curves(shown(results, folder, long), sets["real"], out / f"{stem}-curves.png")
+
+    page = None
+    if found_logits := logits_of("CE", results, folder, long):
+        page = folder / f"{stem}-snapshot.npz"
+        snapshot(np.load(found_logits)["logits"], sets["real"], 0, page)
+        draw_instrument(page, out / f"{stem}-instrument.png")
 
     parts = [
         "# Five losses, carried through to the recovered curve",
@@ -288,6 +336,11 @@ def write_report(
         "## What the error of a curve follows",
         *(regression_text(results, pages) for pages in SETS),
         f"![MAE against longest gap and IoU]({stem}-regression.png)",
+        "## What the text claims",
+        "Each verdict follows from measured numbers, as tests/test_claims.py shows. Measured on predictions made up for three "
+        'stages of training; "on a page": on what the network trained with CE predicts for a crop of a real page.',
+        claims_table(results, page),
+        f"![Where each loss puts its gradient]({stem}-instrument.png)" if page else "",
         "## Time",
         f"Medians over the steps of the runs with {long} steps; the peer's loss was timed in the place of ours every tenth "
         "step. Dice and Tversky are MONAI's, and have no other.",
@@ -303,14 +356,20 @@ def level_of(results: dict[Run, dict]) -> float:
     return next(iter(results)).level
 
 
+def logits_of(arm: str, results: dict[Run, dict], folder: Path, steps: int) -> Path | None:
+    """Where the kept logits of an arm's first seed lie, if that run finished."""
+    for run, result in results.items():
+        path = run.path(folder).with_suffix(".npz")
+        if run.seed == 0 and is_done(run, result, arm, steps) and path.exists():
+            return path
+    return None
+
+
 def shown(results: dict[Run, dict], folder: Path, steps: int) -> dict[str, np.ndarray]:
     """Arm to its probabilities on the kept real pages, ``[pages, C, H, W]``: seed 0 at ``steps``."""
     found = {}
-    for run, result in results.items():
-        path = run.path(folder).with_suffix(".npz")
-        if run.seed == 0 and run.steps == steps and result["status"] == "done" and path.exists():
-            if ARMS[run.arm].group == "sensitivity":
-                continue
+    for arm in ARMS.values():
+        if arm.group != "sensitivity" and (path := logits_of(arm.name, results, folder, steps)):
             with np.load(path) as kept:
-                found[run.arm] = ARMS[run.arm].probabilities(torch.from_numpy(kept["logits"]).float()).numpy()
+                found[arm.name] = arm.probabilities(torch.from_numpy(kept["logits"]).float()).numpy()
     return found

@@ -272,10 +272,8 @@ def execute(run: Run, folder: Path, device: str) -> dict:
             "peer_ms": clock.other()[0] if arm.peer else None,
             "peer_share": clock.other()[1] if arm.peer else None,
         }
-        shown = found["real"][:SHOWN]
-        logits = predict(model, _sets["real"].pages.images[:SHOWN], lambda logits: logits)
-        kept = {"predicted": shown.argmax(axis=1).astype(np.uint8), "logits": logits.astype(np.float16)}
-        _replace(run.path(folder).with_suffix(".npz"), lambda new: np.savez_compressed(new, **kept))
+        logits = predict(model, _sets["real"].pages.images[:SHOWN], lambda logits: logits).astype(np.float16)
+        _replace(run.path(folder).with_suffix(".npz"), lambda new: np.savez_compressed(new, logits=logits))
     result |= {"learning": learning, "seconds": time.perf_counter() - begin, "veerloss": veerloss.__version__}
     _replace(run.path(folder), lambda new: new.write(json.dumps(result).encode()))
     return result
