@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("monai")
 
 from benchmarks.digitise import instrument_page
+from benchmarks.digitise.snapshot import Snapshot
 
 LOSSES = ("Dice", "Tversky", "Lovász", "Focal", "SCE")
 CLAIMS = [
@@ -93,7 +94,7 @@ def test_every_rank_has_a_bin():
 
 
 def test_numbers_of_the_library(snapshot):
-    found = instrument_page.numbers(instrument_page.read_snapshot(snapshot), instrument_page.Setting(gamma=0.0, fp=0.5, fn=0.5))
+    found = instrument_page.numbers(Snapshot.read(snapshot), instrument_page.Setting(gamma=0.0, fp=0.5, fn=0.5))
     assert tuple(found) == LOSSES
     for loss in found.values():
         assert loss["curve"] + loss["background"] == pytest.approx(1)

@@ -19,6 +19,7 @@ for name in ("lasio", "matplotlib", "monai", "scipy", "tqdm"):
 
 from benchmarks.digitise import outcomes, report, study, well  # noqa: E402
 from benchmarks.digitise.arms import ARMS, Arm  # noqa: E402
+from benchmarks.digitise.snapshot import Snapshot  # noqa: E402
 
 TINY = study.Scale("tiny", 64, 96, 32, 4, batch=1, budgets=(2, 3), seeds=2, training=3, synthetic=2, real=3, groups=("main",))
 ROOT = Path(__file__).resolve().parents[1]
@@ -369,18 +370,18 @@ def test_report_of_nothing(paths, tmp_path):
     assert "0 of 20 runs finished" in text and "| Dice |  |  | 0.0367 | 0.0774 |" in text
 
 
-def test_snapshot_is_where_both_curves_are(paths, tmp_path, monkeypatch):
+def test_snapshot_is_where_both_curves_are(paths, tmp_path):
     of = study.load_pages(paths["real"])
-    monkeypatch.setattr(report, "SNAPSHOT", (32, 40))
-    logits = np.arange(3 * 64 * 96, dtype=np.float32).reshape(1, 3, 64, 96).repeat(3, axis=0)
-    report.snapshot(logits, of, 1, tmp_path / "snapshot.npz")
-    found = np.load(tmp_path / "snapshot.npz")
-    assert found["image"].shape == found["target"].shape == (32, 40) and found["logits"].shape == (3, 32, 40)
-    row, column = divmod(int(found["logits"][0, 0, 0]), 96)
+    place = np.arange(64 * 96).reshape(64, 96)
+    logits = np.stack([place // 96, place % 96, np.zeros_like(place)]).astype(np.float16)
+    Snapshot.of_page(logits, of, 1, (32, 40)).write(tmp_path / "snapshot.npz")
+    found = Snapshot.read(tmp_path / "snapshot.npz")
+    assert found.image.shape == found.target.shape == (32, 40) and found.logits.shape == (3, 32, 40)
+    row, column = found.logits[:2, 0, 0].astype(int)
     mask = of.pages.masks[1].numpy()
-    np.testing.assert_array_equal(found["target"], mask[row : row + 32, column : column + 40])
-    np.testing.assert_array_equal(found["logits"], logits[1, :, row : row + 32, column : column + 40])
-    least = min((found["target"] == label).sum() for label in (1, 2))
+    np.testing.assert_array_equal(found.target, mask[row : row + 32, column : column + 40])
+    np.testing.assert_array_equal(found.logits, logits[:, row : row + 32, column : column + 40])
+    least = min((found.target == label).sum() for label in (1, 2))
     boxes = np.lib.stride_tricks.sliding_window_view(mask, (32, 40))
     assert least == max(min((box == 1).sum(), (box == 2).sum()) for box in boxes.reshape(-1, 32, 40)) > 0
 

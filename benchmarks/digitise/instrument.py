@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from torch import Tensor
 
-from .claims import FIVE, focal_ratio, push
 from .figure import CURVE_COLOURS, FIVE_COLOURS, INK, PAPER
+from .gradients import FIVE, focal_ratio, push
+from .snapshot import Snapshot
 
 DASHES = {"Dice": "-", "Tversky": "--", "Lovász": "-", "Focal": "-", "SCE": "-"}  # the region losses are alike
 STYLES = {name: (FIVE_COLOURS[name], dash) for name, dash in DASHES.items()} | {"CE": ("#77736a", ":")}
@@ -23,37 +22,15 @@ CONFIDENCES = (0.01, 0.1, 0.5, 0.9, 0.99, 0.999)  # ticks
 LEAST, MOST = 1e-2, 1e2  # of the maps, in means of the page
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What a trained network makes of a crop of a page.
-
-    image: [H, W] in [0, 1]; target: [1, H, W] classes; logits: [1, C, H, W] float64.
-    """
-
-    image: np.ndarray
-    target: Tensor
-    logits: Tensor
-
-    @staticmethod
-    def read(path: Path) -> Snapshot:
-        """An npz of image [H, W], target [H, W] of classes and logits [C, H, W] of any float type."""
-        with np.load(path) as stored:
-            image, target, logits = (stored[name] for name in ("image", "target", "logits"))
-        if image.shape != target.shape or logits.shape[1:] != target.shape:
-            shapes = f"image {image.shape}, target {target.shape}, logits {logits.shape}"
-            raise ValueError(f"{path}: sizes differ: {shapes}")
-        return Snapshot(
-            image, torch.from_numpy(target.astype(np.int64))[None], torch.from_numpy(logits.astype(np.float64))[None]
-        )
-
-    def confidence(self) -> np.ndarray:
-        """The target's probability, [H * W]."""
-        return self.logits.softmax(1).gather(1, self.target[:, None]).flatten().numpy()
+def confidence_of(snapshot: Snapshot) -> np.ndarray:
+    """The target's probability, [H * W]."""
+    logits, target = snapshot.tensors()
+    return logits.softmax(1).gather(1, target[:, None]).flatten().numpy()
 
 
 def pushes(snapshot: Snapshot) -> dict[str, np.ndarray]:
     """By loss, how hard it pushes each pixel: the sum over classes of |dL/d logit|, [H, W], divided by its mean."""
-    found = {name: push(name, snapshot.logits, snapshot.target)[0].numpy() for name in (*FIVE, "CE")}
+    found = {name: push(name, *snapshot.tensors())[0].numpy() for name in (*FIVE, "CE")}
     return {name: pushed / pushed.mean() for name, pushed in found.items()}
 
 
@@ -78,7 +55,7 @@ def by_rank(pushed: np.ndarray, confidence: np.ndarray) -> np.ndarray:
 def draw(snapshot: Path, out: Path) -> None:
     """Write the figure of the npz ``snapshot`` (see :meth:`Snapshot.read`) to ``out``, a PNG."""
     of = Snapshot.read(snapshot)
-    pushed, confidence = pushes(of), of.confidence()
+    pushed, confidence = pushes(of), confidence_of(of)
     figure = Figure(figsize=(14, 12.2), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, rect=(0.006, 0.006, 0.988, 0.988))
     charts, maps = figure.subfigures(2, 1, height_ratios=(1, 1.42))
@@ -148,7 +125,7 @@ def _draw_maps(figure: Figure, of: Snapshot, pushed: dict[str, np.ndarray]) -> N
     classes = ListedColormap((PAPER, *CURVE_COLOURS))
     page, target, prediction, *others = panels.flat
     page.imshow(of.image, cmap="gray", vmin=0, vmax=1)
-    for axes, mask in ((target, of.target[0].numpy()), (prediction, of.logits.argmax(1)[0].numpy())):
+    for axes, mask in ((target, of.target), (prediction, of.logits.argmax(0))):
         axes.imshow(mask, cmap=classes, vmin=0, vmax=2, interpolation="nearest")
     for axes, name in zip(others, FIVE, strict=True):
         shown = axes.imshow(pushed[name], cmap="magma", norm=LogNorm(LEAST, MOST, clip=True), interpolation="nearest")

@@ -25,14 +25,16 @@ import veerloss
 from veerloss.reference.lovasz import lovasz_weights
 
 from . import arms
+from .pages import CLASSES
+from .snapshot import Snapshot
+from .well import CACHE
 
 HERE = Path(__file__).parent
 TEMPLATE = HERE / "instrument_page.html"
-SNAPSHOT = HERE / "snapshot.npz"
+SNAPSHOT = CACHE / "study" / "study-snapshot.npz"  # of `make study`
 OUT = HERE.parents[1] / "docs" / "instrument.html"
 PLACEHOLDER = "@DATA@"
 
-CLASSES = 3  # background, curve 1, curve 2
 #: Of the plot by confidence: edges in log(p_t / (1 - p_t)). No binary fraction, on which differences of float16 logits may lie.
 CONFIDENCE_EDGES = np.linspace(-8, 8, 33) + 0.01
 RANK_BINS = 28  # of the plot by rank, evenly in the logarithm
@@ -75,40 +77,6 @@ def losses(setting: Setting) -> dict[str, Loss]:
         "Focal": lambda logits, target: arms.focal(logits, target, gamma=setting.gamma),
         "SCE": arms.sce,
     }
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """image: ``[H, W]`` float in [0, 1]; target: ``[H, W]`` uint8 classes; logits: ``[CLASSES, H, W]`` float16."""
-
-    image: np.ndarray
-    target: np.ndarray
-    logits: np.ndarray
-
-
-def read_snapshot(path: Path) -> Snapshot:
-    """ValueError, with what is wrong, for a file that is no snapshot."""
-    with np.load(path) as file:
-        missing = [key for key in ("image", "target", "logits") if key not in file]
-        if missing:
-            raise ValueError(f"{path} has no {' and no '.join(missing)}; a snapshot has image, target and logits")
-        image, target, logits = file["image"], file["target"], file["logits"]
-    if image.ndim != 2 or min(image.shape) < 2:
-        raise ValueError(f"image of {path} has shape {list(image.shape)}, expected [H, W] of at least 2 pixels a side")
-    if target.shape != image.shape:
-        raise ValueError(f"target of {path} has shape {list(target.shape)}, expected that of image, {list(image.shape)}")
-    if logits.shape != (CLASSES, *image.shape):
-        raise ValueError(f"logits of {path} have shape {list(logits.shape)}, expected {[CLASSES, *image.shape]}")
-    if not np.issubdtype(image.dtype, np.floating) or not (0 <= image.min() <= image.max() <= 1):
-        raise ValueError(f"image of {path} is {image.dtype} from {image.min()} to {image.max()}, expected floats in [0, 1]")
-    if not np.issubdtype(target.dtype, np.integer) or target.min() < 0 or target.max() >= CLASSES or not target.any():
-        values = np.unique(target)[:6].tolist()
-        raise ValueError(f"target of {path} has values {values}, expected classes 0 to {CLASSES - 1}, a curve among them")
-    with np.errstate(over="ignore"):
-        half = logits.astype(np.float16)
-    if not np.issubdtype(logits.dtype, np.floating) or not np.isfinite(half).all():
-        raise ValueError(f"logits of {path} are {logits.dtype}, not all of them finite floats within the range of float16")
-    return Snapshot(image, target.astype(np.uint8), half)
 
 
 # ------------------------------------------------------------------ what the page computes too
@@ -259,7 +227,7 @@ def build(snapshot: Path, out: Path, claims: Sequence | None) -> None:
 
     claims: as `claims.measure` finds them, of which claim, verdict, measured and shown_by are shown; None leaves them out.
     """
-    data = json.dumps(page_data(read_snapshot(snapshot), claims), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    data = json.dumps(page_data(Snapshot.read(snapshot), claims), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACEHOLDER)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(before + data.replace("<", "\\u003c") + after, encoding="utf-8")
@@ -273,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="the page")
     options = parser.parse_args(arguments)
     if not options.snapshot.exists():
-        parser.error(f"there is no snapshot {options.snapshot}")
+        parser.error(f"there is no snapshot {options.snapshot}; `make study` makes one")
     from .claims import measure  # takes scipy, and seconds
 
     build(options.snapshot, options.out, measure())

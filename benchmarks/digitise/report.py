@@ -18,8 +18,9 @@ from .. import peers
 from . import claims, recover
 from .arms import ARMS, GAMMA, TVERSKY
 from .figure import draw_curves, draw_learning, draw_masks_against_curves, draw_regression
-from .instrument import Snapshot
+from .gradients import Scene
 from .instrument import draw as draw_instrument
+from .instrument_page import build as build_instrument
 from .outcomes import (
     Interval,
     Outcome,
@@ -30,6 +31,7 @@ from .outcomes import (
     outcomes,
     regress,
 )
+from .snapshot import Snapshot
 from .well import WELL_NAME
 
 if TYPE_CHECKING:
@@ -201,44 +203,22 @@ def regression_text(results: dict[Run, dict], pages: str) -> str:
     )
 
 
-SNAPSHOT = (96, 128)  # rows and columns of the crop for the instrument
-
-
-def snapshot(logits: np.ndarray, of: PageSet, page: int, path: Path) -> None:
-    """Write the crop of a page that shows most of the curve that it shows least of: what instrument.Snapshot reads.
-
-    logits: ``[pages, C, H, W]``.
-    """
-    mask = of.pages.masks[page].numpy()
-    counts = [_box_sums(mask == label, SNAPSHOT) for label in (1, 2)]
-    row, column = np.unravel_index(np.minimum(*counts).argmax(), counts[0].shape)
-    crop = (slice(row, row + SNAPSHOT[0]), slice(column, column + SNAPSHOT[1]))
-    image = (of.pages.images[page, 0].numpy()[crop] / 255).astype(np.float32)
-    np.savez_compressed(path, image=image, target=mask[crop], logits=logits[page][(slice(None), *crop)])
-
-
-def _box_sums(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Pixels in every box of ``size`` that lies within ``mask[H, W]``, by its first pixel; a box no larger than the mask."""
-    total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    height, width = (min(one, side) for one, side in zip(size, mask.shape, strict=True))
-    return total[height:, width:] - total[:-height, width:] - total[height:, :-width] + total[:-height, :-width]
-
-
-def claims_table(results: dict[Run, dict], page: Path | None) -> str:
+def claims_table(measured: list[claims.Claim], page: Snapshot | None) -> str:
     """The twelve claims: their verdicts on made-up predictions, and the verdicts on the network's own, of ``page``."""
-    measured = claims.measure([row for pages in SETS for row in _grouped(results, pages)])
     head = ["claim", "verdict", "on a page", "measured", "shown by"]
     own = [""] * len(measured)
     if page:
-        kept = Snapshot.read(page)
-        scene = claims.Scene(kept.target[0].numpy(), kept.target, {"CE": kept.logits})
+        logits, target = page.tensors()
+        scene = Scene(page.target, target, {"CE": logits})
         own = [claim.verdict if claim.numbers else "" for claim in claims.measure(of=scene)]
     rows = [[c.claim, c.verdict, other, c.measured, f"`{c.shown_by}`"] for c, other in zip(measured, own, strict=True)]
     return table(head, rows)
 
 
-def _grouped(results: dict[Run, dict], pages: str) -> list[dict]:
-    return [row | {"curve": f"{pages} {row['curve']}"} for row in by_run_and_curve(results.values(), pages)]
+def measured_claims(results: dict[Run, dict]) -> list[claims.Claim]:
+    """The twelve claims, the runs on both sets of pages among what is measured, each curve of each set by itself."""
+    rows = [row | {"curve": f"{pages} {row['curve']}"} for pages in SETS for row in by_run_and_curve(results.values(), pages)]
+    return claims.measure(rows)
 
 
 def unfinished(results: dict[Run, dict]) -> str:
@@ -266,9 +246,19 @@ def processor() -> str:
 
 
 def write_report(
-    results: dict[Run, dict], scale: Scale, folder: Path, out: Path, device: str, sets: dict[str, PageSet], calibration: str
+    results: dict[Run, dict],
+    scale: Scale,
+    folder: Path,
+    out: Path,
+    device: str,
+    sets: dict[str, PageSet],
+    calibration: str,
+    instrument: Path | None = None,
 ) -> Path:
-    """Write study.md (study-gpu.md on a GPU) and its figures to ``out``; return the path of the text."""
+    """Write study.md (study-gpu.md on a GPU) and its figures to ``out``, and to ``instrument`` the page with sliders.
+
+    Returns the path of the text.
+    """
     stem = "study-gpu" if scale.name == "gpu" else "study"
     out.mkdir(parents=True, exist_ok=True)
     short, long = scale.budgets[0], scale.budgets[-1]
@@ -279,11 +269,14 @@ def write_report(
     draw_regression({pages: by_run_and_curve(results.values(), pages) for pages in SETS}, out / f"{stem}-regression.png")
     draw_curves(shown(results, folder, long), sets["real"], out / f"{stem}-curves.png")
 
-    page = None
-    if found_logits := logits_of("CE", results, folder, long):
-        page = folder / f"{stem}-snapshot.npz"
-        snapshot(np.load(found_logits)["logits"], sets["real"], 0, page)
-        draw_instrument(page, out / f"{stem}-instrument.png")
+    page, measured = None, measured_claims(results)
+    if path := logits_of("CE", results, folder, long):
+        with np.load(path) as kept:
+            page = Snapshot.of_page(kept["logits"][0], sets["real"], 0)
+        page.write(folder / f"{stem}-snapshot.npz")
+        draw_instrument(folder / f"{stem}-snapshot.npz", out / f"{stem}-instrument.png")
+        if instrument:
+            build_instrument(folder / f"{stem}-snapshot.npz", instrument, measured)
 
     parts = [
         "# Five losses, carried through to the recovered curve",
@@ -339,7 +332,7 @@ def write_report(
         "## What the text claims",
         "Each verdict follows from measured numbers, as tests/test_claims.py shows. Measured on predictions made up for three "
         'stages of training; "on a page": on what the network trained with CE predicts for a crop of a real page.',
-        claims_table(results, page),
+        claims_table(measured, page),
         f"![Where each loss puts its gradient]({stem}-instrument.png)" if page else "",
         "## Time",
         f"Medians over the steps of the runs with {long} steps; the peer's loss was timed in the place of ours every tenth "

@@ -45,6 +45,7 @@ CALIBRATION = (
     "published peak is 0.51."
 )
 VERSION = 1  # of what a run computes: part of its key, to be raised when pages, network, training or judging change
+INSTRUMENT = Path(__file__).resolve().parents[2] / "docs" / "instrument.html"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 CHECKPOINTS = 8  # points of a learning curve
 CURVE_PAGES = 16  # synthetic pages that a learning curve is measured on
@@ -371,6 +372,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.workers = options.workers or (1 if options.device == "cuda" else cores)
     if options.workers < 1:
         parser.error(f"--workers is {options.workers}, expected at least 1")
+    options.instrument = None if options.out or options.scale != "cpu" else INSTRUMENT
     options.out = options.out or (options.folder if options.scale == "quick" else RESULTS)
     return options
 
@@ -398,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
     from .report import write_report  # matplotlib, which the workers do not need
 
     sets = {name: load_pages(path) for name, path in paths.items()}
-    written = write_report(results, scale, options.folder, options.out, options.device, sets, CALIBRATION)
+    written = write_report(results, scale, options.folder, options.out, options.device, sets, CALIBRATION, options.instrument)
     print(f"{written}\n{time.perf_counter() - begin:.0f} s in all")
     return 0
 
