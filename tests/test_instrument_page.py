@@ -1,5 +1,6 @@
 """The page of gradients: what its builder computes, and what headless Chromium makes of it."""
 
+import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("monai")
 
+import veerloss
 from benchmarks.digitise import instrument_page
 from benchmarks.digitise.snapshot import Snapshot
 
@@ -145,6 +147,14 @@ def test_the_page_is_one_small_file(page):
     assert "<b>vanish" not in text
 
 
+def test_the_page_of_docs_is_of_this_template():
+    """`make study`, or `python -m benchmarks.digitise.instrument_page`, builds it again."""
+    before, after = instrument_page.TEMPLATE.read_text(encoding="utf-8").split(instrument_page.PLACEHOLDER)
+    text = instrument_page.OUT.read_text(encoding="utf-8")
+    assert text.startswith(before) and text.endswith(after)
+    assert json.loads(text[len(before) : -len(after)])["version"] == veerloss.__version__
+
+
 # ------------------------------------------------------------------ in the browser
 
 
@@ -215,6 +225,11 @@ def test_agrees_with_the_library(opened):
     assert re.fullmatch(r"Checked against veerloss \S+: largest difference \de-\d+\.", said)
     assert opened.get_log("browser") == []
     assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_the_page_of_docs_agrees_with_the_library(browser):
+    load(browser, instrument_page.OUT)
+    assert browser.execute_script("return instrument.check()") < 1e-6
 
 
 def test_every_number_is_checked(opened):
