@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from .arms import ARMS
 from .outcomes import Outcome, mae_interval, miou_interval
@@ -163,11 +164,13 @@ def draw_regression(rows: Mapping[str, Sequence[dict[str, float]]], path: Path) 
         axes.set_ylabel("MAE of the curve", color=INK)
         if any(rows.values()):
             axes.set_yscale("log")
+            axes.set_yticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+            axes.yaxis.set_minor_locator(NullLocator())
     panels[0].legend(frameon=False)
     _finish(figure, panels, path)
 
 
-def draw_curves(probabilities: Mapping[str, np.ndarray], pages: PageSet, path: Path, page: int = 0) -> None:
+def draw_curves(probabilities: Mapping[str, np.ndarray], pages: PageSet, path: Path, page: int) -> None:
     """One page of ``pages`` and what every arm recovered from it; probabilities: arm to ``[pages, C, H, W]``."""
     image, track, curves = pages.pages.images[page, 0].numpy(), pages.tracks[page], pages.curves[page]
     panels = len(probabilities) + 1

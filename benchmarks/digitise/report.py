@@ -267,12 +267,14 @@ def write_report(
     draw_masks_against_curves(found, scale.budgets, out / f"{stem}-masks-and-curves.png")
     draw_learning([r for run, r in results.items() if run.seed == 0 and run.steps == long], out / f"{stem}-learning.png")
     draw_regression({pages: by_run_and_curve(results.values(), pages) for pages in SETS}, out / f"{stem}-regression.png")
-    draw_curves(shown(results, folder, long), sets["real"], out / f"{stem}-curves.png")
+    probabilities = shown(results, folder, long)
+    typical = typical_page(found["real"], long, next(map(len, probabilities.values()), 1))
+    draw_curves(probabilities, sets["real"], out / f"{stem}-curves.png", typical)
 
     page, measured = None, measured_claims(results)
     if path := logits_of("CE", results, folder, long):
         with np.load(path) as kept:
-            page = Snapshot.of_page(kept["logits"][0], sets["real"], 0)
+            page = Snapshot.of_page(kept["logits"][typical], sets["real"], typical)
         page.write(folder / f"{stem}-snapshot.npz")
         draw_instrument(folder / f"{stem}-snapshot.npz", out / f"{stem}-instrument.png")
         if instrument:
@@ -356,6 +358,15 @@ def logits_of(arm: str, results: dict[Run, dict], folder: Path, steps: int) -> P
         if run.seed == 0 and is_done(run, result, arm, steps) and path.exists():
             return path
     return None
+
+
+def typical_page(found: dict[tuple[str, int], Outcome], steps: int, count: int) -> int:
+    """Of the first ``count`` pages the one whose error, the mean of all arms, is nearest to the mean of all pages."""
+    errors = [of.mae.mean(axis=(0, 2)) for (_, budget), of in found.items() if budget == steps]
+    if not errors:
+        return 0
+    of_pages = np.mean(errors, axis=0)
+    return int(np.abs(of_pages[:count] - of_pages.mean()).argmin())
 
 
 def shown(results: dict[Run, dict], folder: Path, steps: int) -> dict[str, np.ndarray]:
