@@ -17,7 +17,7 @@ from ._extension import cuda_missing, native_missing, triton_missing
 
 REDUCTIONS = ("none", "mean", "sum")
 #: What backends are chosen for.
-LOSSES = ("sigmoid focal", "softmax focal", "lovasz", "lovasz histogram")
+LOSSES = ("sigmoid focal", "softmax focal", "lovasz", "lovasz histogram", "region")
 BACKENDS = ("auto", "native", "triton", "reference")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -27,6 +27,8 @@ def missing_reason(backend: str, device: torch.device, loss: str) -> str | None:
     """None where ``backend`` can run ``loss``, one of LOSSES, on ``device``, else why not."""
     if backend == "reference":
         return None
+    if loss == "region":
+        return "region losses have no kernels yet"
     if backend == "triton":
         if loss == "lovasz histogram":
             return "method 'histogram', which process_group needs too, has no Triton kernels"
@@ -120,6 +122,44 @@ def check_class_probabilities(target: Tensor, logits: Tensor) -> None:
             f"got {list(target.shape)}"
         )
     check_has_classes(logits)
+
+
+def check_classes(classes: str | Sequence[int], logits: Tensor) -> str | list[int]:
+    """Either word, or the ids in order."""
+    if isinstance(classes, str):
+        check_choice("classes", classes, ("present", "all"))
+        return classes
+    if not isinstance(classes, Sequence):
+        raise TypeError(
+            f"classes must be 'present', 'all' or a sequence of class ids, "
+            f"got {type(classes).__name__} {shown(classes)}"
+        )
+    count = logits.size(1)
+    chosen = set()
+    for c in classes:
+        number = as_int(c)
+        if number is None:
+            raise TypeError(f"classes must hold ints, got {shown(c)}")
+        if not 0 <= number < count:
+            raise IndexError(f"classes holds {shown(number)}, expected class ids in [0, {count})")
+        chosen.add(number)
+    if len(chosen) != len(classes) or not chosen:
+        raise ValueError(f"classes must hold at least one class id, and each once, got {shown(list(classes))}")
+    return sorted(chosen)
+
+
+def selected_classes(classes: str | list[int], logits: Tensor) -> Tensor | None:
+    """[C] bool for ids in order, None where every class may take part."""
+    if isinstance(classes, str):
+        return None
+    selected = torch.zeros(logits.size(1), dtype=torch.bool, device=logits.device)
+    first = last = classes[0]
+    for c in [*classes[1:], -1]:  # runs of ids are filled, not copied from the host: a CUDA graph could not hold that
+        if c != last + 1:
+            selected[first : last + 1].fill_(True)
+            first = c
+        last = c
+    return selected
 
 
 def check_has_classes(logits: Tensor) -> None:

@@ -16,6 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def join(process_group: object, logits: object, check: Callable[[], tuple[torch.Size, int | None, object]]) -> Ranks:
+    """The ranks of the argument ``process_group`` of a loss; ``check`` as for :class:`Ranks`."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("process_group cannot be used inside torch.compile: the loss waits for other processes")
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}")
+    return Ranks(process_group, logits.device if isinstance(logits, Tensor) else torch.device("cpu"), check)
+
+
 class Ranks:
     """The ranks of a process group, each with a batch of [N, C, P] logits on `device`.
 

@@ -23,6 +23,22 @@ class Errors(enum.IntEnum):
     HINGE = 2
 
 
+class Activation(enum.IntEnum):
+    """What makes probabilities of the logits of a region loss."""
+
+    SOFTMAX = 0
+    SIGMOID = 1
+    NONE = 2
+
+
+class Form(enum.IntEnum):
+    """The function of the index of a segment that a region loss is."""
+
+    LINEAR = 0
+    LOG = 1
+    LOG_COSH = 2
+
+
 #: Cells of a segment's window; its table has a (scale, offset) for the window and one for each cell, float32.
 CELLS = 128
 TABLE = 1 + CELLS

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _arguments as arguments
 from . import ops, reference
+from ._distributed import join
 from ._layout import Errors
 from ._module import LossModule
 from ._version import __version__
@@ -100,7 +101,7 @@ def lovasz_softmax_loss(
     def check() -> tuple[torch.Size, int | None, object]:
         arguments.check_logits(logits, 2, "[N, C, *]")
         arguments.check_index_target(target, logits)
-        ids = _check_classes(classes, logits)
+        ids = arguments.check_classes(classes, logits)
         arguments.check_flag("present_only", present_only)
         arguments.check_flag("from_logits", from_logits)
         if class_weight is not None:
@@ -135,7 +136,7 @@ def lovasz_softmax_loss(
     if class_weight is not None:
         class_weight = class_weight.to(arguments.opmath_dtype(logits)).contiguous()
     options = {
-        "selected": _selected_classes(_check_classes(classes, logits), logits),
+        "selected": arguments.selected_classes(arguments.check_classes(classes, logits), logits),
         "present": classes == "present" or (present_only and classes != "all"), "per_image": per_image,
         "class_weight": class_weight, "ignore_index": ignore_index, "background_index": background_index,
         "errors": Errors.SOFTMAX if from_logits else Errors.PROBABILITIES, "reduction": reduction, "backend": backend,
@@ -322,14 +323,7 @@ def _prepare(check, check_values, logits, target, method, process_group, backend
     if process_group is None:
         _, valid_pixels, _ = check_all()
         return arguments.choose_backend(backend, logits.device, loss), valid_pixels, None
-    if torch.compiler.is_compiling():
-        raise RuntimeError("process_group cannot be used inside torch.compile: the loss waits for other processes")
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}")
-    from ._distributed import Ranks
-
-    device = logits.device if isinstance(logits, Tensor) else torch.device("cpu")
-    ranks = Ranks(process_group, device, check_all)
+    ranks = join(process_group, logits, check_all)
     return arguments.choose_backend(backend, logits.device, loss), None, ranks
 
 
@@ -366,44 +360,6 @@ def _without_channel(t: Tensor, other: Tensor) -> torch.Size:
     if t.dim() == other.dim() + 1 and t.size(1) == 1:
         return t.shape[:1] + t.shape[2:]
     return t.shape
-
-
-def _check_classes(classes: str | Sequence[int], logits: Tensor) -> str | list[int]:
-    """Either word, or the ids in order."""
-    if isinstance(classes, str):
-        arguments.check_choice("classes", classes, ("present", "all"))
-        return classes
-    if not isinstance(classes, Sequence):
-        raise TypeError(
-            f"classes must be 'present', 'all' or a sequence of class ids, "
-            f"got {type(classes).__name__} {arguments.shown(classes)}"
-        )
-    count = logits.size(1)
-    chosen = set()
-    for c in classes:
-        number = arguments.as_int(c)
-        if number is None:
-            raise TypeError(f"classes must hold ints, got {arguments.shown(c)}")
-        if not 0 <= number < count:
-            raise IndexError(f"classes holds {arguments.shown(number)}, expected class ids in [0, {count})")
-        chosen.add(number)
-    if len(chosen) != len(classes) or not chosen:
-        raise ValueError(f"classes must hold at least one class id, and each once, got {arguments.shown(list(classes))}")
-    return sorted(chosen)
-
-
-def _selected_classes(classes: str | list[int], logits: Tensor) -> Tensor | None:
-    """[C] bool for ids in order, None where every class may take part."""
-    if isinstance(classes, str):
-        return None
-    selected = torch.zeros(logits.size(1), dtype=torch.bool, device=logits.device)
-    first = last = classes[0]
-    for c in [*classes[1:], -1]:  # runs of ids are filled, not copied from the host: a CUDA graph could not hold that
-        if c != last + 1:
-            selected[first : last + 1].fill_(True)
-            first = c
-        last = c
-    return selected
 
 
 class LovaszSoftmaxLoss(LossModule, function=lovasz_softmax_loss):

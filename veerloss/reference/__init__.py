@@ -6,5 +6,6 @@ Readable beside the papers rather than fast. The kernels are tested against thes
 
 from .focal import sigmoid_focal_loss, softmax_focal_loss
 from .lovasz import lovasz_hinge_loss, lovasz_softmax_loss
+from .region import tversky_loss
 
-__all__ = ["lovasz_hinge_loss", "lovasz_softmax_loss", "sigmoid_focal_loss", "softmax_focal_loss"]
+__all__ = ["lovasz_hinge_loss", "lovasz_softmax_loss", "sigmoid_focal_loss", "softmax_focal_loss", "tversky_loss"]
