@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "layout.h"
+#include "math/region.h"
 #include "views.h"
 
 namespace veerloss {
@@ -61,15 +62,16 @@ void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out,
 void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream);
 }  // namespace kernels
 
-// ---- Lovász losses, both methods
+// ---- losses of segments: Lovász and region losses
 
 // Logits or probabilities [N, C, P] and class indices [N, P], and what they mean. A segment is one class over the pixels of the
 // batch, or of an image with per_image; tensors of one value per segment are [rows, classes].
-struct LovaszBatch {
+struct SegmentBatch {
   View logits, target;
   Geometry geometry;
   TargetRule rule;
-  Errors errors;
+  Errors errors;  // of a region loss softmax or probabilities
+  bool mask;      // class indices are of a binary mask: label 1 is foreground to the only channel
   bool per_image;
 
   VEERLOSS_HD int64_t rows() const { return per_image ? geometry.images : 1; }
@@ -79,11 +81,11 @@ struct LovaszBatch {
   VEERLOSS_HD int64_t length() const { return per_image ? geometry.pixels : geometry.images * geometry.pixels; }
   VEERLOSS_HD int64_t segment(int64_t image, int64_t c) const { return (per_image ? image : 0) * geometry.channels + c; }
   // The label that is foreground to class c.
-  VEERLOSS_HD int64_t foreground(int64_t c) const { return errors == Errors::hinge ? 1 : c; }
+  VEERLOSS_HD int64_t foreground(int64_t c) const { return mask ? 1 : c; }
 };
 
 // Which segments take part. On a GPU one with a target out of range counts as having both: then its loss is NaN.
-struct LovaszSelection {
+struct SegmentSelection {
   const bool* selected;  // [C], or null for all classes
   bool present;          // only classes with foreground
 
@@ -94,7 +96,7 @@ struct LovaszSelection {
 
 // The loss of a batch is the sum over its segments of scale times the loss of the segment. scale is 0 for segments that take no
 // part, else the class's weight, for "mean" divided by the number of segments in the mean.
-struct LovaszLoss {
+struct SegmentLoss {
   Reduction reduction;
   const void* class_weight;  // [C] opmath type, or null
   void* loss;                // one element, or without reduction [segments]
@@ -103,7 +105,7 @@ struct LovaszLoss {
 };
 
 // d loss / d (loss of a segment) = grad * scale.
-struct LovaszGradient {
+struct SegmentGradient {
   Reduction reduction;
   const void* grad;  // one element, or without reduction [segments]
   DType grad_dtype;
@@ -111,12 +113,12 @@ struct LovaszGradient {
   View grad_logits;
 };
 
-// ---- method "exact"
+// ---- Lovász losses, method "exact"
 
 struct LovaszExactForward {
-  LovaszBatch batch;
-  LovaszSelection selection;
-  LovaszLoss out;
+  SegmentBatch batch;
+  SegmentSelection selection;
+  SegmentLoss out;
   void* keys;                           // [C, N, P], opmath type: error keys, which become the signed weights of the errors
   std::optional<int64_t> valid_pixels;  // on the CPU: [C, valid_pixels] instead, of the pixels that are not ignored
   bool keep_weights;                    // else `keys` holds nothing of use afterwards
@@ -125,20 +127,20 @@ struct LovaszExactForward {
 };
 
 struct LovaszExactBackward {
-  LovaszBatch batch;    // on a GPU target and rule are unused: the weights already depend on them
+  SegmentBatch batch;    // on a GPU target and rule are unused: the weights already depend on them
   const void* weights;  // of the forward pass
   std::optional<int64_t> valid_pixels;
-  LovaszGradient out;
+  SegmentGradient out;
   Stream stream;
 };
 
 namespace kernels {
-int64_t lovasz_exact_scratch_bytes(const LovaszBatch& batch);
+int64_t lovasz_exact_scratch_bytes(const SegmentBatch& batch);
 void lovasz_exact_forward(const LovaszExactForward& args);
 void lovasz_exact_backward(const LovaszExactBackward& args);
 }  // namespace kernels
 
-// ---- method "histogram"
+// ---- Lovász losses, method "histogram"
 //
 // Counts are [rows, classes, 2, bins] of background and foreground; bin 0 of the background holds the number of all pixels of
 // the segment that count. Tables are [rows, classes, BinLayout::table] of pairs (layout.h).
@@ -150,7 +152,7 @@ struct BinCounts {
 };
 
 struct LovaszHistogramCount {
-  LovaszBatch batch;
+  SegmentBatch batch;
   const BinPair* table;      // null: that of the coarse pass
   const bool* segment_mask;  // [segments] that are counted, or null for all
   bool sampled;
@@ -175,8 +177,8 @@ struct LovaszHistogramPlace {
 };
 
 struct LovaszHistogramWeigh {
-  LovaszBatch batch;  // target and rule are unused
-  LovaszSelection selection;
+  SegmentBatch batch;  // target and rule are unused
+  SegmentSelection selection;
   int64_t bins;
   BinCounts counts;
   const bool* recounted_mask;  // [segments] whose counts are `recounts`, or null for none
@@ -184,7 +186,7 @@ struct LovaszHistogramWeigh {
   const BinPair* recounted_table;
   const uint32_t* largest;  // [segments]
   const BinPair* table;
-  LovaszLoss out;
+  SegmentLoss out;
   void* weights;      // [rows, classes, 2, bins], opmath type, signed: background positive, foreground negative
   double* bounds;     // [segments]: upper bound on the sum of |weight - exact weight|
   bool* needs_rebin;  // [segments]: it has no foreground, or its estimated errors exceed the tolerances of layout.h
@@ -200,7 +202,7 @@ struct LovaszHistogramWeigh {
 };
 
 struct LovaszHistogramSum {
-  LovaszBatch batch;  // errors that may be 0 where foreground is right: probabilities or a hinge
+  SegmentBatch batch;  // errors that may be 0 where foreground is right: probabilities or a hinge
   int64_t bins;
   const BinPair* table;
   const void* weights;
@@ -210,11 +212,11 @@ struct LovaszHistogramSum {
 };
 
 struct LovaszHistogramBackward {
-  LovaszBatch batch;
+  SegmentBatch batch;
   int64_t bins;
   const BinPair* table;
   const void* weights;
-  LovaszGradient out;
+  SegmentGradient out;
   Stream stream;
 };
 
@@ -222,10 +224,52 @@ namespace kernels {
 int64_t lovasz_histogram_scratch_bytes(const LovaszHistogramCount& args);  // all but its pointers
 void lovasz_histogram_count(const LovaszHistogramCount& args);
 void lovasz_histogram_place(const LovaszHistogramPlace& args);
-int64_t lovasz_histogram_weigh_scratch_bytes(const LovaszBatch& batch);
+int64_t lovasz_histogram_weigh_scratch_bytes(const SegmentBatch& batch);
 void lovasz_histogram_weigh(const LovaszHistogramWeigh& args);
 void lovasz_histogram_sum(const LovaszHistogramSum& args);
 void lovasz_histogram_backward(const LovaszHistogramBackward& args);
+}  // namespace kernels
+
+// ---- region losses
+
+// Values of the target, [N, C, P] in [0, 1], take the place of class indices with `dense`; then batch.target is not read.
+struct RegionInput {
+  SegmentBatch batch;
+  Activation activation;
+  bool dense;
+  View values;
+  std::optional<double> ignored_value;  // of a dense target
+  bool squared;                         // S and T are sums of squares
+};
+
+// Sums of a segment in fixed point, which threads, blocks and ranks add up in any order: math/region.h.
+struct RegionSums {
+  RegionInput input;
+  int64_t* sums;  // [rows, classes, RegionLayout::words], zeros before
+  Stream stream;
+};
+
+struct RegionWeigh {
+  SegmentBatch batch;  // target and rule are unused
+  SegmentSelection selection;
+  const int64_t* sums;
+  RegionRule rule;
+  SegmentLoss out;
+  double* coefficients;  // [rows, classes, 2]: dL/dp = t * [0] + [1], with `squared` t * [0] + 2 p * [1]
+  Stream stream;
+};
+
+struct RegionBackward {
+  RegionInput input;
+  const double* coefficients;
+  SegmentGradient out;
+  Stream stream;
+};
+
+namespace kernels {
+void region_sum(const RegionSums& args);
+void region_weigh(const RegionWeigh& args);
+void region_backward(const RegionBackward& args);
 }  // namespace kernels
 
 }  // namespace veerloss

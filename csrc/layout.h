@@ -11,6 +11,10 @@ enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
 // What the logits of a Lovász loss are, and so which errors they have.
 enum class Errors : int64_t { softmax = 0, probabilities = 1, hinge = 2 };
 
+// What makes probabilities of the logits of a region loss; the function of the index of a segment that it is.
+enum class Activation : int64_t { softmax = 0, sigmoid = 1, none = 2 };
+enum class Form : int64_t { linear = 0, log = 1, log_cosh = 2 };
+
 // Pixels are binned by a coordinate of their error, math/bins.h: a monotone function of it under which errors near 0 and near 1
 // are as far apart as those between. A segment has a window of coordinates, which cells divide evenly, and its bins are
 // distributed over the cells. Its table, [1 + cells] pairs of float32, finds the bin of a coordinate:

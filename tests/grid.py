@@ -19,6 +19,7 @@ from veerloss import lovasz_hinge_loss, lovasz_softmax_loss
 FOCAL_KERNELS = ("native", "triton", "emulated")
 LOVASZ_KERNELS = ("native", "triton", "emulated")
 HISTOGRAM_KERNELS = ("native", "emulated")  # of method "histogram" Triton has none
+REGION_KERNELS = ("native",)
 
 
 def _over_backends(*names: str) -> pytest.MarkDecorator:
@@ -30,6 +31,8 @@ over_focal = _over_backends(*FOCAL_KERNELS, "reference")
 over_lovasz_kernels = _over_backends(*LOVASZ_KERNELS)
 over_histogram_kernels = _over_backends(*HISTOGRAM_KERNELS)
 over_histogram = _over_backends(*HISTOGRAM_KERNELS, "reference")
+over_region_kernels = _over_backends(*REGION_KERNELS)
+over_region = _over_backends(*REGION_KERNELS, "reference")
 over_lovasz = _over_backends(*LOVASZ_KERNELS, "reference")
 
 METHODS = ("exact", "histogram")

@@ -27,8 +27,8 @@ def missing_reason(backend: str, device: torch.device, loss: str) -> str | None:
     """None where ``backend`` can run ``loss``, one of LOSSES, on ``device``, else why not."""
     if backend == "reference":
         return None
-    if loss == "region":
-        return "region losses have no kernels yet"
+    if loss == "region" and (backend == "triton" or device.type == "cuda"):
+        return "region losses have no kernels for GPUs yet"
     if backend == "triton":
         if loss == "lovasz histogram":
             return "method 'histogram', which process_group needs too, has no Triton kernels"
@@ -131,8 +131,7 @@ def check_classes(classes: str | Sequence[int], logits: Tensor) -> str | list[in
         return classes
     if not isinstance(classes, Sequence):
         raise TypeError(
-            f"classes must be 'present', 'all' or a sequence of class ids, "
-            f"got {type(classes).__name__} {shown(classes)}"
+            f"classes must be 'present', 'all' or a sequence of class ids, got {type(classes).__name__} {shown(classes)}"
         )
     count = logits.size(1)
     chosen = set()

@@ -61,11 +61,23 @@ class Ranks:
     def sum(self, count: Callable[[], tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(counts, largest) of all ranks from those that `count` gives on this one: counts of `shape` [rows, C, 2, bins], added
         up as int64; and the keys of the largest errors [rows, C], int32 that hold unsigned integers."""
-        problem = None
-        counts = torch.zeros(shape, dtype=torch.int64, device=self.device)
         largest = torch.zeros(shape[:2], dtype=torch.int32, device=self.device)
+
+        def counts():
+            nonlocal largest
+            found, largest = count()
+            return found
+
+        total = self.sum_of(counts, shape)
+        keys = largest.long() & 0xFFFFFFFF
+        dist.all_reduce(keys, dist.ReduceOp.MAX, group=self.group)
+        return total, torch.where(keys < 1 << 31, keys, keys - (1 << 32)).int()
+
+    def sum_of(self, count: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """int64 sums over all ranks of the integers of `shape` that `count` gives on this one."""
+        problem, counts = None, torch.zeros(shape, dtype=torch.int64, device=self.device)
         try:
-            counts, largest = count()
+            counts = count()
         except Exception as e:
             problem = e
         failed = torch.zeros(self.size, dtype=torch.int64, device=self.device)
@@ -73,9 +85,7 @@ class Ranks:
         total = torch.cat([counts.flatten().long(), failed])
         dist.all_reduce(total, group=self.group)
         self._raise(problem, total[-self.size :].tolist())
-        keys = largest.long() & 0xFFFFFFFF
-        dist.all_reduce(keys, dist.ReduceOp.MAX, group=self.group)
-        return total[: -self.size].view(shape), torch.where(keys < 1 << 31, keys, keys - (1 << 32)).int()
+        return total[: -self.size].view(shape)
 
     def all_reduce(self, values: Tensor, op: str) -> Tensor:
         """The "sum" or "max" of all ranks; the maximum is NaN if any is."""

@@ -56,6 +56,9 @@ SAMPLE_RUN, SAMPLE_STEP = 64, 1031
 GRADIENT_TOLERANCE, LOSS_TOLERANCE = 5e-4, 1e-6
 
 
+#: Of a segment's sums: see csrc/math/region.h.
+REGION_WORDS = 8
+
 #: Bins of a segment, by the most classes that have so many; of more classes the last.
 BINS = {4: 8192, 8: 6144, 12: 3072, 16: 2304}
 LEAST_BINS, MAX_BINS = 1920, 8192
@@ -68,6 +71,6 @@ def bin_count(classes: int) -> int:
 
 #: In the order of operator ``layout_constants`` (csrc/ops/layout.cpp).
 CONSTANTS = (
-    *Errors, *Reduction, CELLS, TABLE, COARSE_BINS, COARSE_REACH, PAST_ONE, MAGIC, *map(bin_count, range(1, 25)),
-    SAMPLE_RUN, SAMPLE_STEP, GRADIENT_TOLERANCE, LOSS_TOLERANCE,
+    *Errors, *Activation, *Form, *Reduction, CELLS, TABLE, COARSE_BINS, COARSE_REACH, PAST_ONE, MAGIC,
+    *map(bin_count, range(1, 25)), SAMPLE_RUN, SAMPLE_STEP, GRADIENT_TOLERANCE, LOSS_TOLERANCE, REGION_WORDS,
 )  # fmt: skip

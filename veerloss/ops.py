@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _autograd, _histogram
 from ._arguments import check_transforms, loss_dtype, opmath_dtype
-from ._layout import TABLE, Errors, Reduction, bin_count
+from ._layout import REGION_WORDS, TABLE, Errors, Reduction, bin_count
 
 _SIGMOID = (
     "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int? ignore_index, int? background_index, int reduction"
@@ -59,6 +59,22 @@ _SCHEMAS = {
     "lovasz_histogram_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor scale, "
     "int errors, bool per_image, int? ignore_index, int? background_index, int reduction) -> Tensor",
 }
+# How a region loss sums; activation is one of _layout.Activation, form of _layout.Form.
+_REGION = "int activation, bool squared, bool per_image, int? ignore_index, int? background_index"
+_REGION_INDEX = (
+    "Tensor? selected, bool present, bool per_image, Tensor? class_weight, float alpha, float beta, float smooth_numerator, "
+    "float smooth_denominator, int form, float exponent, int reduction, bool upcast_loss"
+)
+_SCHEMAS |= {
+    # The whole loss, and its steps: sums of integers (csrc/math/region.h), which may be added up over ranks; the loss and the
+    # coefficients of the gradient from them.
+    "region_forward": f"(Tensor logits, Tensor target, {_REGION}, {_REGION_INDEX.replace('bool per_image, ', '')}) "
+    "-> (Tensor loss, Tensor scale, Tensor coefficients)",
+    "region_sum": f"(Tensor logits, Tensor target, {_REGION}) -> Tensor",
+    "region_weigh": f"(Tensor logits, Tensor sums, {_REGION_INDEX}) -> (Tensor loss, Tensor scale, Tensor coefficients)",
+    "region_backward": f"(Tensor grad, Tensor logits, Tensor target, {_REGION}, int reduction, Tensor scale, "
+    "Tensor coefficients) -> Tensor",
+}
 #: Operator families, each with a <stem>_forward and a <stem>_backward; and the module of triton/ that has its kernels, None
 #: where there are none.
 FAMILIES = {
@@ -66,6 +82,7 @@ FAMILIES = {
     "softmax_focal": "focal",
     "lovasz_exact": "lovasz_exact",
     "lovasz_histogram": None,
+    "region": None,
 }
 #: The namespace of each backend's operators.
 NAMESPACES = {"native": "veerloss", "triton": "veerloss_triton"}
@@ -186,27 +203,27 @@ def lovasz_histogram(
     }  # fmt: skip
     namespace = _checked(backend, logits)
     if ranks is not None:
-        return _HistogramOfRanks.apply(NAMESPACES[backend], ranks, *arguments.values())
+        return _OfRanks.apply(NAMESPACES[backend], "lovasz_histogram", ranks, *arguments.values())
     loss, _, _, _, bounds = namespace.lovasz_histogram_forward.default(**arguments)
     return loss, bounds
 
 
-class _HistogramOfRanks(torch.autograd.Function):
-    """lovasz_histogram_forward with the counts of all ranks: no operator, because it waits for other processes."""
+class _OfRanks(torch.autograd.Function):
+    """A forward operator with what all ranks counted or summed: no operator, because it waits for other processes."""
 
     @staticmethod
-    def forward(ctx, namespace, ranks, *inputs):
-        schema = getattr(torch.ops, namespace).lovasz_histogram_forward.default._schema
-        function = functools.partial(_histogram.forward, getattr(torch.ops, namespace), ranks=ranks)
-        output = _autograd.by_name(schema, function)(*inputs)
-        ctx.saved = _autograd.SavedByName(namespace, "lovasz_histogram")
+    def forward(ctx, namespace, stem, ranks, *inputs):
+        found = getattr(torch.ops, namespace)
+        schema = getattr(found, f"{stem}_forward").default._schema
+        output = _autograd.by_name(schema, functools.partial(_WHOLE[stem], found, ranks=ranks))(*inputs)
+        ctx.saved = _autograd.SavedByName(namespace, stem)
         ctx.saved.setup_context(ctx, inputs, output)
-        return output[0], output[4]
+        return output[0], output[-1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        return None, None, *ctx.saved.backward(ctx, grad)
+        return None, None, None, *ctx.saved.backward(ctx, grad)
 
 
 def per_segment_shape(logits: Tensor, errors: int, per_image: bool) -> tuple[int, ...]:
@@ -241,7 +258,49 @@ def _(logits, per_image, errors, reduction, upcast_loss, **_):
     )
 
 
+# ---- region losses
+
+
+def region(logits, target, *, activation, form, reduction, ranks, backend, **options) -> Tensor:
+    arguments = {
+        "logits": logits, "target": target, "activation": int(activation), "form": int(form),
+        "reduction": _REDUCTION[reduction], "upcast_loss": _upcasts(logits), **options,
+    }  # fmt: skip
+    namespace = _checked(backend, logits)
+    if ranks is None:
+        return namespace.region_forward.default(**arguments)[0]
+    names = [argument.name for argument in namespace.region_forward.default._schema.arguments]
+    return _OfRanks.apply(NAMESPACES[backend], "region", ranks, *(arguments[name] for name in names))[0]
+
+
+def _region_forward(
+    ops, *, logits, target, activation, squared, per_image, ignore_index, background_index, ranks=None, **rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator region_forward by its steps."""
+
+    def sums():
+        return ops.region_sum(
+            logits=logits, target=target, activation=activation, squared=squared, per_image=per_image,
+            ignore_index=ignore_index, background_index=background_index,
+        )  # fmt: skip
+
+    found = sums() if ranks is None else ranks.sum_of(sums, (1, logits.size(1), REGION_WORDS))
+    return ops.region_weigh(logits=logits, sums=found, per_image=per_image, **rule)
+
+
+@_fake("region_forward")
+def _(logits, per_image, reduction, upcast_loss, **_):
+    n, c, _ = logits.shape
+    return (
+        *_fake_loss_and_scale(logits, Errors.PROBABILITIES, per_image, reduction, upcast_loss),
+        logits.new_empty((n if per_image else 1, c, 2), dtype=torch.float64),
+    )
+
+
 # ---- registration
+
+#: Forward operators that are steps put together.
+_WHOLE = {"lovasz_histogram": _histogram.forward, "region": _region_forward}
 
 
 def stems_of(namespace: str) -> tuple[str, ...]:
@@ -263,11 +322,10 @@ def define(namespace: str) -> None:
             schema = getattr(found, name).default._schema
             torch.library.register_fake(f"{namespace}::{name}", _autograd.by_name(schema, fake))
         _autograd.register(namespace, stem)
-    if "lovasz_histogram" not in stems:
-        return
-    whole = functools.partial(_histogram.forward, found)
-    schema = found.lovasz_histogram_forward.default._schema
-    torch.library.impl(f"{namespace}::lovasz_histogram_forward", ("CPU", "CUDA"))(_autograd.by_name(schema, whole))
+    for stem in _WHOLE.keys() & stems:
+        name, whole = f"{stem}_forward", functools.partial(_WHOLE[stem], found)
+        schema = getattr(found, name).default._schema
+        torch.library.impl(f"{namespace}::{name}", ("CPU", "CUDA"))(_autograd.by_name(schema, whole))
 
 
 def _triton_kernel(stem: str, name: str) -> Callable:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _arguments as arguments
-from . import reference
+from . import ops, reference
 from ._distributed import join
 from ._layout import Activation, Form
 from ._module import LossModule
@@ -45,8 +45,8 @@ def tversky_loss(
 
     .. math:: TI = \frac{I + s}{I + \alpha (S - I) + \beta (T - I) + s}, \quad I = \sum p t,\ S = \sum p,\ T = \sum t
 
-    (Salehi, Erdogmus, Gholipour, MLMI 2017, arXiv 1706.05721, eq. 4.) alpha = beta = 1/2 is Dice, 1 soft Jaccard. The three sums
-    of a class are integers of fixed point: the same bits for any number of threads and ranks.
+    (Salehi, Erdogmus, Gholipour, MLMI 2017, arXiv 1706.05721, eq. 4.) alpha = beta = 1/2 is Dice, 1 soft Jaccard. The three
+    sums of a class are integers of fixed point: the same bits for any number of threads and ranks.
 
     Args:
         logits: [N, C, \*] float32, float64, bfloat16 or float16 (arithmetic in float32 for the last two, sums exact). A binary
@@ -252,8 +252,23 @@ def _region_loss(
         check_all()
     else:
         ranks = join(process_group, logits, check_all)
-    all_reduce = {} if ranks is None else {"all_reduce": ranks.all_reduce}
-    return reference.tversky_loss(logits, target, classes=classes, class_weight=class_weight, **options, **all_reduce)
+    backend = arguments.choose_backend(backend, logits.device, "region")
+    if backend == "reference":
+        all_reduce = {} if ranks is None else {"all_reduce": ranks.all_reduce}
+        return reference.tversky_loss(logits, target, classes=classes, class_weight=class_weight, **options, **all_reduce)
+    present_only = options.pop("present_only")
+    present = classes == "present" or (present_only and classes != "all")
+    x = arguments.as_pixels(logits)
+    n, _, p = x.shape
+    if class_weight is not None:
+        class_weight = class_weight.to(arguments.opmath_dtype(logits)).contiguous()
+    numerator, denominator = options.pop("smooth")
+    return ops.region(
+        x, arguments.as_pixels(target) if _is_dense(target, logits) else target.reshape(n, p),
+        selected=arguments.selected_classes(arguments.check_classes(classes, logits), logits), present=present,
+        class_weight=class_weight, smooth_numerator=numerator, smooth_denominator=denominator, ranks=ranks, backend=backend,
+        **options,
+    )  # fmt: skip
 
 
 def _is_dense(target: Tensor, logits: Tensor) -> bool:

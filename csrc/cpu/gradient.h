@@ -12,7 +12,7 @@ namespace veerloss {
 
 // d loss / d (loss of a segment), [segments].
 template <class T>
-std::vector<T> segment_factors(const LovaszBatch& b, const LovaszGradient& out) {
+std::vector<T> segment_factors(const SegmentBatch& b, const SegmentGradient& out) {
   const View grad{static_cast<char*>(const_cast<void*>(out.grad)), out.grad_dtype, 0, 0, 1};
   std::vector<T> factor(b.segments());
   for (int64_t i = 0; i < b.segments(); ++i)
@@ -24,15 +24,17 @@ std::vector<T> segment_factors(const LovaszBatch& b, const LovaszGradient& out) 
 //
 //   void operator()(const TileRows<T>& rows, const Tile& tile, int64_t c, T factor, T* grad);
 //   static constexpr bool by_error;  // whether it reads the labels and values of `rows`, or `tile` alone
-//   static bool makes_exponentials(const LovaszBatch&);  // whether class 0 of a tile makes those of `rows`
+//   static constexpr bool of_errors;  // dL/d error, of which a probability on the wrong side of its target needs the sign
+//   static bool makes_exponentials(const SegmentBatch&);  // whether class 0 of a tile makes those of `rows`
 //
 // Every thread works on a copy of `weights`, which has a buffer of `capacity` elements at most, those of the largest tile.
 // Pixels of no tile do not count, and get 0.
 template <class T, class Weights>
-void lovasz_gradient(const LovaszBatch& b, const LovaszGradient& out, const SegmentTiles& tiles, int64_t capacity,
+void segment_gradient(const SegmentBatch& b, const SegmentGradient& out, const SegmentTiles& tiles, int64_t capacity,
                      const Weights& weights) {
   const Geometry& g = b.geometry;
-  const bool softmax = b.errors == Errors::softmax, probabilities = b.errors == Errors::probabilities;
+  const bool softmax = b.errors == Errors::softmax;
+  const bool probabilities = Weights::of_errors && b.errors == Errors::probabilities;
   const std::vector<T> factors = segment_factors<T>(b, out);
   BadTarget bad;  // the forward pass has raised it
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {

@@ -19,7 +19,7 @@ namespace veerloss {
 // (One block at the least: without it ptxas holds the last to 32 registers, and spills some.)
 template <class In, class Range, class Weights>
 __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
-    softmax_gradient_kernel(LovaszBatch batch, Weights weights, LovaszGradient out, PixelGrid grid) {
+    softmax_gradient_kernel(SegmentBatch batch, Weights weights, SegmentGradient out, PixelGrid grid) {
   using T = opmath_t<In>;
   const auto [images, classes, pixels] = batch.geometry;
   const auto [image, pixel, channel] = thread_pixel<Tuning::Gradient::threads>(grid, images, pixels);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
 // For probabilities or a hinge, whose classes are independent: a block has pixels of one.
 template <class In, Errors errors, bool plain, class Weights>
 __global__ void __launch_bounds__(Tuning::Gradient::threads)
-    elementwise_gradient_kernel(LovaszBatch batch, Weights weights, LovaszGradient out, Chunks chunks) {
+    elementwise_gradient_kernel(SegmentBatch batch, Weights weights, SegmentGradient out, Chunks chunks) {
   using T = opmath_t<In>;
   const auto [first_image, part, c] = image_part(chunks.chunks, batch.classes());
   const int64_t segment = batch.segment(batch.per_image ? first_image : 0, c);
@@ -105,13 +105,13 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads)
   }
 }
 
-// Args: a struct of kernels.h with members `batch`, `out` (a LovaszGradient) and `stream`, besides what Weights<T> is made
+// Args: a struct of kernels.h with members `batch`, `out` (a SegmentGradient) and `stream`, besides what Weights<T> is made
 // from.
 template <template <class T> class Weights, class Args>
 void launch_gradient(const Args& args) {
   using Policy = Tuning::Gradient;
   const auto [images, classes, pixels] = args.batch.geometry;
-  const LovaszBatch& batch = args.batch;
+  const SegmentBatch& batch = args.batch;
   with_element_type(batch.logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     using W = Weights<opmath_t<In>>;

@@ -11,7 +11,7 @@ namespace veerloss {
 template <class T>
 class SegmentFactor {
  public:
-  __device__ explicit SegmentFactor(const LovaszGradient& out)
+  __device__ explicit SegmentFactor(const SegmentGradient& out)
       : out_(out), per_segment_(out.reduction == Reduction::none), grad_(per_segment_ ? T(0) : load_grad(0)) {}
   __device__ T operator()(int64_t segment) const {
     const T grad = per_segment_ ? load_grad(segment) : grad_;
@@ -21,14 +21,14 @@ class SegmentFactor {
  private:
   __device__ T load_grad(int64_t i) const { return static_cast<T>(load_element(out_.grad, out_.grad_dtype, i)); }
 
-  const LovaszGradient& out_;
+  const SegmentGradient& out_;
   const bool per_segment_;
   const T grad_;
 };
 
 // Those of the classes of a row, for all pixels of a block. A barrier has to stand before they are used.
 template <int threads, class T>
-__device__ inline void load_factors(T* factors, const LovaszGradient& out, int64_t first_segment, int classes) {
+__device__ inline void load_factors(T* factors, const SegmentGradient& out, int64_t first_segment, int classes) {
   const SegmentFactor<T> factor(out);
   VEERLOSS_NO_UNROLL
   for (int c = static_cast<int>(threadIdx.x); c < classes; c += threads) factors[c] = factor(first_segment + c);
@@ -75,7 +75,7 @@ struct GradientExchange {
 // `in_rows`: logits and their gradient have the classes of a pixel next to each other (rows.cuh).
 template <class In, class Range, class Weights, bool in_rows>
 __global__ void __launch_bounds__(PartsPolicy::threads, 2)
-    softmax_gradient_parts_kernel(LovaszBatch batch, Weights weights, LovaszGradient out, PixelGrid grid) {
+    softmax_gradient_parts_kernel(SegmentBatch batch, Weights weights, SegmentGradient out, PixelGrid grid) {
   using T = opmath_t<In>;
   constexpr int pixels_of_block = PartsPolicy::pixels;
   __shared__ GradientExchange<T> exchange;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
 
 // Whether it was launched.
 template <class In, class Weights>
-bool launch_gradient_in_parts(const LovaszBatch& batch, const Weights& weights, const LovaszGradient& out, Stream stream) {
+bool launch_gradient_in_parts(const SegmentBatch& batch, const Weights& weights, const SegmentGradient& out, Stream stream) {
   const auto [images, classes, pixels] = batch.geometry;
   if (!are_in_parts(classes, batch.logits.dtype)) return false;
   if constexpr (!std::is_same_v<In, double>) {

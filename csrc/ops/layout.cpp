@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "../math/bins.h"
+#include "../math/region.h"
 #include "device.h"
 
 namespace veerloss {
@@ -14,6 +15,12 @@ Tensor layout_constants(const Tensor& like) {
   std::vector<double> values = {double(Errors::softmax),
                                 double(Errors::probabilities),
                                 double(Errors::hinge),
+                                double(Activation::softmax),
+                                double(Activation::sigmoid),
+                                double(Activation::none),
+                                double(Form::linear),
+                                double(Form::log),
+                                double(Form::log_cosh),
                                 double(Reduction::none),
                                 double(Reduction::mean),
                                 double(Reduction::sum),
@@ -24,7 +31,7 @@ Tensor layout_constants(const Tensor& like) {
                                 past_one,
                                 BinLayout::magic};
   for (int64_t classes = 1; classes < 25; ++classes) values.push_back(static_cast<double>(BinLayout::bins(classes)));
-  values.insert(values.end(), {sample_run, sample_step, gradient_tolerance, loss_tolerance});
+  values.insert(values.end(), {sample_run, sample_step, gradient_tolerance, loss_tolerance, RegionLayout::words});
   Tensor result = empty(like, {static_cast<int64_t>(values.size())}, ScalarType::Double);
   std::copy(std::begin(values), std::end(values), static_cast<double*>(result.data_ptr()));
   return result;

@@ -10,10 +10,11 @@ namespace veerloss {
 constexpr int64_t max_segment = int64_t{1} << 31;  // "exact" keeps a pixel's index in 31 bits, "histogram" a count
 
 // Images of one pixel fold into one image, unless each is a segment of its own.
-inline LovaszBatch lovasz_batch(const Op& op, const Tensor& logits, int64_t errors, bool per_image) {
+inline SegmentBatch segment_batch(const Op& op, const Tensor& logits, int64_t errors, bool per_image) {
   op.check_logits(logits);
   op.check(logits.size(1) > 0, "logits", logits, "[N, C, P] with at least one class");
-  LovaszBatch b{view_of(logits), View{}, geometry_of(logits), TargetRule{}, op.errors(errors), per_image};
+  const Errors kind = op.errors(errors);
+  SegmentBatch b{view_of(logits), View{}, geometry_of(logits), TargetRule{}, kind, kind == Errors::hinge, per_image};
   if (per_image) b.geometry = {logits.size(0), logits.size(1), logits.size(2)};
   op.check(b.errors != Errors::hinge || logits.size(1) == 1, "logits", logits, "[N, 1, P] for a hinge");
   op.check(b.length() < max_segment, "logits", logits,
@@ -21,9 +22,9 @@ inline LovaszBatch lovasz_batch(const Op& op, const Tensor& logits, int64_t erro
   return b;
 }
 
-inline LovaszBatch lovasz_batch(const Op& op, const Tensor& logits, const Tensor& target, int64_t errors, bool per_image,
+inline SegmentBatch segment_batch(const Op& op, const Tensor& logits, const Tensor& target, int64_t errors, bool per_image,
                                 std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
-  LovaszBatch b = lovasz_batch(op, logits, errors, per_image);
+  SegmentBatch b = segment_batch(op, logits, errors, per_image);
   op.check_like("target", target, logits, false);
   b.target = view_of(target);
   b.rule = {b.errors == Errors::hinge ? 2 : b.classes(), ignore_index.has_value(), ignore_index.value_or(0),
@@ -31,34 +32,34 @@ inline LovaszBatch lovasz_batch(const Op& op, const Tensor& logits, const Tensor
   return b;
 }
 
-inline LovaszSelection lovasz_selection(const Op& op, const LovaszBatch& b, const std::optional<Tensor>& selected,
+inline SegmentSelection segment_selection(const Op& op, const SegmentBatch& b, const std::optional<Tensor>& selected,
                                         bool present) {
   return {op.data<bool>("selected", selected, b.classes(), DType::u8, "[C] bool, contiguous"), present};
 }
 
 // The type that kernels compute in.
-inline DType opmath_of(const LovaszBatch& b) {
+inline DType opmath_of(const SegmentBatch& b) {
   return b.logits.dtype == DType::f64 ? DType::f64 : DType::f32;
 }
 
 // One value per segment: [], [C], [N] or [N, C].
-inline std::vector<int64_t> per_segment_shape(const LovaszBatch& b) {
+inline std::vector<int64_t> per_segment_shape(const SegmentBatch& b) {
   std::vector<int64_t> shape;
   if (b.per_image) shape.push_back(b.rows());
   if (b.errors != Errors::hinge) shape.push_back(b.classes());
   return shape;
 }
 
-struct LovaszLossTensors {
+struct SegmentLossTensors {
   Tensor loss, scale;
 
-  LovaszLossTensors(const Tensor& logits, const LovaszBatch& b, Reduction reduction, bool upcast_loss)
+  SegmentLossTensors(const Tensor& logits, const SegmentBatch& b, Reduction reduction, bool upcast_loss)
       : loss(empty(logits, reduction == Reduction::none ? per_segment_shape(b) : std::vector<int64_t>{},
                    loss_type(logits, upcast_loss))),
         scale(empty(logits, per_segment_shape(b), opmath_type_of(logits))),
         reduction_(reduction) {}
 
-  LovaszLoss output(const Op& op, const LovaszBatch& b, const std::optional<Tensor>& class_weight) const {
+  SegmentLoss output(const Op& op, const SegmentBatch& b, const std::optional<Tensor>& class_weight) const {
     const auto* weight = op.data<const void>("class_weight", class_weight, b.classes(), opmath_of(b),
                                              "[C], contiguous, float32 or for float64 logits float64");
     return {reduction_, weight, loss.data_ptr(), *dtype_of(loss), scale.data_ptr()};
@@ -69,13 +70,13 @@ struct LovaszLossTensors {
 };
 
 // The incoming gradient, contiguous, and the gradient of the logits.
-struct LovaszGradientTensors {
+struct SegmentGradientTensors {
   Tensor grad, grad_logits;
 
-  LovaszGradientTensors(const Tensor& grad_, const Tensor& logits)
+  SegmentGradientTensors(const Tensor& grad_, const Tensor& logits)
       : grad(torch::stable::contiguous(grad_)), grad_logits(write_once(empty_as(logits))) {}
 
-  LovaszGradient output(const Op& op, const LovaszBatch& b, const Tensor& scale, int64_t reduction) const {
+  SegmentGradient output(const Op& op, const SegmentBatch& b, const Tensor& scale, int64_t reduction) const {
     const Reduction r = op.reduction(reduction);
     op.check(on_device(grad) && grad.numel() == (r == Reduction::none ? b.segments() : 1) && dtype_of(grad).has_value(), "grad",
              grad, "of the shape of the loss");

@@ -21,16 +21,16 @@ std::tuple<Tensor, Tensor, Tensor> lovasz_exact_forward(const Tensor& logits, co
                                                         int64_t reduction, std::optional<int64_t> valid_pixels,
                                                         bool keep_weights, bool upcast_loss) {
   const Op op("lovasz_exact_forward");
-  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
+  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
   const ScalarType type = opmath_type_of(logits);
-  const LovaszLossTensors out(logits, batch, op.reduction(reduction), upcast_loss);
+  const SegmentLossTensors out(logits, batch, op.reduction(reduction), upcast_loss);
   check_valid_pixels(op, logits, valid_pixels);
   const Tensor keys = write_once(valid_pixels ? empty(logits, {logits.size(1), *valid_pixels}, type)
                                               : empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, type));
   const Tensor scratch = scratch_memory(logits, kernels::lovasz_exact_scratch_bytes(batch));
   kernels::lovasz_exact_forward({.batch = batch,
-                                 .selection = lovasz_selection(op, batch, selected, present),
+                                 .selection = segment_selection(op, batch, selected, present),
                                  .out = out.output(op, batch, class_weight),
                                  .keys = keys.data_ptr(),
                                  .valid_pixels = valid_pixels,
@@ -45,11 +45,11 @@ Tensor lovasz_exact_backward(const Tensor& grad, const Tensor& logits, const Ten
                              std::optional<int64_t> valid_pixels, int64_t reduction) {
   const Op op("lovasz_exact_backward");
   // That a label is background has no part in which pixels count.
-  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
+  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
   const Device device(logits);
   check_valid_pixels(op, logits, valid_pixels);
   const int64_t count = valid_pixels ? logits.size(1) * *valid_pixels : logits.numel();
-  const LovaszGradientTensors out(grad, logits);
+  const SegmentGradientTensors out(grad, logits);
   kernels::lovasz_exact_backward(
       {.batch = batch,
        .weights = op.data<const void>(

@@ -46,7 +46,7 @@ int64_t bins_of(const Op& op, const Tensor& counts) {
   return counts.size(3);
 }
 
-const void* weights_data(const Op& op, const LovaszBatch& b, const Tensor& weights) {
+const void* weights_data(const Op& op, const SegmentBatch& b, const Tensor& weights) {
   return op.data<const void>("weights", weights, b.segments() * 2 * BinLayout::bins(b.classes()), opmath_of(b),
                              "the weights of the forward pass");
 }
@@ -56,7 +56,7 @@ void lovasz_histogram_count(Tensor counts, Tensor largest, const Tensor& logits,
                             std::optional<int64_t> ignore_index, std::optional<int64_t> background_index, bool sampled,
                             bool find_largest) {
   const Op op("lovasz_histogram_count");
-  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
+  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
   const int64_t bins = bins_of(op, counts), segments = batch.segments();
   op.check(table || bins == BinLayout::coarse_bins, "counts", counts,
@@ -105,10 +105,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
     bool present, std::optional<Tensor> class_weight, int64_t errors, bool per_image, int64_t reduction, bool upcast_loss,
     bool again) {
   const Op op("lovasz_histogram_weigh");
-  const LovaszBatch batch = lovasz_batch(op, logits, errors, per_image);
+  const SegmentBatch batch = segment_batch(op, logits, errors, per_image);
   const Device device(logits);
   const int64_t rows = batch.rows(), classes = batch.classes(), segments = batch.segments(), bins = BinLayout::bins(classes);
-  const LovaszLossTensors out(logits, batch, op.reduction(reduction), upcast_loss);
+  const SegmentLossTensors out(logits, batch, op.reduction(reduction), upcast_loss);
   const Tensor weights = empty(logits, {rows, classes, 2, bins}, opmath_type_of(logits));
   const Tensor bounds = empty(logits, {rows, classes}, ScalarType::Double);
   const Tensor needs_rebin = empty(logits, {rows, classes}, ScalarType::Bool);
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
   op.check(first.is_int64 == second.is_int64, "recounts", recounts.value_or(counts), "of the type of counts");
   kernels::lovasz_histogram_weigh(
       {.batch = batch,
-       .selection = lovasz_selection(op, batch, selected, present),
+       .selection = segment_selection(op, batch, selected, present),
        .bins = bins,
        .counts = first,
        .recounted_mask =
@@ -146,7 +146,7 @@ Tensor lovasz_histogram_sum(const Tensor& logits, const Tensor& target, const Te
                             const Tensor& units, int64_t errors, bool per_image, std::optional<int64_t> ignore_index,
                             std::optional<int64_t> background_index) {
   const Op op("lovasz_histogram_sum");
-  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
+  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
   const int64_t bins = BinLayout::bins(batch.classes());
   op.check(batch.errors != Errors::softmax, "errors", errors,
@@ -168,10 +168,10 @@ Tensor lovasz_histogram_backward(const Tensor& grad, const Tensor& logits, const
                                  std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
                                  int64_t reduction) {
   const Op op("lovasz_histogram_backward");
-  const LovaszBatch batch = lovasz_batch(op, logits, target, errors, per_image, ignore_index, background_index);
+  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
   const int64_t bins = BinLayout::bins(batch.classes());
-  const LovaszGradientTensors out(grad, logits);
+  const SegmentGradientTensors out(grad, logits);
   kernels::lovasz_histogram_backward({.batch = batch,
                                       .bins = bins,
                                       .table = table_data(op, "table", table, batch.segments(), bins),

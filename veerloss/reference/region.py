@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +39,7 @@ def index_of(sums: Tensor, alpha: float, beta: float, smooth: Sequence[float]) -
 def loss_of(index: Tensor, rest: Tensor, form: Form, exponent: float) -> Tensor:
     """From the index and ``rest`` = 1 - index: the loss of a segment. Where the base of a power is 0, its gradient is 0."""
     if form == Form.LOG_COSH:
-        return rest + torch.nn.functional.softplus(-2 * rest) - math.log(2)
+        return torch.log1p(2 * torch.sinh(rest / 2) ** 2)  # log cosh, with its digits where it is small
     base = rest if form == Form.LINEAR else -torch.log(index.clamp(min=LEAST_INDEX))
     if exponent == 1:
         return base

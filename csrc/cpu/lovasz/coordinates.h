@@ -13,7 +13,7 @@ namespace veerloss {
 template <class T>
 class TileCoordinates {
  public:
-  TileCoordinates(const LovaszBatch& b, int64_t capacity)
+  TileCoordinates(const SegmentBatch& b, int64_t capacity)
       : batch_(b),
         capacity_(capacity),
         few_(makes_exponentials(b)),
@@ -23,7 +23,7 @@ class TileCoordinates {
 
   // Whether `begin` makes the exponentials of `rows`, with the coordinates of all classes at once: a choice by the number of
   // classes alone, so that all passes over pixels find the same bits.
-  static bool makes_exponentials(const LovaszBatch& b) { return b.errors == Errors::softmax && b.classes() <= most_few; }
+  static bool makes_exponentials(const SegmentBatch& b) { return b.errors == Errors::softmax && b.classes() <= most_few; }
 
   void begin(const TileRows<T>& rows, int64_t n) {
     n_ = n;
@@ -63,7 +63,7 @@ class TileCoordinates {
   }
 
  private:
-  const LovaszBatch& batch_;
+  const SegmentBatch& batch_;
   const int64_t capacity_;
   const bool few_;
   int64_t n_ = 0;

@@ -20,7 +20,7 @@ namespace {
 // their number given, one row of them follows the other; else each begins where it would if none were ignored.
 class SegmentKeys {
  public:
-  SegmentKeys(const LovaszBatch& b, const SegmentTiles& tiles, std::optional<int64_t> valid_pixels)
+  SegmentKeys(const SegmentBatch& b, const SegmentTiles& tiles, std::optional<int64_t> valid_pixels)
       : begin_(b.rows()), size_(b.rows()), stride_(valid_pixels.value_or(b.rows() * b.length())) {
     int64_t before = 0;
     for (int64_t row = 0; row < b.rows(); ++row) {
@@ -43,7 +43,7 @@ class SegmentKeys {
 
 // Writes the keys; returns what each segment holds, [rows, classes].
 template <class T>
-std::vector<SegmentCounts<T>> write_keys(const LovaszBatch& b, const SegmentTiles& tiles, int64_t capacity,
+std::vector<SegmentCounts<T>> write_keys(const SegmentBatch& b, const SegmentTiles& tiles, int64_t capacity,
                                          const SegmentKeys& place, typename ErrorKey<T>::Word* keys, BadTarget& bad) {
   const Geometry& g = b.geometry;
   std::vector<SegmentCounts<T>> counts(b.segments());
@@ -88,7 +88,7 @@ std::vector<SegmentCounts<T>> write_keys(const LovaszBatch& b, const SegmentTile
 
 // The losses of the segments that take part, [rows, classes]. The keys of a segment become weights: 0 if it takes no part.
 template <class T>
-std::vector<double> segment_losses(const LovaszBatch& b, const SegmentKeys& place, typename ErrorKey<T>::Word* keys,
+std::vector<double> segment_losses(const SegmentBatch& b, const SegmentKeys& place, typename ErrorKey<T>::Word* keys,
                                    const std::vector<SegmentCounts<T>>& counts, const std::vector<char>& takes_part,
                                    bool keep_weights) {
   std::vector<double> losses(b.segments(), 0.0);
@@ -123,8 +123,8 @@ std::vector<double> segment_losses(const LovaszBatch& b, const SegmentKeys& plac
 template <class T>
 class StoredWeights {
  public:
-  static constexpr bool by_error = false;
-  static bool makes_exponentials(const LovaszBatch&) { return false; }
+  static constexpr bool by_error = false, of_errors = true;
+  static bool makes_exponentials(const SegmentBatch&) { return false; }
 
   StoredWeights(const T* weights, const SegmentKeys& place, int64_t capacity)
       : weights_(weights), place_(place), of_tile_(capacity + 16), mask_(capacity / 16) {}
@@ -150,12 +150,12 @@ class StoredWeights {
 
 }  // namespace
 
-int64_t kernels::lovasz_exact_scratch_bytes(const LovaszBatch&) {
+int64_t kernels::lovasz_exact_scratch_bytes(const SegmentBatch&) {
   return 0;
 }
 
 void kernels::lovasz_exact_forward(const LovaszExactForward& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   with_opmath_type(b.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     auto* keys = static_cast<typename ErrorKey<T>::Word*>(args.keys);
@@ -168,19 +168,19 @@ void kernels::lovasz_exact_forward(const LovaszExactForward& args) {
     for (int64_t i = 0; i < b.segments(); ++i)
       takes_part[i] = args.selection.takes_part(i % b.classes(), counts[i].valid > 0, counts[i].foreground > 0);
     const std::vector<double> losses = segment_losses<T>(b, place, keys, counts, takes_part, args.keep_weights);
-    store_lovasz_loss<T>(b, args.out, losses, takes_part);
+    store_segment_loss<T>(b, args.out, losses, takes_part);
   });
 }
 
 void kernels::lovasz_exact_backward(const LovaszExactBackward& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   with_opmath_type(b.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t capacity = tile_length(2 * b.classes(), sizeof(T), b.length());
     BadTarget bad;  // the forward pass has raised it
     const SegmentTiles tiles(b, false, capacity, bad);
     const SegmentKeys place(b, tiles, args.valid_pixels);
-    lovasz_gradient<T>(b, args.out, tiles, capacity, StoredWeights<T>(static_cast<const T*>(args.weights), place, capacity));
+    segment_gradient<T>(b, args.out, tiles, capacity, StoredWeights<T>(static_cast<const T*>(args.weights), place, capacity));
   });
 }
 

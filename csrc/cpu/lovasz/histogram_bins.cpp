@@ -28,7 +28,7 @@ class Weigher {
   // Signed weights, and the table for a better count where the segment needs one. The weights of a segment that takes no part
   // are 0.
   SegmentResult operator()(int64_t i, const Count* counts, char* takes_part) {
-    const LovaszBatch& b = args_.batch;
+    const SegmentBatch& b = args_.batch;
     const BinPair* table = args_.table_of(i);
     BinPair* better = args_.better_table + i * BinLayout::table;
     T* weights = static_cast<T*>(args_.weights) + 2 * i * bins_;
@@ -144,7 +144,7 @@ class Weigher {
 
 template <class T, class Count>
 void weigh(const LovaszHistogramWeigh& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const auto* counts = static_cast<const Count*>(args.counts.data);
   const auto* recounts = static_cast<const Count*>(args.recounts.data);
   const auto counts_of = [&](int64_t i) { return (args.recounted(i) ? recounts : counts) + 2 * i * args.bins; };
@@ -169,7 +169,7 @@ void weigh(const LovaszHistogramWeigh& args) {
           placer.place(counts_of(i), counts_of(i) + args.bins, BinMap{args.table + i * BinLayout::table}, args.bins, b.errors,
                        false, args.bins, args.better_table + i * BinLayout::table);
     });
-  store_lovasz_loss<T>(b, args.out, losses, takes_part);
+  store_segment_loss<T>(b, args.out, losses, takes_part);
 }
 
 }  // namespace
@@ -188,7 +188,7 @@ void kernels::lovasz_histogram_place(const LovaszHistogramPlace& args) {
   });
 }
 
-int64_t kernels::lovasz_histogram_weigh_scratch_bytes(const LovaszBatch&) {
+int64_t kernels::lovasz_histogram_weigh_scratch_bytes(const SegmentBatch&) {
   return 0;
 }
 

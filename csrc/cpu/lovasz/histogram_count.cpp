@@ -22,7 +22,7 @@ struct SharedCounts {
 // shared ones before any can overflow.
 class Counter {
  public:
-  Counter(const LovaszBatch& b, int64_t bins, int64_t capacity, SharedCounts& shared)
+  Counter(const SegmentBatch& b, int64_t bins, int64_t capacity, SharedCounts& shared)
       : batch_(b),
         slots_(capacity + 16),  // find_slots stores 16 at a time
         size_(2 * bins),
@@ -67,7 +67,7 @@ class Counter {
     pending_ = valid_ = 0;
   }
 
-  const LovaszBatch& batch_;
+  const SegmentBatch& batch_;
   std::vector<uint32_t> slots_;
   const int64_t size_;
   const Scratch memory_;
@@ -79,7 +79,7 @@ class Counter {
 
 template <class T>
 void count(const LovaszHistogramCount& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const int64_t classes = b.classes();
   SharedCounts shared{args.counts, args.largest, std::vector<std::mutex>(classes)};
   BadTarget bad;

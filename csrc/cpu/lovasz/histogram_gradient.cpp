@@ -9,13 +9,13 @@
 namespace veerloss {
 namespace {
 
-// Weights of errors by their bins; see lovasz_gradient.
+// Weights of errors by their bins; see segment_gradient.
 template <class T>
 struct BinWeights {
-  static constexpr bool by_error = true;
-  static bool makes_exponentials(const LovaszBatch& b) { return TileCoordinates<T>::makes_exponentials(b); }
+  static constexpr bool by_error = true, of_errors = true;
+  static bool makes_exponentials(const SegmentBatch& b) { return TileCoordinates<T>::makes_exponentials(b); }
 
-  BinWeights(const LovaszBatch& b, int64_t bins, const BinPair* table, const void* weights, int64_t capacity)
+  BinWeights(const SegmentBatch& b, int64_t bins, const BinPair* table, const void* weights, int64_t capacity)
       : batch_(b), bins_(bins), table_(table), weights_(static_cast<const T*>(weights)), coordinates_(b, capacity) {}
 
   void operator()(const TileRows<T>& rows, const Tile& tile, int64_t c, T factor, T* grad) {
@@ -33,7 +33,7 @@ struct BinWeights {
   }
 
  private:
-  const LovaszBatch& batch_;
+  const SegmentBatch& batch_;
   const int64_t bins_;
   const BinPair* table_;
   const T* weights_;
@@ -44,7 +44,7 @@ struct BinWeights {
 
 // Errors of class c of a tile, not of a softmax.
 template <class T>
-void find_errors(const LovaszBatch& b, const TileRows<T>& rows, int64_t capacity, int64_t n, int64_t c, float* error) {
+void find_errors(const SegmentBatch& b, const TileRows<T>& rows, int64_t capacity, int64_t n, int64_t c, float* error) {
   const int32_t* label = rows.label.data();
   const auto foreground = static_cast<int32_t>(b.foreground(c));
   if (b.errors == Errors::probabilities)
@@ -57,7 +57,7 @@ void find_errors(const LovaszBatch& b, const TileRows<T>& rows, int64_t capacity
 // of a hinge are too wide for its loss to follow from their middles: 1e-6 of it at 10^4 pixels, 3e-6 where foreground is rare.
 template <class T>
 void sum(const LovaszHistogramSum& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const int64_t capacity = tile_length(b.classes(), sizeof(T), b.length());
   BadTarget bad;  // the counts have raised it
   const SegmentTiles tiles(b, false, capacity, bad);
@@ -91,13 +91,13 @@ void kernels::lovasz_histogram_sum(const LovaszHistogramSum& args) {
 }
 
 void kernels::lovasz_histogram_backward(const LovaszHistogramBackward& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   with_opmath_type(b.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t capacity = tile_length(2 * b.classes(), sizeof(T), b.length());
     BadTarget bad;  // the forward pass has raised it
     const SegmentTiles tiles(b, false, capacity, bad);
-    lovasz_gradient<T>(b, args.out, tiles, capacity, BinWeights<T>(b, args.bins, args.table, args.weights, capacity));
+    segment_gradient<T>(b, args.out, tiles, capacity, BinWeights<T>(b, args.bins, args.table, args.weights, capacity));
   });
 }
 

@@ -75,7 +75,7 @@ struct Tile {
 // 98% ignored.
 class SegmentTiles {
  public:
-  SegmentTiles(const LovaszBatch& b, bool sampled, int64_t capacity, BadTarget& bad) : sampled_(sampled), valid_(b.rows()) {
+  SegmentTiles(const SegmentBatch& b, bool sampled, int64_t capacity, BadTarget& bad) : sampled_(sampled), valid_(b.rows()) {
     // In capacities. The zeros of a longer span leave the cache before its gradients are written over them.
     constexpr int64_t max_span = 16;
     const Geometry& g = b.geometry;
@@ -127,7 +127,7 @@ class SegmentTiles {
 
   // The labels of a tile, and of a sparse one the index of its pixels.
   template <class T>
-  void load_labels_of(const LovaszBatch& b, const Tile& tile, TileRows<T>& rows, BadTarget& bad) const {
+  void load_labels_of(const SegmentBatch& b, const Tile& tile, TileRows<T>& rows, BadTarget& bad) const {
     const Run span = tile.span;
     if (!tile.sparse()) return load_labels(rows.label.data(), b.target, b.geometry, b.rule, span, bad);
     constexpr int64_t chunk = 1024;
@@ -190,7 +190,7 @@ bool with_few(int64_t count, const F& f) {
 
 // Loads the logits or probabilities of a tile, and computes the exponentials of a softmax, unless they are left to another.
 template <class T>
-void load_tile(const LovaszBatch& b, const Tile& tile, int64_t capacity, TileRows<T>& rows, bool exponentials = true) {
+void load_tile(const SegmentBatch& b, const Tile& tile, int64_t capacity, TileRows<T>& rows, bool exponentials = true) {
   const Geometry& g = b.geometry;
   const bool softmax = b.errors == Errors::softmax;
   const int64_t n = tile.loaded();
@@ -212,13 +212,13 @@ void load_tile(const LovaszBatch& b, const Tile& tile, int64_t capacity, TileRow
                                                rows.total.data()));
 }
 
-inline void raise_if_bad(const BadTarget& bad, const LovaszBatch& b) {
+inline void raise_if_bad(const BadTarget& bad, const SegmentBatch& b) {
   bad.raise_if_any(b.target, b.geometry, expected_labels(b.rule, b.errors == Errors::hinge));
 }
 
 // Loss and scale from the losses of the segments that take part.
 template <class T>
-void store_lovasz_loss(const LovaszBatch& b, const LovaszLoss& out, const std::vector<double>& losses,
+void store_segment_loss(const SegmentBatch& b, const SegmentLoss& out, const std::vector<double>& losses,
                        const std::vector<char>& takes_part) {
   const View loss{static_cast<char*>(out.loss), out.loss_dtype, 0, 0, 1};
   const auto* class_weight = static_cast<const T*>(out.class_weight);

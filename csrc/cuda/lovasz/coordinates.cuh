@@ -191,7 +191,7 @@ struct Chunks {
 };
 
 // tile: pixels that a block takes at a time; most: at most so many of them.
-inline Chunks chunks_of(const LovaszBatch& b, int64_t tile, int64_t most, int64_t blocks_at_once, int64_t groups,
+inline Chunks chunks_of(const SegmentBatch& b, int64_t tile, int64_t most, int64_t blocks_at_once, int64_t groups,
                         bool sampled) {
   const auto& [images, classes, pixels] = b.geometry;
   Chunks c{};
@@ -210,7 +210,7 @@ inline Chunks chunks_of(const LovaszBatch& b, int64_t tile, int64_t most, int64_
 }
 
 // For kernels whose blocks have pixels of one class: as many blocks of `threads` as multiprocessors hold.
-inline Chunks class_chunks(const LovaszBatch& b, int threads, int64_t most_tiles) {
+inline Chunks class_chunks(const SegmentBatch& b, int threads, int64_t most_tiles) {
   return chunks_of(b, threads, most_tiles, multiprocessors() * (2048 / threads), b.classes(), false);
 }
 
@@ -256,7 +256,7 @@ class ClassPixels {
  public:
   using Pixel = std::conditional_t<plain, uint32_t, BlockPixel>;
 
-  __device__ ClassPixels(const LovaszBatch& batch, const Chunks& chunks, int64_t first_image, int64_t c)
+  __device__ ClassPixels(const SegmentBatch& batch, const Chunks& chunks, int64_t first_image, int64_t c)
       : batch_(batch), chunks_(chunks), image_(first_image), class_(c) {}
 
   // Pixel j of the block's image, or of all.
@@ -307,21 +307,21 @@ class ClassPixels {
     }
   }
 
-  const LovaszBatch& batch_;
+  const SegmentBatch& batch_;
   const Chunks& chunks_;
   const int64_t image_, class_;
 };
 
 // Calls f with the errors of a loss whose classes are independent, and `plain`, as compile-time constants.
 template <class F>
-void with_elementwise(const LovaszBatch& batch, bool plain, const F& f) {
+void with_elementwise(const SegmentBatch& batch, bool plain, const F& f) {
   with_flag(plain, [&](auto is_plain) {
     if (batch.errors == Errors::hinge) return f(std::integral_constant<Errors, Errors::hinge>{}, is_plain);
     f(std::integral_constant<Errors, Errors::probabilities>{}, is_plain);
   });
 }
 
-inline bool is_plain(const LovaszBatch& batch, const Chunks& chunks) {
+inline bool is_plain(const SegmentBatch& batch, const Chunks& chunks) {
   return !chunks.flat && is_integer(batch.target.dtype) && are_near(batch.logits);
 }
 

@@ -51,12 +51,12 @@ struct StoredWeights {
 
   explicit StoredWeights(const LovaszExactBackward& args) : weights(static_cast<const T*>(args.weights)) {}
 
-  __device__ auto of_pixel(const LovaszBatch& b, int64_t image, int64_t pixel, int first, int32_t, const Softmax<T>&) const {
+  __device__ auto of_pixel(const SegmentBatch& b, int64_t image, int64_t pixel, int first, int32_t, const Softmax<T>&) const {
     const int64_t plane = b.geometry.images * b.geometry.pixels;
     return [at = weights + first * plane + image * b.geometry.pixels + pixel, plane](int k, T) { return at[k * plane]; };
   }
   template <Errors errors>
-  __device__ auto of_segment(const LovaszBatch& b, int64_t, int64_t c) const {
+  __device__ auto of_segment(const SegmentBatch& b, int64_t, int64_t c) const {
     const T* const plane = weights + c * b.geometry.images * b.geometry.pixels;
     return [plane](int64_t index, bool, T) { return plane[index]; };
   }
@@ -70,7 +70,7 @@ template <class T>
 struct ExactScratch {
   ExactScratch(const LovaszExactForward& args, void* memory) : ExactScratch(args.batch, args.selection, memory) {}
 
-  ExactScratch(const LovaszBatch& b, const LovaszSelection& selection, void* memory) {
+  ExactScratch(const SegmentBatch& b, const SegmentSelection& selection, void* memory) {
     using Word = KeyWord<T>;
     ScratchArrays arrays(memory);
     SegmentTotals<T>& totals = group.totals;
@@ -113,7 +113,7 @@ struct ExactScratch {
 };
 
 template <class In, Errors errors>
-void launch_keys(const LovaszBatch& b, KeyWord<opmath_t<In>>* keys, const SegmentTotals<opmath_t<In>>& totals, Stream stream) {
+void launch_keys(const SegmentBatch& b, KeyWord<opmath_t<In>>* keys, const SegmentTotals<opmath_t<In>>& totals, Stream stream) {
   using Policy = Tuning::ExactKeys;
   // A block counts foreground for one row.
   const PixelGrid grid = pixel_grid<Policy::threads>(b.geometry.images, b.geometry.pixels, !b.per_image);
@@ -134,7 +134,7 @@ template <class In, Errors errors>
 void forward(const LovaszExactForward& args) {
   using T = opmath_t<In>;
   constexpr int threads = SortPolicy::threads, passes = SortWord<KeyWord<T>>::passes;
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const ExactScratch<T> s(args, args.scratch);
   zero_memory(args.scratch, s.zeroed_bytes, args.stream);
   auto* const keys = static_cast<KeyWord<T>*>(args.keys);
@@ -164,7 +164,7 @@ void forward(const LovaszExactForward& args) {
 
 namespace kernels {
 
-int64_t lovasz_exact_scratch_bytes(const LovaszBatch& batch) {
+int64_t lovasz_exact_scratch_bytes(const SegmentBatch& batch) {
   return with_opmath_type(batch.logits.dtype,
                           [&](auto zero) { return ExactScratch<decltype(zero)>(batch, {}, nullptr).bytes; });
 }

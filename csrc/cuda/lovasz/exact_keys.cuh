@@ -25,7 +25,7 @@ struct SegmentTotals {
   int32_t* unranked;  // not 0: there is an error that is not a number, or infinite
   RowCounts* rows;    // [rows]
   int64_t classes;
-  LovaszSelection selection;
+  SegmentSelection selection;
 
   __device__ bool takes_part(int64_t segment) const {
     const auto c = static_cast<uint32_t>(segment) % static_cast<uint32_t>(classes);
@@ -72,7 +72,7 @@ constexpr int keys_min_blocks = [] {
 // Range: a ClassRange for the softmax of so many classes, which are then read once; ManyClasses for more, and for other errors.
 template <class In, Errors errors, class Range>
 __global__ void __launch_bounds__(Tuning::ExactKeys::threads, keys_min_blocks<In, Range>)
-    lovasz_keys_kernel(LovaszBatch batch, KeyWord<opmath_t<In>>* keys, SegmentTotals<opmath_t<In>> totals, PixelGrid grid,
+    lovasz_keys_kernel(SegmentBatch batch, KeyWord<opmath_t<In>>* keys, SegmentTotals<opmath_t<In>> totals, PixelGrid grid,
                        bool count_in_shared) {
   using T = opmath_t<In>;
   using Key = ErrorKey<T>;

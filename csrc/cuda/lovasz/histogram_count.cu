@@ -29,7 +29,7 @@ template <class In>
 __global__ void __launch_bounds__(Tuning::HistogramStatistics::threads)
     lovasz_statistics_kernel(LovaszHistogramCount args, Chunks chunks, Softmax<opmath_t<In>>* statistics) {
   constexpr int threads = Tuning::HistogramStatistics::threads;
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const auto [first_image, part, none] = image_part(chunks.chunks);
   const bool any = is_any_counted(args);
   const int64_t begin = chunks.begin(part), end = chunks.end(part);
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 3)
   constexpr int pixels = PartsPolicy::pixels;
   __shared__ PartSoftmaxes<T> parts;
   VEERLOSS_DYNAMIC_SHARED(memory);
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const auto classes = static_cast<int>(b.classes());
   const int lane = static_cast<int>(threadIdx.x) % pixels;
   const ClassPart part(static_cast<int>(threadIdx.x) / pixels, classes);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 3)
 
 template <class In>
 void launch_statistics(const LovaszHistogramCount& args, Softmax<opmath_t<In>>* statistics) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   if constexpr (!std::is_same_v<In, double>)
     if (are_in_parts(b.classes(), b.logits.dtype)) {
       const Chunks parts = chunks_of(b, PartsPolicy::pixels, 1, 1, 1, args.sampled);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
   constexpr bool softmax = errors == Errors::softmax;
   VEERLOSS_DYNAMIC_SHARED(memory);
   __shared__ uint32_t block_largest;
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const auto plane = static_cast<int>(plane_of(b.classes()));
   const auto [first_image, part, group] = image_part(chunks.chunks, groups.groups);
   const BlockCounts block = block_counts(args, memory, b.per_image ? first_image : 0, static_cast<int>(group), groups);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
 
 template <class In>
 void count(const LovaszHistogramCount& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   auto* statistics = static_cast<Softmax<opmath_t<In>>*>(args.scratch);
   if (b.errors == Errors::softmax && !all_fit_registers(args)) launch_statistics<In>(args, statistics);
   if (fits_registers(args)) return launch_count_softmax(args);
@@ -184,7 +184,7 @@ void count(const LovaszHistogramCount& args) {
 }  // namespace
 
 int64_t kernels::lovasz_histogram_scratch_bytes(const LovaszHistogramCount& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   if (b.errors != Errors::softmax || all_fit_registers(args)) return 0;
   return with_opmath_type(b.logits.dtype, [&](auto zero) {
     return b.geometry.images * b.geometry.pixels * static_cast<int64_t>(sizeof(Softmax<decltype(zero)>));

@@ -25,7 +25,7 @@ struct Groups {
 };
 
 // other_bytes: of shared memory, beside the classes.
-inline Groups groups_of(const LovaszBatch& b, int64_t most_classes, int64_t other_bytes = 0) {
+inline Groups groups_of(const SegmentBatch& b, int64_t most_classes, int64_t other_bytes = 0) {
   const int64_t bytes = max_shared_bytes_of_block() - CountPolicy::static_bytes - other_bytes;
   const int64_t fits = bytes / class_bytes(b.classes()), fit = fits < most_classes ? fits : most_classes;
   if (fit < 1) throw std::runtime_error("veerloss: method 'histogram' needs 36 KiB of shared memory for a block");
@@ -111,7 +111,7 @@ __device__ inline void add_to_bin(uint32_t* counts, uint32_t bin, uint32_t pixel
 }
 
 // Pixels of a batch, or of its sample, in chunks for blocks of `threads`.
-inline Chunks count_chunks(const LovaszBatch& b, int64_t groups, bool sampled, int threads = CountPolicy::threads) {
+inline Chunks count_chunks(const SegmentBatch& b, int64_t groups, bool sampled, int threads = CountPolicy::threads) {
   return chunks_of(b, threads, CountPolicy::most_tiles, multiprocessors(), groups, sampled);
 }
 
@@ -119,7 +119,7 @@ inline Chunks count_chunks(const LovaszBatch& b, int64_t groups, bool sampled, i
 
 // Classes in registers are counted without their largest errors.
 inline bool fits_registers(const LovaszHistogramCount& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   return b.errors == Errors::softmax && !args.find_largest && b.logits.dtype != DType::f64 && is_integer(b.target.dtype) &&
          are_near(b.logits);
 }

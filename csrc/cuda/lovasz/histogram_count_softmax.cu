@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(threads_of(source), 1)
   using T = opmath_t<In>;
   constexpr int threads = threads_of(source);
   VEERLOSS_DYNAMIC_SHARED(memory);
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const auto classes = static_cast<int>(b.classes());
   constexpr int plane = source == Source::stored ? static_cast<int>(plane_of(CountPolicy::most_classes + 1))
                                                  : static_cast<int>(plane_of(Range::most));
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(threads_of(source), 1)
 template <class In, class Range, Source source>
 void launch_source(const LovaszHistogramCount& args, const Groups& groups, int64_t other_bytes,
                    const Softmax<opmath_t<In>>* statistics = nullptr) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const Chunks chunks = count_chunks(b, groups.groups, args.sampled, threads_of(source));
   const Launch shape{.blocks = chunks.images * chunks.chunks * groups.groups,
                      .threads = threads_of(source),
@@ -155,14 +155,14 @@ void with_group_range(int64_t classes, const F& f) {
 
 // Whether pixels come in rows, rather than to each thread: not of a sample, whose runs are short.
 bool in_rows(const LovaszHistogramCount& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const Chunks chunks = count_chunks(b, 1, false, CountPolicy::threads_of_rows);
   return !args.sampled && has_rows(b.logits, b.geometry, {.parts = 0, .blocks = 0, .flat = chunks.flat});
 }
 
 template <class In>
 void launch_all(const LovaszHistogramCount& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   constexpr int64_t most = CountPolicy::most_classes;
   if (b.classes() > most) {
     const Groups groups = groups_of(b, CountPolicy::most_stored_classes);

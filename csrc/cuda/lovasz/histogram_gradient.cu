@@ -157,11 +157,11 @@ class BlockClasses {
 // registers than there are, and spills some.
 template <class In, class Range, Pixels kind>
 __global__ void __launch_bounds__(Policy::threads, 1)
-    lovasz_gradient_kernel(LovaszHistogramBackward args, Chunks chunks, Tensors tensors, int strip) {
+    segment_gradient_kernel(LovaszHistogramBackward args, Chunks chunks, Tensors tensors, int strip) {
   constexpr int threads = Policy::threads;
   VEERLOSS_DYNAMIC_SHARED(memory);
   __shared__ LabelClass label_classes[Range::most];
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const auto [first_image, part, none] = image_part(chunks.chunks);
   const BlockClasses<Range> classes(args, b.segment(b.per_image ? first_image : 0, 0), memory, label_classes);
   __syncthreads();
@@ -265,7 +265,7 @@ struct BinWeights {
     return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(bin_weights) + bin * (sizeof(T) / 4));
   }
 
-  __device__ auto of_pixel(const LovaszBatch& b, int64_t image, int64_t, int first, int32_t label,
+  __device__ auto of_pixel(const SegmentBatch& b, int64_t image, int64_t, int first, int32_t label,
                            const Softmax<T>& softmax) const {
     const int64_t segment = b.segment(image, first);
     return [coordinates = PixelCoordinates<T>(softmax.sumexp_excl_max), max_logit = softmax.max_logit,
@@ -279,7 +279,7 @@ struct BinWeights {
   }
 
   template <Errors errors>
-  __device__ auto of_segment(const LovaszBatch&, int64_t segment, int64_t) const {
+  __device__ auto of_segment(const SegmentBatch&, int64_t segment, int64_t) const {
     return [pairs = table + segment * BinLayout::table, of_bins = weights + segment * 2 * bins, count = static_cast<int>(bins)](
                int64_t, bool is_foreground, T x) {
       const float coordinate = coordinate_of_error<errors>(x, is_foreground);
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(Tuning::HistogramSum::threads, 1)
   using T = opmath_t<In>;
   constexpr int threads = Tuning::HistogramSum::threads;
   __shared__ unsigned long long scratch[threads];
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const auto [first_image, part, c] = image_part(chunks.chunks, b.classes());
   const int64_t segment = b.segment(b.per_image ? first_image : 0, c);
   const auto weigh = weights.template of_segment<errors>(b, segment, c);
@@ -331,7 +331,7 @@ namespace kernels {
 
 void lovasz_histogram_sum(const LovaszHistogramSum& args) {
   using SumPolicy = Tuning::HistogramSum;
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   zero_memory(args.sums, b.segments() * static_cast<int64_t>(sizeof(int64_t)), args.stream);
   const Chunks chunks = class_chunks(b, SumPolicy::threads, SumPolicy::most_tiles);
   const Launch shape{
@@ -346,7 +346,7 @@ void lovasz_histogram_sum(const LovaszHistogramSum& args) {
 }
 
 void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
-  const LovaszBatch& b = args.batch;
+  const SegmentBatch& b = args.batch;
   const View &logits = b.logits, &grad = args.out.grad_logits;
   const int64_t shared = b.classes() * class_bytes(b.classes()),
                 left = max_shared_bytes_of_block() - Policy::static_bytes - shared;
@@ -366,9 +366,9 @@ void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
         const int64_t strip = !in_rows ? 0 : fit < threads ? fit : threads;
         LovaszHistogramBackward with_rule = args;
         with_rule.batch.rule = without_none(b.rule);
-        launch(in_rows       ? lovasz_gradient_kernel<In, Range, Pixels::in_rows>
-               : chunks.flat ? lovasz_gradient_kernel<In, Range, Pixels::of_images>
-                             : lovasz_gradient_kernel<In, Range, Pixels::of_image>,
+        launch(in_rows       ? segment_gradient_kernel<In, Range, Pixels::in_rows>
+               : chunks.flat ? segment_gradient_kernel<In, Range, Pixels::of_images>
+                             : segment_gradient_kernel<In, Range, Pixels::of_image>,
                {.blocks = chunks.images * chunks.chunks,
                 .threads = threads,
                 .stream = args.stream,

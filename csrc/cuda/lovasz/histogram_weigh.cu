@@ -237,7 +237,7 @@ struct WeighResults {
 };
 
 struct WeighScratch {
-  WeighScratch(const LovaszBatch& b, void* memory) {
+  WeighScratch(const SegmentBatch& b, void* memory) {
     ScratchArrays arrays(memory);
     takes_part = arrays.take<bool>(b.segments());
     parts = arrays.take<WeighPart>(b.segments() * parts_of<Weigh::weights>(BinLayout::bins(b.classes())));
@@ -251,7 +251,7 @@ struct WeighScratch {
 
 }  // namespace
 
-int64_t kernels::lovasz_histogram_weigh_scratch_bytes(const LovaszBatch& batch) {
+int64_t kernels::lovasz_histogram_weigh_scratch_bytes(const SegmentBatch& batch) {
   return WeighScratch(batch, nullptr).bytes;
 }
 

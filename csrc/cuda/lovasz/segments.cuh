@@ -23,7 +23,7 @@ struct SegmentResults {
 // One block. Results: a SegmentResults, or what has the same functions; `loss` is called once for each segment.
 template <class T, class Results>
 __global__ void __launch_bounds__(Tuning::Finish::threads, 1)
-    lovasz_finish_kernel(Results results, int64_t rows, int64_t classes, LovaszLoss out) {
+    lovasz_finish_kernel(Results results, int64_t rows, int64_t classes, SegmentLoss out) {
   constexpr int threads = Tuning::Finish::threads;
   __shared__ double scratch[threads];
   __shared__ int in_mean[threads];  // of a row, how many segments take part
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(Tuning::Finish::threads, 1)
 }
 
 template <class T, class Results>
-void launch_finish(const LovaszBatch& batch, const Results& results, const LovaszLoss& out, Stream stream) {
+void launch_finish(const SegmentBatch& batch, const Results& results, const SegmentLoss& out, Stream stream) {
   launch(lovasz_finish_kernel<T, Results>, {.blocks = 1, .threads = Tuning::Finish::threads, .stream = stream}, results,
          batch.rows(), batch.classes(), out);
 }
