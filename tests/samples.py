@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from grid import labels, logits
 
-from veerloss._layout import COARSE_BINS, MAGIC, SAMPLE_RUN, SAMPLE_STEP, Errors, Reduction, bin_count
+from veerloss._layout import COARSE_BINS, MAGIC, SAMPLE_RUN, SAMPLE_STEP, Activation, Errors, Form, Reduction, bin_count
 from veerloss.reference.histogram import cell_knots
 
 FOCAL, LOVASZ = ("sigmoid_focal", "softmax_focal"), ("lovasz_exact", "lovasz_histogram")
@@ -39,6 +39,12 @@ def samples() -> dict[str, list[dict]]:
         lovasz | hinge | {"per_image": True, "ignore_index": 1},
         lovasz | hinge | {"reduction": Reduction.NONE},
     ]
+    region = {
+        "logits": x, "target": y, "activation": Activation.SOFTMAX, "squared": False, "per_image": False, "ignore_index": None,
+        "background_index": None, "selected": None, "present": False, "class_weight": None, "alpha": 0.3, "beta": 0.7,
+        "smooth_numerator": 1e-5, "smooth_denominator": 1e-5, "form": Form.LINEAR, "exponent": 1.0,
+        "reduction": Reduction.MEAN, "upcast_loss": False,
+    }  # fmt: skip
     return {
         "sigmoid_focal": [
             sigmoid | {"target": dense},
@@ -54,6 +60,29 @@ def samples() -> dict[str, list[dict]]:
         ],
         "lovasz_exact": [sample | {"valid_pixels": None, "keep_weights": True} for sample in lovasz],
         "lovasz_histogram": [sample | {"valid_pixels": None} for sample in lovasz],
+        "region": [
+            region | {"ignore_index": 1},
+            region
+            | some
+            | {
+                "target": dense,
+                "ignore_index": None,
+                "activation": Activation.SIGMOID,
+                "squared": True,
+                "reduction": Reduction.NONE,
+                "per_image": True,
+                "upcast_loss": True,
+            },
+            region
+            | {
+                "logits": x.softmax(1),
+                "target": y.masked_fill(y == 2, 3),
+                "activation": Activation.NONE,
+                "background_index": 3,
+                "form": Form.LOG,
+                "exponent": 0.3,
+            },
+        ],
     }
 
 
@@ -79,6 +108,14 @@ def valid(operators, operator: str) -> dict:
         return arguments
     if operator.endswith("_backward"):
         return backward_arguments(operators, stem, arguments)
+    if stem == "region":
+        known = arguments.copy()
+        for step in ("sum", "weigh"):
+            name = f"region_{step}"
+            of_step = {argument: known[argument] for argument in names(getattr(operators, name).default._schema.arguments)}
+            if name == operator:
+                return of_step
+            known["sums"] = getattr(operators, name)(**of_step)
     x = arguments["logits"]
     segments = (x.size(0) if arguments["per_image"] else 1, x.size(1))
     known = arguments | {

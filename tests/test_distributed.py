@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from grid import labels, logits
 from torch.nn.parallel import DistributedDataParallel
 
-from veerloss import LovaszSoftmaxLoss, lovasz_hinge_loss, lovasz_softmax_loss
+from veerloss import LovaszSoftmaxLoss, dice_loss, lovasz_hinge_loss, lovasz_softmax_loss, tversky_loss
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
@@ -27,7 +27,8 @@ def batches() -> dict:
     large[torch.rand(large.shape, generator=torch.Generator().manual_seed(1)) < 0.995] = 0  # rare: its bins are placed again
     x, binary = logits((5, 4, 9, 7)), labels((5, 2, 9, 7), 2)
     weight = torch.tensor([1.0, 2.0, 0.5, 1.0])
-    softmax, hinge = lovasz_softmax_loss, lovasz_hinge_loss
+    softmax, hinge = (functools.partial(loss, method="histogram") for loss in (lovasz_softmax_loss, lovasz_hinge_loss))
+    soft = torch.rand(x.shape, generator=torch.Generator().manual_seed(2))
     return {
         "different sizes": (softmax, x, y, {}, (1, 3, 1)),
         "an empty rank": (softmax, x, y, {"classes": "all"}, (5, 0, 0)),
@@ -40,6 +41,10 @@ def batches() -> dict:
         "large": (softmax, logits((4, 3, 300, 301)), large, {}, (1, 2, 1)),
         "hinge": (hinge, x[:, 0], binary, {"per_image": False}, (2, 2, 1)),
         "hinge without foreground": (hinge, x[:, 0], 0 * binary, {"per_image": False}, (2, 3, 0)),
+        "Dice": (dice_loss, x, y, {}, (1, 3, 1)),
+        "Dice, large": (dice_loss, logits((4, 3, 300, 301)), large, {"classes": "present"}, (1, 2, 1)),
+        "Tversky, an empty rank": (tversky_loss, x, ignored, {"ignore_index": 255, "form": "log"}, (0, 5, 0)),
+        "soft Dice": (dice_loss, x, soft, {"activation": "sigmoid", "squared": True, "reduction": "none"}, (2, 2, 1)),
     }
 
 
@@ -51,7 +56,7 @@ def cut(t: torch.Tensor, sizes: tuple[int, ...], rank: int, world: int) -> torch
 
 def run(loss, x, target, **options):
     x = x.detach().clone().requires_grad_()
-    value = loss(x, target, method="histogram", **options)
+    value = loss(x, target, **options)
     value.sum().backward()
     return value.detach(), x.grad
 
@@ -101,6 +106,9 @@ def errors(rank: int, group) -> dict[str, str]:
         "per image": error_of(lambda: softmax(x, y, per_image=True)),
         "hinge per image": error_of(lambda: lovasz_hinge_loss(x[:, 0], y.clamp(max=1), process_group=group)),
         "compiled": error_of(lambda: torch.compile(softmax, backend="eager", fullgraph=True)(x, y)),
+        "Dice, bad target": error_of(lambda: dice_loss(x, bad, process_group=group)),
+        "Dice, other weights": error_of(lambda: tversky_loss(x, y, alpha=0.1 + rank, process_group=group)),
+        "Dice per image": error_of(lambda: dice_loss(x, y, per_image=True, process_group=group)),
         "no group": error_of(lambda: lovasz_softmax_loss(x, y, process_group=7)),
         "after all that": error_of(lambda: softmax(x, y)),
     }
@@ -174,7 +182,7 @@ def test_distributed_data_parallel(results):
 def test_errors_reach_every_rank(results):
     first, *others = (result["errors"] for result in results)
     assert first["bad target"].startswith("IndexError: target holds 4, expected class indices in [0, 4)")
-    assert first["bad target of the reference"] == first["bad target"]
+    assert first["bad target of the reference"] == first["bad target"] == first["Dice, bad target"]
     assert first["bad shape"].startswith("ValueError: target must have the shape [2, 30]")
     assert first["bad backend"].startswith("ValueError: backend must be one of")
     for other in others:
@@ -192,4 +200,5 @@ def test_errors_reach_every_rank(results):
         assert found["no group"].startswith(
             "TypeError: process_group must be a torch.distributed.ProcessGroup or None, got int"
         )
+        assert "got per_image=True" in found["Dice per image"] and found["Dice, other weights"].endswith("options that differ")
         assert found["after all that"] == "no error"

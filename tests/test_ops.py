@@ -14,7 +14,7 @@ from veerloss._layout import MAX_BINS, TABLE, Errors
 
 # (backend, operator family)
 OPERATORS = [(b, stem) for b in ("native", "triton", "emulated") for stem in (*FOCAL, "lovasz_exact")]
-OPERATORS += [(b, "lovasz_histogram") for b in ("native", "emulated")]
+OPERATORS += [(b, "lovasz_histogram") for b in ("native", "emulated")] + [("native", "region")]
 over_samples = pytest.mark.parametrize(
     ("backend", "stem", "case"), [(b, stem, i) for b, stem in OPERATORS for i in range(len(samples()[stem]))],
     indirect=["backend"],
@@ -104,6 +104,15 @@ BAD = [
     ("lovasz_histogram_sum", "units", shorter),
     ("lovasz_histogram_sum", "errors", lambda _: Errors.SOFTMAX),
     *(("lovasz_histogram_backward", name, shorter) for name in ("table", "weights", "scale")),
+    ("region_sum", "logits", torch.Tensor.char),
+    ("region_sum", "target", shorter),
+    ("region_sum", "activation", lambda _: 3),
+    ("region_weigh", "sums", shorter),
+    ("region_weigh", "sums", torch.Tensor.int),
+    ("region_weigh", "form", lambda _: -1),
+    ("region_weigh", "class_weight", lambda _: torch.ones(2)),
+    ("region_backward", "grad", lambda _: torch.ones(2, 2)),
+    *(("region_backward", name, shorter) for name in ("coefficients", "scale")),
 ]
 
 

@@ -31,7 +31,7 @@ std::vector<T> segment_factors(const SegmentBatch& b, const SegmentGradient& out
 // Pixels of no tile do not count, and get 0.
 template <class T, class Weights>
 void segment_gradient(const SegmentBatch& b, const SegmentGradient& out, const SegmentTiles& tiles, int64_t capacity,
-                     const Weights& weights) {
+                      const Weights& weights) {
   const Geometry& g = b.geometry;
   const bool softmax = b.errors == Errors::softmax;
   const bool probabilities = Weights::of_errors && b.errors == Errors::probabilities;

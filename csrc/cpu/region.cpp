@@ -1,6 +1,6 @@
-// Region losses on the CPU: sums over the pixels of each segment, the loss from them, and the gradient. Forward reads logits and
-// target once, backward once more; nothing of their size is kept between the two. Threads add up integers: the same bits for
-// any number of them.
+// Region losses on the CPU: sums over the pixels of each segment, the loss from them, and the gradient. Forward reads logits
+// and target once, backward once more; nothing of their size is kept between the two. Threads add up integers: the same bits
+// for any number of them.
 
 #include <atomic>
 #include <limits>
@@ -10,7 +10,8 @@
 
 namespace veerloss {
 
-// One class of a tile. `label` and `foreground`, or `target` and `ignored`; `exps` and `inv_sumexp` of a softmax, else `values`.
+// One class of a tile. `label` and `foreground`, or `target` and `ignored`; `exps` and `inv_sumexp` of a softmax, else
+// `values`.
 template <class T>
 struct RegionRow {
   Activation activation;
@@ -47,8 +48,16 @@ class RegionRows {
         target_(in.dense ? capacity : 0) {}
 
   RegionRow<T> operator()(const TileRows<T>& rows, const Tile& tile, int64_t c) {
-    RegionRow<T> row{in_.activation, in_.squared, tile.loaded(), rows.values + c * capacity_, rows.exps + c * capacity_,
-                     rows.inv_sumexp, nullptr, 0, nullptr, ignored_};
+    RegionRow<T> row{in_.activation,
+                     in_.squared,
+                     tile.loaded(),
+                     rows.values + c * capacity_,
+                     rows.exps + c * capacity_,
+                     rows.inv_sumexp,
+                     nullptr,
+                     0,
+                     nullptr,
+                     ignored_};
     if (in_.dense) {
       const T* const in_place = row_in_place<T>(in_.values, in_.batch.geometry, c, tile.span);
       if (!in_place) load_row(target_.data(), in_.values, in_.batch.geometry, c, tile.span);

@@ -16,8 +16,8 @@ VEERLOSS_HD int64_t region_units(double value) {
 }
 
 // What a segment's sums are in memory. Each of three sums has two words: 2^26 units, and the units that are left, of all parts
-// that were added; up to 2^31 pixels of each of 2^6 ranks do not overflow either. Then the pixels that count, and how many parts
-// had a value that is not in [0, 1], or NaN.
+// that were added; up to 2^31 pixels of each of 2^6 ranks do not overflow either. Then the pixels that count, and how many
+// parts had a value that is not in [0, 1], or NaN.
 struct RegionLayout {
   enum { intersection = 0, predicted = 2, expected = 4, pixels = 6, bad_parts = 7, words = 8 };
   static constexpr int word_bits = 26;
@@ -36,8 +36,8 @@ VEERLOSS_HD double region_total(const int64_t* words) {
   return (static_cast<double>(carried) * (1 << RegionLayout::word_bits) + static_cast<double>(region_low(low))) * region_unit;
 }
 
-// Probabilities that a caller computed in half precision may be above 1 by rounding. Others are bad.
-constexpr double region_slack = 0x1p-8;
+// Probabilities that a caller computed may be off 0 or 1 by rounding, where units are twice or half as large. Others are bad.
+constexpr double region_slack = 0x1p-16;
 
 struct RegionRule {
   double alpha, beta;  // of false positives and false negatives

@@ -23,7 +23,7 @@ inline SegmentBatch segment_batch(const Op& op, const Tensor& logits, int64_t er
 }
 
 inline SegmentBatch segment_batch(const Op& op, const Tensor& logits, const Tensor& target, int64_t errors, bool per_image,
-                                std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
+                                  std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
   SegmentBatch b = segment_batch(op, logits, errors, per_image);
   op.check_like("target", target, logits, false);
   b.target = view_of(target);
@@ -33,7 +33,7 @@ inline SegmentBatch segment_batch(const Op& op, const Tensor& logits, const Tens
 }
 
 inline SegmentSelection segment_selection(const Op& op, const SegmentBatch& b, const std::optional<Tensor>& selected,
-                                        bool present) {
+                                          bool present) {
   return {op.data<bool>("selected", selected, b.classes(), DType::u8, "[C] bool, contiguous"), present};
 }
 

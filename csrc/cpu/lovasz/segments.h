@@ -219,7 +219,7 @@ inline void raise_if_bad(const BadTarget& bad, const SegmentBatch& b) {
 // Loss and scale from the losses of the segments that take part.
 template <class T>
 void store_segment_loss(const SegmentBatch& b, const SegmentLoss& out, const std::vector<double>& losses,
-                       const std::vector<char>& takes_part) {
+                        const std::vector<char>& takes_part) {
   const View loss{static_cast<char*>(out.loss), out.loss_dtype, 0, 0, 1};
   const auto* class_weight = static_cast<const T*>(out.class_weight);
   const int64_t rows = b.rows(), classes = b.classes();

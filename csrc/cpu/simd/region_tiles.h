@@ -66,12 +66,8 @@ struct RegionTiles {
 
   template <class P, class T>
   static RegionPart sum_of(P probability, const RegionRow<T>& row) {
-    if (row.label) {
-      const Labels target{row.label, row.foreground};
-      return row.squared ? sum_over<true>(probability, target, row.n) : sum_over<false>(probability, target, row.n);
-    }
-    const Values<T> target{row.target, row.ignored};
-    return row.squared ? sum_over<true>(probability, target, row.n) : sum_over<false>(probability, target, row.n);
+    if (row.label) return row.squared ? sum_labels<true>(probability, row) : sum_labels<false>(probability, row);
+    return row.squared ? sum_values<true>(probability, row) : sum_values<false>(probability, row);
   }
 
   template <class P, class T>
@@ -84,25 +80,50 @@ struct RegionTiles {
                        : weigh_over<false>(probability, target, row.n, of_target, of_all, g);
   }
 
-  template <bool squared, class P, class Target>
-  static RegionPart sum_over(P probability, Target target, int64_t n) {
-    int64_t intersection = 0, predicted = 0, expected = 0, pixels = 0, bad = 0, bad_targets = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const bool counts = target.counts(i);
-      const double p = counts ? static_cast<double>(probability(i)) : 0.0;
-      double t = counts ? static_cast<double>(target(i)) : 0.0;
-      bad += p >= -region_slack && p <= 1.0 + region_slack && t == t ? 0 : 1;
-      t = t == t ? t : 0.0;
-      bad_targets += counts && !target.valid(i) ? 1 : 0;
-      const double in_range = p < 0.0 ? 0.0 : p > 1.0 ? 1.0 : p;
-      intersection += region_units(in_range * t);
-      predicted += region_units(squared ? in_range * in_range : in_range);
+  template <bool squared, class P, class T>
+  static RegionPart sum_labels(P probability, const RegionRow<T>& row) {
+    const int32_t* __restrict label = row.label;
+    const int32_t foreground = row.foreground;
+    int64_t intersection = 0, predicted = 0;
+    int32_t expected = 0, pixels = 0, bad = 0;
+    for (int64_t i = 0; i < row.n; ++i) {
+      // Masks: of conditions the compiler makes branches, and no vectors.
+      const int32_t counts = ~(label[i] >> 31), is_foreground = -static_cast<int32_t>(label[i] == foreground);
+      const T p = probability(i), counted = label[i] >= 0 ? p : T(0);
+      bad |= out_of_range(counted);
+      expected -= is_foreground;
+      pixels -= counts;
+      const auto wide = static_cast<double>(counted);
+      const int64_t units = region_units(wide);
+      intersection += units & is_foreground;
+      predicted += squared ? region_units(wide * wide) : units;
+    }
+    return {intersection, predicted, expected * region_units(1.0), pixels, bad, 0};
+  }
+
+  template <bool squared, class P, class T>
+  static RegionPart sum_values(P probability, const RegionRow<T>& row) {
+    const T* __restrict value = row.target;
+    const T ignored = row.ignored;
+    int64_t intersection = 0, predicted = 0, expected = 0;
+    int32_t pixels = 0, bad = 0, bad_targets = 0;
+    for (int64_t i = 0; i < row.n; ++i) {
+      const T p = probability(i), counted = value[i] == ignored ? T(0) : p, target = value[i] == ignored ? T(0) : value[i];
+      bad |= out_of_range(counted) | out_of_range(target);
+      bad_targets |= (target < T(0) ? 1 : 0) | (target > T(1) ? 1 : 0);
+      pixels += value[i] == ignored ? 0 : 1;
+      const auto wide = static_cast<double>(counted), t = static_cast<double>(target);
+      intersection += region_units(wide * t);
+      predicted += region_units(squared ? wide * wide : wide);
       expected += region_units(squared ? t * t : t);
-      pixels += counts ? 1 : 0;
     }
     return {intersection, predicted, expected, pixels, bad, bad_targets};
   }
 
+  template <class T>
+  static VEERLOSS_HD int32_t out_of_range(T p) {
+    return (p >= T(-region_slack) ? 0 : 1) | (p <= T(1.0 + region_slack) ? 0 : 1);  // NaN is
+  }
   // Two numbers, which look-ups of the Lovász losses could have added to theirs.
   template <class P, class T>
   static void weigh_labels(P probability, const RegionRow<T>& row, T of_foreground, T of_background, T* __restrict g) {
