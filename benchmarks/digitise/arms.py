@@ -1,7 +1,7 @@
 """The arms of the study: which losses are compared, with which hyperparameters. Fixed before any of them was run.
 
 A loss takes logits ``[N, C, H, W]``, a target ``[N, H, W]`` and the share of the training that is done, from 0 to 1, and
-returns a scalar. ``peer`` is the same loss as people have it today, for time alone; None where the arm trains with a peer's.
+returns a scalar. ``peer`` is the same loss as people have it today, for time alone.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def _monai(name: str, **options: float) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda logits, target: loss(logits, target[:, None])
 
 
-def dice(logits: Tensor, target: Tensor) -> Tensor:
-    return _monai("DiceLoss")(logits, target)
+dice = functools.partial(veerloss.dice_loss, per_image=True)  # as MONAI's, background included
 
 
 def tversky(logits: Tensor, target: Tensor, weights: tuple[float, float] = TVERSKY) -> Tensor:
-    return _monai("TverskyLoss", alpha=weights[0], beta=weights[1])(logits, target)
+    """The same; weights of false positives and false negatives."""
+    return veerloss.tversky_loss(logits, target, alpha=weights[0], beta=weights[1], per_image=True)
 
 
 focal = functools.partial(veerloss.softmax_focal_loss, gamma=GAMMA)
@@ -111,6 +111,14 @@ def _peer_focal_per_positive(logits: Tensor, target: Tensor) -> Tensor:
     return peers.softmax_focal()["kornia"](logits, target) * target.numel() * logits.shape[1] / (target > 0).sum().clamp_min(1)
 
 
+def _peer_dice(logits: Tensor, target: Tensor) -> Tensor:
+    return _monai("DiceLoss")(logits, target)
+
+
+def _peer_tversky(logits: Tensor, target: Tensor) -> Tensor:
+    return _monai("TverskyLoss", alpha=TVERSKY[0], beta=TVERSKY[1])(logits, target)
+
+
 def _peer_lovasz(logits: Tensor, target: Tensor) -> Tensor:
     return peers.lovasz_softmax()[peers.SMP](logits, target)
 
@@ -120,13 +128,13 @@ def _peer_focal(logits: Tensor, target: Tensor) -> Tensor:
 
 
 _peer_sce = functools.partial(F.cross_entropy, label_smoothing=SMOOTHING)
-_SMP, _KORNIA, _TORCH = peers.SMP, "kornia", "torch cross_entropy"
+_SMP, _KORNIA, _MONAI, _TORCH = peers.SMP, "kornia", "monai", "torch cross_entropy"
 
 
 def _main() -> list[Arm]:
     return [
-        Arm("Dice", "main", "softmax with background, MONAI's defaults", _always(dice)),
-        Arm("Tversky", "main", _tversky_settings(TVERSKY), _always(tversky)),
+        Arm("Dice", "main", "an image at a time, with background", _always(dice), _always(_peer_dice), _MONAI),
+        Arm("Tversky", "main", _tversky_settings(TVERSKY), _always(tversky), _always(_peer_tversky), _MONAI),
         Arm("Lovász", "main", "present classes, over the batch", _always(lovasz), _always(_peer_lovasz), _SMP),
         Arm("Focal", "main", f"gamma {GAMMA:g}, no alpha, mean over pixels", _always(focal), _always(_peer_focal), _KORNIA),
         Arm("SCE", "main", f"label smoothing {SMOOTHING}", _always(sce), _always(_peer_sce), _TORCH),
@@ -169,7 +177,7 @@ def _sensitivity() -> list[Arm]:
 
 
 def _tversky_settings(weights: tuple[float, float]) -> str:
-    return f"false positives {weights[0]}, false negatives {weights[1]}"
+    return f"false positives {weights[0]}, false negatives {weights[1]}; as Dice"
 
 
 ARMS: dict[str, Arm] = {arm.name: arm for arm in (*_main(), *_extra(), *_sensitivity())}

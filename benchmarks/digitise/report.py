@@ -338,7 +338,7 @@ def write_report(
         f"![Where each loss puts its gradient]({stem}-instrument.png)" if page else "",
         "## Time",
         f"Medians over the steps of the runs with {long} steps; the peer's loss was timed in the place of ours every tenth "
-        "step. Dice and Tversky are MONAI's, and have no other.",
+        "step.",
         time_table(results, long),
         whole_time(results),
     ]
