@@ -23,7 +23,8 @@ def names():
     binary = torch.randn(2, 1, 16, 16, generator=generator, requires_grad=True)
     return {
         "veerloss": veerloss, "torch": torch, "logits": logits, "target": target, "C": 4, "binary_logits": binary,
-        "mask": (target[:, None] > 1).float(), "class_weights": torch.tensor([0.2, 1.0, 1.0, 2.0]), "distance": torch.ones(2, 16, 16),
+        "mask": (target[:, None] > 1).float(), "class_weights": torch.tensor([0.2, 1.0, 1.0, 2.0]),
+        "distance": torch.ones(2, 16, 16),
     }  # fmt: skip
 
 
