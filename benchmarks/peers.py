@@ -19,7 +19,8 @@ import veerloss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SMP = "segmentation-models-pytorch"
-PEERS = (SMP, "kornia", "torchvision")
+MONAI = "monai"
+PEERS = (SMP, "kornia", MONAI, "torchvision")
 ALPHA, GAMMA = 0.25, 2.0
 #: Contestants that bars and tables speak of.
 OURS, HISTOGRAM, EXACT = "veerloss", "veerloss histogram", "veerloss exact"
@@ -124,7 +125,7 @@ def _peer(package: str, module: str, make: Callable[..., Loss]) -> Lazy:
     def load() -> Loss:
         if version(package) == "not installed":
             raise Missing("not installed")
-        if package != "kornia":  # the others import torchvision
+        if package not in ("kornia", MONAI):  # the others import torchvision
             _declare_torchvision_ops()
         return make(importlib.import_module(module))
 
@@ -223,8 +224,23 @@ def sigmoid_focal_index() -> dict[str, Loss]:
     }
 
 
+def dice() -> dict[str, Loss]:
+    """logits [N, C, *], target [N, *]; sums over the batch, all classes. SMP leaves out classes without target pixels."""
+
+    def monai(losses) -> Loss:
+        loss = losses.DiceLoss(softmax=True, to_onehot_y=True, batch=True)
+        return lambda logits, target: loss(logits, target[:, None])
+
+    return {
+        OURS: veerloss.dice_loss,
+        CROSS_ENTROPY: F.cross_entropy,
+        MONAI: _peer(MONAI, "monai.losses", monai),
+        SMP: _peer(SMP, "segmentation_models_pytorch.losses", lambda losses: losses.DiceLoss("multiclass")),
+    }
+
+
 TASKS: dict[str, Callable[[], dict[str, Loss]]] = {
-    task.__name__: task for task in (lovasz_softmax, lovasz_hinge, softmax_focal, sigmoid_focal, sigmoid_focal_index)
+    task.__name__: task for task in (lovasz_softmax, lovasz_hinge, softmax_focal, sigmoid_focal, sigmoid_focal_index, dice)
 }
 
 

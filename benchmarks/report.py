@@ -18,7 +18,7 @@ from torch.utils import collect_env
 import veerloss
 
 from . import peers
-from .peers import BERMAN, CROSS_ENTROPY, EXACT, HISTOGRAM, OURS, SMP
+from .peers import BERMAN, CROSS_ENTROPY, EXACT, HISTOGRAM, MONAI, OURS, SMP
 
 Style = str | Callable[[dict], str]  # a cell of a row: a format of its values, or a function of it
 
@@ -39,6 +39,9 @@ SPEED_BARS = [
         ("sigmoid_focal", OURS, "plain formula", 15.0),
         ("sigmoid_focal", OURS, "torchvision, torch.compile", 1.3),
         ("sigmoid_focal", OURS, "plain formula, torch.compile", 1.3),
+        ("dice", OURS, CROSS_ENTROPY, 1 / 0.8),
+        ("dice", OURS, MONAI, 5.0),
+        ("dice", OURS, SMP, 5.0),
     )
 ]
 LOVASZ_ERROR_BARS = {EXACT: 1e-5, HISTOGRAM: 1e-3}  # gradient against float64, 1M pixels per segment

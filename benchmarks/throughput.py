@@ -33,6 +33,9 @@ def workloads(quick: bool) -> list[Inputs]:
         Inputs("sigmoid_focal", c19, dtype=BF16),
         Inputs("sigmoid_focal", c5),
         Inputs("sigmoid_focal_index", c19),
+        Inputs("dice", c19),
+        Inputs("dice", c19, dtype=BF16),
+        Inputs("dice", c5),
     ]
 
 

@@ -233,7 +233,7 @@ def unfinished(results: dict[Run, dict]) -> str:
 
 def machine(device: str) -> str:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, one thread a run"
-    packages = ", ".join(f"{name} {peers.version(name)}" for name in ("monai", *peers.PEERS))
+    packages = ", ".join(f"{name} {peers.version(name)}" for name in peers.PEERS)
     return f"veerloss {veerloss.__version__}, torch {torch.__version__}, {packages}; {where}."
 
 
