@@ -135,7 +135,8 @@ def dense_sigmoid(
     )
 
 
-_NO_LABEL = -(2**62)
+#: For one channel of class indices, where all are 0 or ignored: a background keeps them from being taken for a binary mask.
+NO_LABEL = -(2**62)
 
 
 def index_sigmoid(logits: Tensor, labels: Tensor, *, background: int | None = None, **options) -> Tensor:
@@ -144,7 +145,7 @@ def index_sigmoid(logits: Tensor, labels: Tensor, *, background: int | None = No
     Indices for one channel, where all are 0 or ignored, are ambiguous to the public function unless it has a background.
     """
     if background is None and logits.size(1) == 1:
-        background = _NO_LABEL
+        background = NO_LABEL
     return sigmoid_focal_loss(logits, labels, background_index=background, **options)
 
 

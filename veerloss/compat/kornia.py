@@ -1,4 +1,5 @@
-"""``kornia.losses``: focal_loss, binary_focal_loss_with_logits, lovasz_softmax_loss, lovasz_hinge_loss; their modules.
+"""``kornia.losses``: focal_loss, binary_focal_loss_with_logits, lovasz_softmax_loss, lovasz_hinge_loss, dice_loss and
+tversky_loss; their modules.
 
 The Lovász losses have kornia's values: each image by itself, all classes, present or not. Different on purpose:
 
@@ -21,6 +22,18 @@ of a negative. Errors are kornia's where kornia is imported. Different on purpos
 One call of the kernel: class indices, and binary targets of 0 and 1. Those of a float type are read to find out whether they
 are, which waits for a GPU; torch.compile takes the plain formula for them, and fuses it. Slower, in plain PyTorch: soft binary
 targets; a weight that requires a gradient; a function or module compiled by ``torch.jit.script``.
+
+dice_loss and tversky_loss have kornia's values, of each image by itself: "micro" is one Dice coefficient of all classes,
+"macro" the mean over the classes that the image's target has; an image without a valid pixel counts as a loss of 1. Different
+on purpose:
+
+- sums are exact; volumes, [B, C, P] and labels of any integer type work; no image in the batch: 0, not NaN;
+- a NaN or infinite logit of an ignored pixel is ignored too;
+- a negative eps, alpha or beta is an error.
+
+One call of the kernel: "macro" and Tversky; "micro" without a weight, whose intersection comes from softmax_focal_loss with
+gamma 0, and takes tensors of the size of the labels. "macro" with a weight reads the labels once more, for the classes that are
+there. Slower, in plain PyTorch: "micro" with a weight.
 """
 
 from __future__ import annotations
@@ -34,7 +47,9 @@ from ..focal import sigmoid_focal_loss as _sigmoid
 from ..focal import softmax_focal_loss as _softmax
 from ..lovasz import lovasz_hinge_loss as _hinge
 from ..lovasz import lovasz_softmax_loss as _lovasz
-from ._focal import index_error_as, is_hard, peer_error, positive_and_negative, power, to_opmath
+from ._focal import index_error_as, is_hard, positive_and_negative, power, to_opmath
+from ._kornia import check_per_class, check_pixels, keep, require
+from ._kornia_region import DiceLoss, TverskyLoss, dice_loss, tversky_loss
 
 PEER = "kornia"
 DISTRIBUTION = "kornia"
@@ -44,6 +59,10 @@ REPLACES = {
     "kornia.losses.focal:FocalLoss": "FocalLoss",
     "kornia.losses.focal:binary_focal_loss_with_logits": "binary_focal_loss_with_logits",
     "kornia.losses.focal:BinaryFocalLossWithLogits": "BinaryFocalLossWithLogits",
+    "kornia.losses.dice:dice_loss": "dice_loss",
+    "kornia.losses.dice:DiceLoss": "DiceLoss",
+    "kornia.losses.tversky:tversky_loss": "tversky_loss",
+    "kornia.losses.tversky:TverskyLoss": "TverskyLoss",
     "kornia.losses.lovasz_softmax:lovasz_softmax_loss": "lovasz_softmax_loss",
     "kornia.losses.lovasz_softmax:LovaszSoftmaxLoss": "LovaszSoftmaxLoss",
     "kornia.losses.lovasz_hinge:lovasz_hinge_loss": "lovasz_hinge_loss",
@@ -52,13 +71,17 @@ REPLACES = {
 
 __all__ = [
     "BinaryFocalLossWithLogits",
+    "DiceLoss",
     "FocalLoss",
     "LovaszHingeLoss",
     "LovaszSoftmaxLoss",
+    "TverskyLoss",
     "binary_focal_loss_with_logits",
+    "dice_loss",
     "focal_loss",
     "lovasz_hinge_loss",
     "lovasz_softmax_loss",
+    "tversky_loss",
 ]
 
 
@@ -92,9 +115,9 @@ def focal_loss(
     if not torch.jit.is_scripting():
         _check(pred, target, reduction)
         expected = pred.shape[:1] + pred.shape[2:]
-        _require(target.shape == expected, f"target must have the shape {list(expected)}, got {list(target.shape)}")
-        _require(target.dtype == torch.int64, f"target must hold class indices as int64, got {target.dtype}")
-        _check_per_class("weight", weight, pred)
+        require(target.shape == expected, f"target must have the shape {list(expected)}, got {list(target.shape)}")
+        require(target.dtype == torch.int64, f"target must hold class indices as int64, got {target.dtype}")
+        check_per_class("weight", weight, pred)
         if weight is None or not weight.requires_grad:
             return _focal_loss(pred, target, alpha, gamma, reduction, weight, ignore_index)
     return _plain_focal_loss(pred, target, alpha, gamma, reduction, weight, ignore_index)
@@ -166,7 +189,7 @@ class FocalLoss(nn.Module):
         self.alpha: float | None = alpha
         self.gamma: float = gamma
         self.reduction: str = reduction
-        _keep(self, "weight", weight)
+        keep(self, "weight", weight)
         self.ignore_index: int | None = ignore_index
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -201,9 +224,9 @@ def binary_focal_loss_with_logits(
     """
     if not torch.jit.is_scripting():
         _check(pred, target, reduction)
-        _require(target.shape == pred.shape, f"target must have the shape {list(pred.shape)}, got {list(target.shape)}")
-        _check_per_class("pos_weight", pos_weight, pred)
-        _check_per_class("weight", weight, pred)
+        require(target.shape == pred.shape, f"target must have the shape {list(pred.shape)}, got {list(target.shape)}")
+        check_per_class("pos_weight", pos_weight, pred)
+        check_per_class("weight", weight, pred)
         constant = not any(t is not None and t.requires_grad for t in (target, pos_weight, weight))
         constant = constant and not isinstance(alpha, Tensor)
         if constant and is_hard(target, ignore_index):
@@ -275,8 +298,8 @@ class BinaryFocalLossWithLogits(nn.Module):
         self.alpha: float | None = alpha
         self.gamma: float = gamma
         self.reduction: str = reduction
-        _keep(self, "pos_weight", pos_weight)
-        _keep(self, "weight", weight)
+        keep(self, "pos_weight", pos_weight)
+        keep(self, "weight", weight)
         self.ignore_index: int | None = ignore_index
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
@@ -310,12 +333,12 @@ def lovasz_softmax_loss(pred: Tensor, target: Tensor, weight: Tensor | None = No
 
 
 def _lovasz_softmax_loss(pred, target, weight):
-    _require(pred.dim() >= 3, f"pred must have the shape [B, C, *], got {list(pred.shape)}", "ShapeError")
-    _require(target.dim() == pred.dim() - 1, f"target must have the shape [B, *], got {list(target.shape)}", "ShapeError")
+    require(pred.dim() >= 3, f"pred must have the shape [B, C, *], got {list(pred.shape)}", "ShapeError")
+    require(target.dim() == pred.dim() - 1, f"target must have the shape [B, *], got {list(target.shape)}", "ShapeError")
     if pred.size(1) < 2:
         raise ValueError(f"Invalid pred shape: expected [B, C, *] with C > 1, got {list(pred.shape)}")
-    _check_pixels(pred, target, pred.size(0) == 1)
-    _check_per_class("weight", weight, pred)
+    check_pixels(pred, target, pred.size(0) == 1)
+    check_per_class("weight", weight, pred)
     if pred.size(0) != target.size(0):
         pred = pred.expand(target.size(0), *pred.shape[1:])
     if target.dtype.is_floating_point or target.dtype == torch.bool:
@@ -344,7 +367,7 @@ class LovaszSoftmaxLoss(nn.Module):
 
     def __init__(self, weight: Tensor | None = None) -> None:
         super().__init__()
-        _keep(self, "weight", weight)
+        keep(self, "weight", weight)
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         return lovasz_softmax_loss(pred, target, self.weight)
@@ -371,9 +394,9 @@ def lovasz_hinge_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 def _lovasz_hinge_loss(pred, target):
     fits = pred.dim() >= 3 and pred.size(1) == 1
-    _require(fits, f"pred must have the shape [B, 1, *], got {list(pred.shape)}", "ShapeError")
-    _require(target.dim() == pred.dim() - 1, f"target must have the shape [B, *], got {list(target.shape)}", "ShapeError")
-    _check_pixels(pred, target, False)
+    require(fits, f"pred must have the shape [B, 1, *], got {list(pred.shape)}", "ShapeError")
+    require(target.dim() == pred.dim() - 1, f"target must have the shape [B, *], got {list(target.shape)}", "ShapeError")
+    check_pixels(pred, target, False)
     return _hinge(pred, target)
 
 
@@ -387,43 +410,10 @@ class LovaszHingeLoss(nn.Module):
         return lovasz_hinge_loss(pred, target)
 
 
-def _check_pixels(pred: Tensor, target: Tensor, one_for_all: bool) -> None:
-    if pred.shape[2:] != target.shape[1:] or not (one_for_all or pred.size(0) == target.size(0)):
-        raise ValueError(f"pred and target shapes must be the same, got {list(pred.shape)} and {list(target.shape)}")
-    if pred.device != target.device:
-        raise ValueError(f"pred and target must be in the same device, got {pred.device} and {target.device}")
-
-
-def _require(condition: bool, message: str, error: str = "BaseError") -> None:
-    if not condition:
-        raise peer_error("kornia.core.exceptions", error, ValueError)(message)
-
-
 def _check(pred: Tensor, target: Tensor, reduction: str) -> None:
-    _require(pred.dim() >= 2, f"pred must have the shape [B, C, *], got {list(pred.shape)}", "ShapeError")
-    _require(
+    require(pred.dim() >= 2, f"pred must have the shape [B, C, *], got {list(pred.shape)}", "ShapeError")
+    require(
         pred.device == target.device, f"target must be on the device of pred, {str(pred.device)!r}, got {str(target.device)!r}"
     )
     if reduction not in REDUCTIONS:
         raise NotImplementedError(f"Invalid reduction mode: expected one of {REDUCTIONS}, got {reduction!r}")
-
-
-def _check_per_class(name: str, value: Tensor | None, pred: Tensor) -> None:
-    if value is None:
-        return
-    if not isinstance(value, Tensor):
-        raise peer_error("kornia.core.exceptions", "TypeCheckError", TypeError)(
-            f"{name} must be a Tensor or None, got {type(value).__name__}"
-        )
-    _require(value.shape == pred.shape[1:2], f"{name} must have the shape [{pred.size(1)}], got {list(value.shape)}")
-    _require(
-        value.device == pred.device, f"{name} must be on the device of pred, {str(pred.device)!r}, got {str(value.device)!r}"
-    )
-
-
-def _keep(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """A parameter as it is, anything else as a buffer that is not saved."""
-    if isinstance(value, nn.Parameter):
-        setattr(module, name, value)
-    else:
-        module.register_buffer(name, value, persistent=False)

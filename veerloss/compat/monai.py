@@ -1,6 +1,6 @@
-"""``monai.losses.FocalLoss``, with either activation.
+"""``monai.losses``: FocalLoss, with either activation; DiceLoss, TverskyLoss, GeneralizedDiceLoss, DiceCELoss, DiceFocalLoss.
 
-Values are MONAI's, and so is the type of the loss, float32. The sigmoid with one alpha per class weights positives alone; the
+FocalLoss has MONAI's values, and its type of loss, float32. The sigmoid with one alpha per class weights positives alone; the
 softmax with one number gives class 0 1 - alpha and the others alpha; "sum" is the mean over the volume, summed over images and
 channels; soft targets are weighted as MONAI weights them. Different on purpose:
 
@@ -17,17 +17,35 @@ float type are read to find out whether they are, which waits for a GPU; torch.c
 fuses it. Slower, in plain PyTorch: soft targets with the sigmoid; targets per channel with the softmax and reduction "none" or
 a type that is not float; targets that require a gradient; a module compiled by ``torch.jit.script``. Targets per channel with
 ignore_index and one weight or alpha per class take a weight of the size of the logits.
+
+DiceLoss, TverskyLoss and GeneralizedDiceLoss have MONAI's values; DiceCELoss and DiceFocalLoss are sums of a DiceLoss and the
+other loss. Different on purpose:
+
+- sums are exact; of half-precision logits the loss is float32, where MONAI adds in half precision, counts beyond 65504 as inf;
+- all of an image (with ``batch``, of the batch) ignored: 0, where MONAI has 1 - smooth_nr / smooth_dr; 0 / 0: 0, not NaN;
+- GeneralizedDiceLoss takes [B, C] logits, on which MONAI fails;
+- a NaN or infinite logit of an ignored voxel is ignored too;
+- targets per channel outside [0, 1] are an error in what the kernel takes; ``squared_pred`` takes integer targets, too;
+- negative weights are an error when the module is made; DiceCELoss takes float64 logits with a float32 weight;
+- DiceFocalLoss has what differs in FocalLoss.
+
+One call of the kernel: ``to_onehot_y``, and targets per channel, hard or soft, with ``sigmoid``, ``softmax``, or, after
+``other_act`` or without any of them, probabilities, which are read once more to see that they are in [0, 1]. Slower, in plain
+PyTorch: the latter outside of that, or under torch.compile; targets per channel with ignore_index; soft ones with
+``soft_label`` (float ones are read once more for it) unless ``squared_pred``; [B, C] without ``batch``; targets that require a
+gradient; a negative alpha, beta or smoothing; all of GeneralizedDiceLoss; a module compiled by ``torch.jit.script``. The
+cross-entropy of DiceCELoss is a kernel too, but for one channel with a weight.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from .._arguments import REDUCTIONS
@@ -43,13 +61,21 @@ from ._focal import (
     power,
     require,
 )
+from ._monai_region import DiceLoss, GeneralizedDiceLoss, TverskyLoss, checked, valid_voxels
 
 PEER = "monai"
 DISTRIBUTION = "monai"
 VERSIONS = ">=1.3,<1.7"
-REPLACES = {"monai.losses.focal_loss:FocalLoss": "FocalLoss"}
+REPLACES = {
+    "monai.losses.focal_loss:FocalLoss": "FocalLoss",
+    "monai.losses.dice:DiceLoss": "DiceLoss",
+    "monai.losses.dice:DiceCELoss": "DiceCELoss",
+    "monai.losses.dice:DiceFocalLoss": "DiceFocalLoss",
+    "monai.losses.dice:GeneralizedDiceLoss": "GeneralizedDiceLoss",
+    "monai.losses.tversky:TverskyLoss": "TverskyLoss",
+}
 
-__all__ = ["FocalLoss"]
+__all__ = ["DiceCELoss", "DiceFocalLoss", "DiceLoss", "FocalLoss", "GeneralizedDiceLoss", "TverskyLoss"]
 
 
 class FocalLoss(_Loss):
@@ -77,10 +103,7 @@ class FocalLoss(_Loss):
         use_softmax: bool = False,
         ignore_index: int | None = None,
     ) -> None:
-        reduction = str(getattr(reduction, "value", reduction))  # MONAI has an enumeration for it
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-        super().__init__(reduction=reduction)
+        super().__init__(reduction=checked(reduction, REDUCTIONS, "reduction"))
         self.include_background = include_background
         self.to_onehot_y = to_onehot_y
         self.gamma = gamma
@@ -196,7 +219,7 @@ class FocalLoss(_Loss):
         return torch.zeros_like(input, dtype=loss.dtype).scatter_(1, place.long().unsqueeze(1), loss.unsqueeze(1))
 
     def _per_channel(self, input, target, skip, classes, alpha, weight):
-        mask = _mask(target, self.ignore_index)
+        mask = valid_voxels(target, self.ignore_index)
         x, t = (input[:, 1:], target[:, 1:]) if skip else (input, target)
         ignore_index = self.ignore_index if target.shape[1] == 1 else None
         if self.use_softmax:
@@ -264,17 +287,6 @@ def _broadcast(weight: Tensor | None, input: Tensor) -> Tensor:
     return weight.reshape(-1, *[1] * (input.dim() - 2))
 
 
-def _mask(target: Tensor, ignore_index: int | None) -> Tensor | None:
-    """[B, 1, \\*], float32: 1 where a voxel counts, 0 where it is ignored."""
-    if ignore_index is None:
-        return None
-    if target.shape[1] == 1:
-        return (target != ignore_index).float()
-    if ignore_index >= 0 and ignore_index < target.shape[1]:
-        return 1.0 - target[:, ignore_index : ignore_index + 1].float()
-    return (target.sum(1, keepdim=True) > 0).float()
-
-
 def _plain(
     input: Tensor,
     target: Tensor,
@@ -289,7 +301,7 @@ def _plain(
 ) -> Tensor:
     """All of it in plain PyTorch, which TorchScript compiles."""
     channels = input.shape[1]
-    mask = _mask(target, ignore_index)
+    mask = valid_voxels(target, ignore_index)
     if to_onehot_y and channels > 1:
         labels = target[:, 0].long()
         if mask is not None:
@@ -337,3 +349,150 @@ def _plain(
         volume = torch.ones_like(loss[:, :1]) if mask is None else mask
         loss = (loss.flatten(1).sum(1) / volume.flatten(1).sum(1).clamp(min=1.2e-7)).sum()
     return loss
+
+
+class _Compound(_Loss):
+    """The sum of a Dice loss and another, each with a factor."""
+
+    @torch.jit.unused
+    def _check(self, input: Tensor, target: Tensor) -> None:
+        if input.dim() != target.dim() or (target.shape[1] != 1 and target.shape[1] != input.shape[1]):
+            raise ValueError(
+                f"target must have the dimensions of input, {list(input.shape)}, and one channel or as many, got "
+                f"{list(target.shape)}"
+            )
+
+
+class DiceCELoss(_Compound):
+    """:class:`DiceLoss`, whose arguments are not explained again, and cross-entropy of the logits.
+
+    Args:
+        reduction: "mean" or "sum".
+        weight: [C], of both; for one channel, that of the cross-entropy's positives.
+        lambda_dice, lambda_ce: factors, >= 0.
+        label_smoothing: of the softmax cross-entropy.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable | None = None,
+        squared_pred: bool = False,
+        jaccard: bool = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        weight: Tensor | None = None,
+        lambda_dice: float = 1.0,
+        lambda_ce: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        reduction = checked(reduction, ("mean", "sum"), "reduction")
+        dice_weight = weight[1:] if weight is not None and not include_background else weight
+        self.dice = DiceLoss(
+            include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
+            smooth_dr, batch, dice_weight,
+        )  # fmt: skip
+        self.cross_entropy = nn.CrossEntropyLoss(weight, reduction=reduction, label_smoothing=label_smoothing)
+        self.binary_cross_entropy = nn.BCEWithLogitsLoss(reduction=reduction, pos_weight=weight)
+        self.lambda_dice = _factor("lambda_dice", lambda_dice)
+        self.lambda_ce = _factor("lambda_ce", lambda_ce)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits [B, C, \\*] and a target [B, C, \\*] or [B, 1, \\*].
+
+        Raises:
+            ValueError: the dimensions or channels do not fit.
+            AssertionError: the shapes do not fit.
+        """
+        if not torch.jit.is_scripting():
+            self._check(input, target)
+            dice = self.dice(input, target)
+            return self.lambda_dice * dice + self.lambda_ce * self._fused_ce(input, target)
+        if input.shape[1] == 1:
+            entropy = self.binary_cross_entropy(input, target.to(input.dtype))
+        elif target.shape[1] == 1:
+            entropy = self.cross_entropy(input, target[:, 0].long())
+        else:
+            entropy = self.cross_entropy(input, target.to(input.dtype))
+        return self.lambda_dice * self.dice(input, target) + self.lambda_ce * entropy
+
+    @torch.jit.unused
+    def _fused_ce(self, input: Tensor, target: Tensor) -> Tensor:
+        weight, reduction = self.cross_entropy.weight, self.cross_entropy.reduction
+        binary, labelled = input.shape[1] == 1, target.shape[1] == 1
+        with float32_loss(input):
+            if target.requires_grad or (binary and weight is not None):
+                target = target if target.is_floating_point() else target.to(input.dtype)
+                return (self.binary_cross_entropy if binary else self.cross_entropy)(input, target)
+            if binary:
+                return _sigmoid(input, target, gamma=0.0, reduction=reduction)
+            options = {"alpha": weight, "gamma": 0.0, "label_smoothing": self.cross_entropy.label_smoothing}
+            if not labelled:
+                target = target if target.is_floating_point() else target.to(input.dtype)
+                return _softmax(input, target, reduction=reduction, **options)
+            labels = target[:, 0].long() if target.is_floating_point() else target[:, 0]
+            if weight is None or reduction == "sum":
+                return _softmax(input, labels, reduction=reduction, **options)
+            total = _softmax(input, labels, reduction="sum", **options)
+            weights = weight.to(total)[labels.long().clamp(min=0)].where(labels != -100, 0.0).sum()
+            return torch.where(weights == 0, 0.0, total / torch.where(weights == 0, 1.0, weights))
+
+
+class DiceFocalLoss(_Compound):
+    """:class:`DiceLoss` and :class:`FocalLoss` of the sigmoid, whose arguments are not explained again.
+
+    Args:
+        lambda_dice, lambda_focal: factors, >= 0.
+    """
+
+    def __init__(
+        self,
+        include_background: bool = True,
+        to_onehot_y: bool = False,
+        sigmoid: bool = False,
+        softmax: bool = False,
+        other_act: Callable | None = None,
+        squared_pred: bool = False,
+        jaccard: bool = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = False,
+        gamma: float = 2.0,
+        weight: Sequence[float] | float | int | Tensor | None = None,
+        lambda_dice: float = 1.0,
+        lambda_focal: float = 1.0,
+        alpha: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.dice = DiceLoss(
+            include_background, to_onehot_y, sigmoid, softmax, other_act, squared_pred, jaccard, reduction, smooth_nr,
+            smooth_dr, batch, weight,
+        )  # fmt: skip
+        self.focal = FocalLoss(include_background, to_onehot_y, gamma, alpha, weight, reduction)
+        self.lambda_dice = _factor("lambda_dice", lambda_dice)
+        self.lambda_focal = _factor("lambda_focal", lambda_focal)
+        self.to_onehot_y = to_onehot_y
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits [B, C, \\*] and a target [B, C, \\*] or, with ``to_onehot_y``, [B, 1, \\*].
+
+        Raises:
+            ValueError: the dimensions or channels do not fit.
+            AssertionError: the shapes do not fit.
+        """
+        if not torch.jit.is_scripting():
+            self._check(input, target)
+        return self.lambda_dice * self.dice(input, target) + self.lambda_focal * self.focal(input, target)
+
+
+def _factor(name: str, value: float) -> float:
+    if value < 0:
+        raise ValueError(f"{name} should be no less than 0.0, got {value}")
+    return value

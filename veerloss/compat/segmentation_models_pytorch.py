@@ -1,5 +1,5 @@
-"""``segmentation_models_pytorch.losses``: LovaszLoss and FocalLoss in their three modes, and the functions of
-``losses._functional`` that FocalLoss calls.
+"""``segmentation_models_pytorch.losses``: LovaszLoss, FocalLoss, DiceLoss, JaccardLoss and TverskyLoss in their three modes,
+and the functions of ``losses._functional`` that FocalLoss calls.
 
 LovaszLoss has SMP's values, which are Berman's: "multiclass" is the softmax over the classes present, "binary" and "multilabel"
 the hinge, all channels of "multilabel" together. Different on purpose:
@@ -20,9 +20,24 @@ FocalLoss has SMP's values: "multiclass" is one class against the rest; soft tar
 - an unknown reduction, which SMP takes for "none", labels that are no class, which are background to it, alpha outside [0, 1]
   and a negative gamma are errors.
 
+DiceLoss, JaccardLoss and TverskyLoss have SMP's values: a class without a target pixel has a loss of 0 and counts in the mean;
+the intersection of soft targets is the sum of min(p, t). Different on purpose:
+
+- sums are exact, whatever the type of the logits; SMP adds half precision in half precision, and counts beyond 65504 are inf;
+- gamma below 1: no NaN in the gradient of a loss of 0; ``from_logits=False``: the gradient of a probability that is its target;
+- a NaN or infinite logit of an ignored pixel is ignored too, and class indices of any type work;
+- a target of "binary" or "multilabel" outside [0, 1] is an error;
+- ``compute_score``, which SMP's classes have for their subclasses, is not here: there are no probabilities to give it.
+
+:func:`veerloss.patch` before the code that imports these three: an object of SMP's own class, held from before, cannot be made
+while it is patched (its ``__init__`` finds itself by name, and finds ours: TypeError).
+
 One call of the kernel: "multiclass", and targets of 0 and 1 in the other modes. Those of a float type are read to find out
 whether they are, which waits for a GPU; torch.compile takes the plain formula for them, and fuses it. Slower, in plain PyTorch:
-``normalized``, ``reduced_threshold``, soft targets, and those that require a gradient; ``from_logits=False`` makes a copy.
+``normalized``, ``reduced_threshold``, soft targets, and those that require a gradient; ``from_logits=False`` makes a copy. Of
+DiceLoss, JaccardLoss and TverskyLoss: soft targets and those that require a gradient; ``from_logits=False`` under torch.compile
+or of numbers outside [0, 1], for which it reads the prediction once more; an eps that counts, which is above beta + smooth, or
+below 1e-7 with log_loss.
 """
 
 from __future__ import annotations
@@ -50,6 +65,8 @@ from ._focal import (
     require,
     to_opmath,
 )
+from ._smp_region import MODES as _MODES
+from ._smp_region import DiceLoss, JaccardLoss, TverskyLoss
 
 PEER = "segmentation_models_pytorch"
 DISTRIBUTION = "segmentation-models-pytorch"
@@ -57,13 +74,23 @@ VERSIONS = ">=0.6,<0.7"
 REPLACES = {
     "segmentation_models_pytorch.losses.lovasz:LovaszLoss": "LovaszLoss",
     "segmentation_models_pytorch.losses.focal:FocalLoss": "FocalLoss",
+    "segmentation_models_pytorch.losses.dice:DiceLoss": "DiceLoss",
+    "segmentation_models_pytorch.losses.jaccard:JaccardLoss": "JaccardLoss",
+    "segmentation_models_pytorch.losses.tversky:TverskyLoss": "TverskyLoss",
     "segmentation_models_pytorch.losses._functional:focal_loss_with_logits": "focal_loss_with_logits",
     "segmentation_models_pytorch.losses._functional:softmax_focal_loss_with_logits": "softmax_focal_loss_with_logits",
 }
 
-__all__ = ["FocalLoss", "LovaszLoss", "focal_loss_with_logits", "softmax_focal_loss_with_logits"]
+__all__ = [
+    "DiceLoss",
+    "FocalLoss",
+    "JaccardLoss",
+    "LovaszLoss",
+    "TverskyLoss",
+    "focal_loss_with_logits",
+    "softmax_focal_loss_with_logits",
+]
 
-_MODES = ("binary", "multiclass", "multilabel")
 _REDUCTIONS = ("none", "mean", "sum", "batchwise_mean", None)
 
 
