@@ -66,6 +66,14 @@ class _RegionLoss(_Loss):
         )
 
     @torch.jit.unused
+    def _check_labels(self, input: Tensor, target: Tensor) -> None:
+        """The error of a scatter with an index that is out of range, where looking does not wait for a GPU."""
+        labelled = self.to_onehot_y and input.shape[1] > 1
+        if labelled and target.device.type == "cpu" and not torch.compiler.is_compiling():
+            with index_error_as(RuntimeError):
+                check_label_range(target, input.shape[1], self.ignore_index)
+
+    @torch.jit.unused
     def _losses(
         self, input: Tensor, target: Tensor, alpha: float, beta: float, smooth: tuple[float, float], squared: bool
     ) -> Tensor:
@@ -77,9 +85,7 @@ class _RegionLoss(_Loss):
         labelled = self.to_onehot_y and channels > 1
         activation = "sigmoid" if self.sigmoid else "softmax" if self.softmax and channels > 1 else "none"
         if not self._fuses(input, target, labelled, activation, min(alpha, beta, *smooth), squared):
-            if labelled and target.device.type == "cpu" and not torch.compiler.is_compiling():
-                with index_error_as(RuntimeError):
-                    check_label_range(target, channels, self.ignore_index)
+            self._check_labels(input, target)
             return self._plain_losses(input, target, alpha, beta, smooth[0], smooth[1], squared)
         if labelled:
             target = target[:, 0]
@@ -312,6 +318,7 @@ class GeneralizedDiceLoss(_RegionLoss):
         """As :meth:`DiceLoss.forward`."""
         if not torch.jit.is_scripting():
             self._checked_target(input, target)
+            self._check_labels(input, target)
         if self.other_act is not None:
             input = self.other_act(input)
         p, t, _ = self._probabilities(input, target)
