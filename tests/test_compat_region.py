@@ -319,6 +319,9 @@ def test_monai_scripted():
 
 def test_targets_that_require_a_gradient():
     x, t = some("soft", torch.float64)
+    hard = some("hard")[1].double().requires_grad_()
+    expected = torch.autograd.grad((1 - index_of(x.sigmoid(), hard, dims=(0, 2, 3), soft=True)).mean(), hard)
+    torch.testing.assert_close(torch.autograd.grad(smp.DiceLoss("multilabel")(x, hard), hard), expected)
     t = t.double().requires_grad_()
     expected = torch.autograd.grad((1 - index_of(x.sigmoid(), t, dims=(0, 2, 3), soft=True)).mean(), t)
     torch.testing.assert_close(torch.autograd.grad(smp.DiceLoss("multilabel")(x, t), t), expected)

@@ -103,8 +103,16 @@ def test_without_a_volume(batch, name):
     for softmax in (False, True):
         options = {"softmax": softmax, "sigmoid": not softmax, "batch": batch, "to_onehot_y": True}
         for reduction in ("none", "mean"):
-            losses = (getattr(m, name)(**options, reduction=reduction) for m in (ours, peer))
-            agree(*losses, logits_of((6, 3), 0), labels_of((6, 3), 0).unsqueeze(1))
+            for weight in (None, 0.3) if name == "DiceLoss" else (None,):
+                rest = {} if weight is None else {"weight": weight}
+                losses = (getattr(m, name)(**options, **rest, reduction="sum" if rest else reduction) for m in (ours, peer))
+                agree(*losses, logits_of((6, 3), 0), labels_of((6, 3), 0).unsqueeze(1), rtol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{"alpha": -0.1}, {"beta": -0.1}, {"smooth_nr": -0.1}, {"smooth_dr": -0.1}])
+def test_negative_numbers(options):
+    losses = (m.TverskyLoss(sigmoid=True, **options) for m in (ours, peer))
+    agree(*losses, logits_of((2, 3, 9), 0), hard_of((2, 3, 9), 0))
 
 
 @over_names
@@ -223,10 +231,13 @@ def test_both_warn_of_one_channel(name, options):
 def test_an_ignored_image_is_a_loss_there(name):
     x, labels = logits_of((2, 3, 5), 0), labels_of((2, 3, 5), 0).unsqueeze(1)
     labels[0] = 255
-    options = {"softmax": True, "to_onehot_y": True, "ignore_index": 255, "reduction": "none", "smooth_nr": 0.0}
-    assert (getattr(peer, name)(**options)(x, labels)[0] == 1).all()
-    value, gradient = run(getattr(ours, name)(**options), x, labels)
-    assert not value[0].any() and not gradient[0].any() and value[1].all()
+    dense = F.one_hot(labels[:, 0].clamp(max=2), 3).movedim(-1, 1).double()
+    dense[0] = 0
+    for to_onehot_y, target in ((True, labels), (False, dense)):
+        options = {"softmax": True, "to_onehot_y": to_onehot_y, "ignore_index": 255, "reduction": "none", "smooth_nr": 0.0}
+        assert (getattr(peer, name)(**options)(x, target)[0] == 1).all()
+        value, gradient = run(getattr(ours, name)(**options), x, target)
+        assert not value[0].any() and not gradient[0].any() and value[1].all()
 
 
 @pytest.mark.parametrize("name", ["DiceLoss", "TverskyLoss"])

@@ -109,6 +109,22 @@ def test_monai_unet_with_its_focal_loss():
     assert used == [theirs, our_monai.FocalLoss]
 
 
+def test_monai_unet_with_its_dice_and_cross_entropy():
+    x, labels = pictures(2, 64)
+    used = []
+
+    def run():
+        torch.manual_seed(0)
+        network = monai.networks.nets.UNet(2, 3, 3, channels=(8, 16, 32), strides=(2, 2))
+        loss = monai.losses.DiceCELoss(to_onehot_y=True, softmax=True, include_background=False)
+        used.append(type(loss))
+        return train(network, loss, x, labels.unsqueeze(1), lr=0.1)
+
+    theirs = monai.losses.DiceCELoss
+    same_run(run, lambda: veerloss.patch("monai"), labels)
+    assert used == [theirs, our_monai.DiceCELoss]
+
+
 #: Berman's interface, as short as it can be: a project's copy of his file.
 BERMAN = """
     import torch

@@ -120,7 +120,7 @@ def _weighted_micro(pred: Tensor, target: Tensor, eps: float, weight: Tensor, ig
     weight = weight.to(p.dtype)
     of_label = torch.where(valid, weight[labels], 0.0)
     found = (p.gather(1, labels.unsqueeze(1)).squeeze(1) * of_label).sum(1)
-    mass = (torch.einsum("bcp,c->bp", p, weight) * valid).sum(1) + of_label.sum(1)
+    mass = (torch.matmul(weight, p) * valid).sum(1) + of_label.sum(1)
     none = mass == 0
     return mean_of(1 - torch.where(none, 0.0, 2 * found / torch.where(none, 1.0, mass + eps)))
 

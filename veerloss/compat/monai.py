@@ -440,7 +440,7 @@ class DiceCELoss(_Compound):
             if weight is None or reduction == "sum":
                 return _softmax(input, labels, reduction=reduction, **options)
             total = _softmax(input, labels, reduction="sum", **options)
-            weights = weight.to(total)[labels.long().clamp(min=0)].where(labels != -100, 0.0).sum()
+            weights = weight.to(total)[labels.long().clamp(0, input.shape[1] - 1)].sum()
             return torch.where(weights == 0, 0.0, total / torch.where(weights == 0, 1.0, weights))
 
 
