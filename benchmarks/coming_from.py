@@ -133,7 +133,7 @@ def _lovasz(module) -> peers.Loss:
 
 CASES = [
     *(Case("lovasz_losses", "lovasz_softmax", inputs, BERMAN, _lovasz) for inputs in (images, points, voxels)),
-    Case("segmentation_models_pytorch", "SegmentLoss", images, SMP, lambda m: m.SegmentLoss("multiclass")),
+    Case("segmentation_models_pytorch", "LovaszLoss", images, SMP, lambda m: m.LovaszLoss("multiclass")),
     Case("segmentation_models_pytorch", "FocalLoss", images, SMP, lambda m: m.FocalLoss("multiclass", alpha=0.25)),
     Case("kornia", "lovasz_softmax_loss", images, KORNIA, lambda m: m.lovasz_softmax_loss),
     Case("kornia", "focal_loss", images, KORNIA, lambda m: functools.partial(m.focal_loss, alpha=0.5, reduction="mean")),
@@ -141,7 +141,7 @@ CASES = [
         "monai", "FocalLoss, softmax", images, MONAI,
         lambda m: with_channel(m.FocalLoss(to_onehot_y=True, use_softmax=True)),
     ),
-    Case("pytorch_toolbelt", "SegmentLoss", images, "pytorch_toolbelt.losses", lambda m: of_probabilities(m.SegmentLoss())),
+    Case("pytorch_toolbelt", "LovaszLoss", images, "pytorch_toolbelt.losses", lambda m: of_probabilities(m.LovaszLoss())),
     Case(
         "torchvision", "sigmoid_focal_loss", detection_one_hot, "torchvision.ops",
         lambda m: functools.partial(m.sigmoid_focal_loss, reduction="sum"),

@@ -133,7 +133,7 @@ def _peer(package: str, module: str, make: Callable[..., Loss]) -> Lazy:
 
 
 def _smp(mode: str, **options) -> Lazy:
-    return _peer(SMP, "segmentation_models_pytorch.losses", lambda losses: losses.SegmentLoss(mode, **options))
+    return _peer(SMP, "segmentation_models_pytorch.losses", lambda losses: losses.LovaszLoss(mode, **options))
 
 
 def _kornia(make: Callable[..., Loss]) -> Lazy:
