@@ -264,7 +264,7 @@ def test_what_bounds_a_kernel(monkeypatch):
     assert spent(many, tables=1e4)["small steps"] == pytest.approx(small + 1)
 
 
-@pytest.mark.parametrize("task", peers.TASKS)
+@pytest.mark.parametrize("task", (*gpu_report.FOCAL, *gpu_report.LOVASZ))
 def test_predictions_stand_beside_measurements(task):
     """Of ours, and of the sort where that runs; nothing of peers."""
     shape = (2, 64, 64) if task == "lovasz_hinge" else (2, 19, 16, 16)

@@ -157,7 +157,7 @@ class BlockClasses {
 // registers than there are, and spills some.
 template <class In, class Range, Pixels kind>
 __global__ void __launch_bounds__(Policy::threads, 1)
-    segment_gradient_kernel(LovaszHistogramBackward args, Chunks chunks, Tensors tensors, int strip) {
+    lovasz_gradient_kernel(LovaszHistogramBackward args, Chunks chunks, Tensors tensors, int strip) {
   constexpr int threads = Policy::threads;
   VEERLOSS_DYNAMIC_SHARED(memory);
   __shared__ LabelClass label_classes[Range::most];
@@ -366,9 +366,9 @@ void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
         const int64_t strip = !in_rows ? 0 : fit < threads ? fit : threads;
         LovaszHistogramBackward with_rule = args;
         with_rule.batch.rule = without_none(b.rule);
-        launch(in_rows       ? segment_gradient_kernel<In, Range, Pixels::in_rows>
-               : chunks.flat ? segment_gradient_kernel<In, Range, Pixels::of_images>
-                             : segment_gradient_kernel<In, Range, Pixels::of_image>,
+        launch(in_rows       ? lovasz_gradient_kernel<In, Range, Pixels::in_rows>
+               : chunks.flat ? lovasz_gradient_kernel<In, Range, Pixels::of_images>
+                             : lovasz_gradient_kernel<In, Range, Pixels::of_image>,
                {.blocks = chunks.images * chunks.chunks,
                 .threads = threads,
                 .stream = args.stream,
