@@ -301,7 +301,7 @@ def test_backends_of_a_gpu(monkeypatch):
     monkeypatch.setitem(arguments.native_missing, "cuda", None)
     monkeypatch.setattr(arguments, "triton_missing", lambda _: None)
     assert arguments.choose_backend("auto", gpu, "region") == "reference"
-    with pytest.raises(RuntimeError, match="backend='native' cannot run on device 'cuda': region losses have no kernels for GPUs"):
+    with pytest.raises(RuntimeError, match="region losses have no kernels for GPUs"):
         arguments.choose_backend("native", gpu, "region")
     losses = set(arguments.LOSSES) - {"region"}
     for loss in losses:
