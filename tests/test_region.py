@@ -1,4 +1,4 @@
-"""The region losses, on every backend that has kernels of them, and their reference."""
+"""The region losses, on every backend that has kernels of them, and their reference. One file, because every test is of all."""
 
 import itertools
 import math

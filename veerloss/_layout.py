@@ -58,6 +58,9 @@ GRADIENT_TOLERANCE, LOSS_TOLERANCE = 5e-4, 1e-6
 
 #: Of a segment's sums: see csrc/math/region.h.
 REGION_WORDS = 8
+#: The least index of a segment that form "log" takes the logarithm of; below it the gradient is 0. As in
+#: segmentation-models-pytorch.
+LEAST_INDEX = 1e-7
 
 #: Bins of a segment, by the most classes that have so many; of more classes the last.
 BINS = {4: 8192, 8: 6144, 12: 3072, 16: 2304}
@@ -72,5 +75,5 @@ def bin_count(classes: int) -> int:
 #: In the order of operator ``layout_constants`` (csrc/ops/layout.cpp).
 CONSTANTS = (
     *Errors, *Activation, *Form, *Reduction, CELLS, TABLE, COARSE_BINS, COARSE_REACH, PAST_ONE, MAGIC,
-    *map(bin_count, range(1, 25)), SAMPLE_RUN, SAMPLE_STEP, GRADIENT_TOLERANCE, LOSS_TOLERANCE, REGION_WORDS,
+    *map(bin_count, range(1, 25)), SAMPLE_RUN, SAMPLE_STEP, GRADIENT_TOLERANCE, LOSS_TOLERANCE, REGION_WORDS, LEAST_INDEX,
 )  # fmt: skip

@@ -8,6 +8,8 @@ numbers, and the verdict follows from how many parts hold (`verdict`). Losses ar
 All numbers are of one page of two curves of 1 to 3 px (97.5% background) and of made-up predictions for it (`gradients`):
 logits that grow with the distance to the edge of a class, plus noise, a stretch of missed curve and a false one, at three
 stages of training. Gradients are those by the logits unless they are called weights: these are |dL/dp|, before the softmax.
+
+One file, because a claim is read beside its measurement.
 """
 
 from __future__ import annotations

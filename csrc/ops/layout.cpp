@@ -31,7 +31,7 @@ Tensor layout_constants(const Tensor& like) {
                                 past_one,
                                 BinLayout::magic};
   for (int64_t classes = 1; classes < 25; ++classes) values.push_back(static_cast<double>(BinLayout::bins(classes)));
-  values.insert(values.end(), {sample_run, sample_step, gradient_tolerance, loss_tolerance, RegionLayout::words});
+  values.insert(values.end(), {sample_run, sample_step, gradient_tolerance, loss_tolerance, RegionLayout::words, least_index});
   Tensor result = empty(like, {static_cast<int64_t>(values.size())}, ScalarType::Double);
   std::copy(std::begin(values), std::end(values), static_cast<double*>(result.data_ptr()));
   return result;

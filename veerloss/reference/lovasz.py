@@ -48,6 +48,30 @@ def lovasz_weights(errors: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
     return torch.zeros_like(errors).scatter(-1, order, weights)
 
 
+def select_segments(has_valid: Tensor, has_target: Tensor, classes: str | Sequence[int], present_only: bool) -> Tensor:
+    """[N or 1, C] bool: which classes take part, from whether they have valid pixels, and target pixels among them."""
+    selected = has_valid
+    if classes == "present" or (present_only and classes != "all"):
+        selected = selected & has_target
+    if not isinstance(classes, str):
+        ids = torch.as_tensor(list(classes), device=selected.device)
+        selected = selected & (torch.arange(selected.size(1), device=selected.device)[:, None] == ids).any(-1)
+    return selected
+
+
+def reduce_segments(values: Tensor, selected: Tensor, class_weight: Tensor | None, per_image: bool, reduction: str) -> Tensor:
+    """From the losses of segments [N or 1, C] to that of the batch; "mean" over the classes that take part, then the images."""
+    if class_weight is not None:
+        values = values * class_weight.to(values)
+    values = torch.where(selected, values, torch.zeros_like(values))
+    if reduction == "none":
+        return values if per_image else values[0]
+    if reduction == "sum":
+        return values.sum()
+    per_row = values.sum(1) / selected.sum(1).clamp_min(1)
+    return per_row.sum() / max(per_row.numel(), 1)
+
+
 def lovasz_softmax_loss(
     logits: Tensor,
     target: Tensor,
@@ -79,27 +103,10 @@ def lovasz_softmax_loss(
     valid = valid.expand_as(errors)
     segments = _segments(errors, foreground, valid, per_image)
     has_foreground, has_valid = all_reduce(torch.stack([t.sum(-1) for t in segments[1:]]), "sum") > 0
-    selected = has_valid
-    if isinstance(classes, str):
-        if classes == "present":
-            selected = selected & has_foreground
-    else:
-        if present_only:
-            selected = selected & has_foreground
-        ids = torch.as_tensor(list(classes), device=x.device)
-        selected = selected & (torch.arange(c, device=x.device)[:, None] == ids).any(-1)
+    selected = select_segments(has_valid, has_foreground, classes, present_only)
     kind = Errors.SOFTMAX if from_logits else Errors.PROBABILITIES
     values, bounds = _values(*segments, method, kind, all_reduce)
-    if class_weight is not None:
-        values = values * class_weight.to(values)
-    values = torch.where(selected, values, torch.zeros_like(values))
-    if reduction == "none":
-        loss = values if per_image else values[0]
-    elif reduction == "sum":
-        loss = values.sum()
-    else:
-        per_row = values.sum(1) / selected.sum(1).clamp_min(1)
-        loss = per_row.sum() / max(per_row.numel(), 1)
+    loss = reduce_segments(values, selected, class_weight, per_image, reduction)
     bounds = torch.where(selected, bounds, torch.zeros_like(bounds))
     return loss.to(loss_dtype(logits)), bounds if per_image else bounds[0]
 

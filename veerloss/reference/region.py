@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from .._arguments import loss_dtype, opmath_dtype, widened
-from .._layout import Activation, Form
-from .lovasz import AllReduce, _alone
-
-#: The least index that method "log" takes the logarithm of; below it the gradient is 0. As in segmentation-models-pytorch.
-LEAST_INDEX = 1e-7
+from .._layout import LEAST_INDEX, Activation, Form
+from .lovasz import AllReduce, _alone, reduce_segments, select_segments
 
 
 def index_of(sums: Tensor, alpha: float, beta: float, smooth: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -89,20 +86,6 @@ def tversky_loss(
     sums = sums + (all_reduce(sums.detach(), "sum") - sums.detach())
     has_valid, has_target = all_reduce(counts, "sum") > 0
     values = loss_of(*index_of(sums, alpha, beta, smooth), form, exponent)
-    selected = has_valid
-    if classes == "present" or (present_only and classes != "all"):
-        selected = selected & has_target
-    if not isinstance(classes, str):
-        ids = torch.as_tensor(list(classes), device=x.device)
-        selected = selected & (torch.arange(c, device=x.device)[:, None] == ids).any(-1)
-    if class_weight is not None:
-        values = values * class_weight.to(values)
-    values = torch.where(selected, values, torch.zeros_like(values))
-    if reduction == "none":
-        loss = values if per_image else values[0]
-    elif reduction == "sum":
-        loss = values.sum()
-    else:
-        per_row = values.sum(1) / selected.sum(1).clamp_min(1)
-        loss = per_row.sum() / max(per_row.numel(), 1)
+    selected = select_segments(has_valid, has_target, classes, present_only)
+    loss = reduce_segments(values, selected, class_weight, per_image, reduction)
     return loss.to(loss_dtype(logits))
