@@ -113,6 +113,36 @@ struct SegmentGradient {
   View grad_logits;
 };
 
+// ---- terms of a compound loss
+//
+// A pass over the pixels for a loss of segments has their softmax at hand, or the logits of a mask: on the way it sums for a
+// focal term and for a region loss, and adds their gradients. Null: there is no such term.
+
+// Of softmax_focal_loss of class indices; of a mask that of sigmoid_focal_loss, which has no smoothing and no class_alpha.
+struct FocalTerm {
+  std::optional<double> alpha;
+  const void* class_alpha;  // [C] opmath type, or null
+  double gamma, label_smoothing;
+};
+
+struct TermSums {
+  FocalTerm focal;
+  double* focal_sums = nullptr;   // [3]: the losses of all pixels, how many count, and the alpha of their labels
+  int64_t* region_sums = nullptr;  // [rows, classes, RegionLayout::words], zeros before
+
+  VEERLOSS_HD bool any() const { return focal_sums || region_sums; }
+};
+
+struct TermGradients {
+  FocalTerm focal;
+  const void* focal_scale = nullptr;  // one element, opmath type: d loss / d (sum of the pixels' focal losses)
+  // [rows, classes, 2], opmath type: d loss / dp of foreground and of background, added to the weights of the errors. (Of method
+  // "histogram" of a softmax the weights of the bins have it.)
+  const void* region = nullptr;
+
+  VEERLOSS_HD bool any() const { return focal_scale || region; }
+};
+
 // ---- Lovász losses, method "exact"
 
 struct LovaszExactForward {
@@ -122,6 +152,7 @@ struct LovaszExactForward {
   void* keys;                           // [C, N, P], opmath type: error keys, which become the signed weights of the errors
   std::optional<int64_t> valid_pixels;  // on the CPU: [C, valid_pixels] instead, of the pixels that are not ignored
   bool keep_weights;                    // else `keys` holds nothing of use afterwards
+  TermSums terms;
   void* scratch;                        // lovasz_exact_scratch_bytes()
   Stream stream;
 };
@@ -131,6 +162,7 @@ struct LovaszExactBackward {
   const void* weights;  // of the forward pass
   std::optional<int64_t> valid_pixels;
   SegmentGradient out;
+  TermGradients terms;
   Stream stream;
 };
 
@@ -160,6 +192,7 @@ struct LovaszHistogramCount {
   int64_t bins;       // of the counts
   int32_t* counts;    // zeros before. On a GPU a target out of range counts as foreground in bin 0 of every class
   uint32_t* largest;  // [segments], zeros before: key_of_coordinate of the largest error, 0: no pixel
+  TermSums terms;
   void* scratch;      // lovasz_histogram_scratch_bytes()
   Stream stream;
 };
@@ -217,6 +250,7 @@ struct LovaszHistogramBackward {
   const BinPair* table;
   const void* weights;
   SegmentGradient out;
+  TermGradients terms;
   Stream stream;
 };
 
@@ -270,6 +304,26 @@ namespace kernels {
 void region_sum(const RegionSums& args);
 void region_weigh(const RegionWeigh& args);
 void region_backward(const RegionBackward& args);
+}  // namespace kernels
+
+// ---- compound losses without a Lovász term
+
+struct CompoundSum {
+  SegmentBatch batch;
+  TermSums terms;
+  Stream stream;
+};
+
+struct CompoundBackward {
+  SegmentBatch batch;
+  SegmentGradient out;  // its scale is of no segment: grad alone
+  TermGradients terms;
+  Stream stream;
+};
+
+namespace kernels {
+void compound_sum(const CompoundSum& args);
+void compound_backward(const CompoundBackward& args);
 }  // namespace kernels
 
 }  // namespace veerloss

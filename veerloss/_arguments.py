@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._extension import cuda_missing, native_missing, triton_missing
+from ._layout import Errors
 
 REDUCTIONS = ("none", "mean", "sum")
 #: What backends are chosen for.
-LOSSES = ("sigmoid focal", "softmax focal", "lovasz", "lovasz histogram", "region")
+LOSSES = ("sigmoid focal", "softmax focal", "lovasz", "lovasz histogram", "region", "compound")
 BACKENDS = ("auto", "native", "triton", "reference")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -27,8 +28,8 @@ def missing_reason(backend: str, device: torch.device, loss: str) -> str | None:
     """None where ``backend`` can run ``loss``, one of LOSSES, on ``device``, else why not."""
     if backend == "reference":
         return None
-    if loss == "region" and (backend == "triton" or device.type == "cuda"):
-        return "region losses have no kernels for GPUs yet"
+    if loss in ("region", "compound") and (backend == "triton" or device.type == "cuda"):
+        return f"{loss} losses have no kernels for GPUs yet"
     if backend == "triton":
         if loss == "lovasz histogram":
             return "method 'histogram', which process_group needs too, has no Triton kernels"
@@ -313,6 +314,12 @@ def as_pixels(logits: Tensor) -> Tensor:
         return logits[None, :, None]
     n, c = logits.shape[:2]
     return logits.reshape(n, c, math.prod(logits.shape[2:]))
+
+
+def per_segment_shape(logits: Tensor, errors: int, per_image: bool) -> tuple[int, ...]:
+    """Of one value per segment of [N, C, P]: [], [C], [N] or [N, C]."""
+    n, c, _ = logits.shape
+    return ((n,) if per_image else ()) + (() if errors == Errors.HINGE else (c,))
 
 
 def opmath_dtype(logits: Tensor) -> torch.dtype:

@@ -43,10 +43,12 @@ def forward(
     valid_pixels,
     upcast_loss,
     ranks=None,
+    count_all=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, scale, table, weights, bounds): see lovasz_histogram_weigh.
 
-    `ops`: the operators of a backend. `ranks`: of the batches of all of them.
+    `ops`: the operators of a backend. `ranks`: of the batches of all of them. `count_all`: an operator that counts all pixels,
+    and sums for other terms of a compound loss.
     """
     n, c, p = logits.shape
     rows, length = (n, p) if per_image else (1, n * p)
@@ -56,10 +58,7 @@ def forward(
         p, length = ranks.image, ranks.pixels
     image = n if p == 1 and not per_image and ranks is None else p  # a cloud of points is one image
     bins = bin_count(c)
-    batch = {
-        "logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index,
-        "background_index": background_index,
-    }  # fmt: skip
+    batch = {"logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index}
     # Counts of the three passes and their largest errors: zeros, by one launch on a GPU.
     sizes = [rows * c * size for size in (2 * COARSE_BINS, 2 * bins, 2 * bins, 1, 1, 1)]
     *all_counts, largest, _largest_of_sample, _largest_again = logits.new_zeros(sum(sizes), dtype=torch.int32).split(sizes)
@@ -67,13 +66,18 @@ def forward(
         part.view(rows, c, 2, size) for part, size in zip(all_counts, (COARSE_BINS, bins, bins), strict=True)
     )
     largest, _largest_of_sample, _largest_again = (part.view(rows, c) for part in (largest, _largest_of_sample, _largest_again))
+    all_counted = counts
 
     def count(counts, largest, table, segment_mask, sampled=False):
         def local():
-            ops.lovasz_histogram_count(
-                counts=counts, largest=largest, table=table, segment_mask=segment_mask, sampled=sampled,
-                find_largest=not present or errors != Errors.SOFTMAX, **batch,
-            )  # fmt: skip
+            arguments = {
+                "counts": counts, "largest": largest, "table": table, "segment_mask": segment_mask,
+                "find_largest": not present or errors != Errors.SOFTMAX,
+            }  # fmt: skip
+            if count_all is not None and counts is all_counted:
+                count_all(**arguments, **batch)
+            else:
+                ops.lovasz_histogram_count(**arguments, **batch, background_index=background_index, sampled=sampled)
             return counts, largest
 
         return local() if ranks is None else ranks.sum(local, counts.shape)
@@ -102,7 +106,7 @@ def forward(
         most = largest_errors(largest, errors)
         # The weights of a segment add up to 1 at most, so its loss is at most 2^61 units.
         units = torch.ldexp(torch.ones_like(bounds), 61 - torch.frexp(most.nan_to_num(1.0)).exponent)
-        sums = ops.lovasz_histogram_sum(table=table, weights=weights, units=units, **batch)
+        sums = ops.lovasz_histogram_sum(table=table, weights=weights, units=units, background_index=background_index, **batch)
         if ranks is not None:
             sums = ranks.all_reduce(sums, "sum")
         of_segments = torch.where(most.isnan(), torch.nan, sums / units).reshape(scale.shape) * scale.double()

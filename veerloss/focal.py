@@ -79,7 +79,7 @@ def sigmoid_focal_loss(
             )
         arguments.check_index_target(target, logits)
     gamma = arguments.as_number("gamma", gamma, 0)
-    alpha = _checked_alpha(alpha, logits, logits.size(1) if logits.dim() > 1 else 1, 1)
+    alpha = check_alpha(alpha, logits, logits.size(1) if logits.dim() > 1 else 1, 1)
     if weight is not None:
         weight = _element_weight(weight, logits)
     ignore_index = arguments.as_ignore_index(ignore_index)
@@ -105,7 +105,7 @@ def sigmoid_focal_loss(
             background_index=background_index, reduction=reduction, normalizer=normalizer,
         )  # fmt: skip
     x, t, w, restore = _elements(logits, target, weight, isinstance(alpha, Tensor))
-    class_alpha = _class_alpha(alpha, logits)
+    class_alpha = as_class_alpha(alpha, logits)
     loss = ops.sigmoid_focal(
         x, t, alpha=alpha if class_alpha is None else None, class_alpha=class_alpha, gamma=gamma, weight=w,
         ignore_index=ignore_index, background_index=background_index, reduction=reduction, normalizer=normalizer,
@@ -174,7 +174,7 @@ def softmax_focal_loss(
     gamma = arguments.as_number("gamma", gamma, 0)
     label_smoothing = arguments.as_number("label_smoothing", label_smoothing, 0, 1)
     classes = logits.size(1) if logits.dim() > 1 else logits.size(0)
-    alpha = _checked_alpha(alpha, logits, classes, math.inf)
+    alpha = check_alpha(alpha, logits, classes, math.inf)
     if weight is not None:
         weight = _pixel_weight(weight, logits)
     ignore_index = arguments.as_ignore_index(ignore_index)
@@ -193,7 +193,7 @@ def softmax_focal_loss(
             ignore_index=ignore_index, reduction=reduction, normalizer=normalizer,
         )  # fmt: skip
     x = arguments.as_pixels(logits)
-    class_alpha = _class_alpha(alpha, logits)
+    class_alpha = as_class_alpha(alpha, logits)
     options = {
         "alpha": 1.0 if alpha is None or class_alpha is not None else alpha, "class_alpha": class_alpha, "gamma": gamma,
         "label_smoothing": label_smoothing, "ignore_index": ignore_index, "backend": backend,
@@ -211,7 +211,7 @@ def softmax_focal_loss(
     return loss.to(arguments.loss_dtype(logits))
 
 
-def _checked_alpha(alpha: float | Tensor | None, logits: Tensor, classes: int, high: float) -> float | Tensor | None:
+def check_alpha(alpha: float | Tensor | None, logits: Tensor, classes: int, high: float) -> float | Tensor | None:
     """A number, or a tensor of one value per class."""
     if alpha is None:
         return None
@@ -223,7 +223,7 @@ def _checked_alpha(alpha: float | Tensor | None, logits: Tensor, classes: int, h
     return alpha
 
 
-def _class_alpha(alpha: float | Tensor | None, logits: Tensor) -> Tensor | None:
+def as_class_alpha(alpha: float | Tensor | None, logits: Tensor) -> Tensor | None:
     return alpha.to(arguments.opmath_dtype(logits)).contiguous() if isinstance(alpha, Tensor) else None
 
 

@@ -120,13 +120,13 @@ def lovasz_softmax_loss(
         background = arguments.as_background_index(background_index, logits.size(1), ignored)
         arguments.check_label_range(target, logits.size(1), ignored, background)
 
-    backend, valid_pixels, ranks = _prepare(check, check_values, logits, target, method, process_group, backend)
+    backend, valid_pixels, ranks = prepare(check, check_values, logits, target, method, process_group, backend)
     ignore_index = arguments.as_ignore_index(ignore_index)
     background_index = arguments.as_background_index(background_index, logits.size(1), ignore_index)
     x = arguments.as_pixels(logits)
     n, c, p = x.shape
     y = target.reshape(n, p)
-    method = _choose_method(method, n, p, valid_pixels, per_image, ranks, backend)
+    method = choose_method(method, n, p, valid_pixels, per_image, ranks, backend)
     if backend == "reference":
         loss, certificate = reference.lovasz_softmax_loss(
             logits, target, classes=classes, present_only=present_only, class_weight=class_weight, ignore_index=ignore_index,
@@ -215,34 +215,19 @@ def lovasz_hinge_loss(
     options = {"per_image": per_image, "reduction": reduction}
 
     def check() -> tuple[torch.Size, int | None, object]:
-        arguments.check_logits(logits, 1, "[N, *] or [N, 1, *]")
-        arguments.check_target(target, logits)
-        if per_image is True and (logits.dim() == 1 or target.dim() == 1):
-            raise ValueError(
-                f"per_image must be False for points, got True and logits {list(logits.shape)}: every point would be a "
-                "segment; points of one image are logits [1, P]"
-            )
-        if _without_channel(logits, target) != _without_channel(target, logits):
-            expected = f"the shape of logits, {list(logits.shape)}, with or without a channel of 1"
-            message = f"target must have {expected}, got {list(target.shape)}"
-            if logits.dim() > 1 and logits.size(1) == 2:
-                message += (
-                    "; for two-class logits [N, 2, *] use lovasz_softmax_loss, or give this function one logit per pixel: "
-                    "logits[:, 1] - logits[:, 0]"
-                )
-            raise ValueError(message)
+        check_mask(logits, target, per_image, "lovasz_softmax_loss")
         ignored = arguments.as_ignore_index(ignore_index)
         _check_common(reduction, method, per_image, return_certificate, process_group)
-        return _binary_shape(logits), ignored, ("hinge", reduction, ignored, logits.dtype)
+        return mask_shape(logits), ignored, ("hinge", reduction, ignored, logits.dtype)
 
     def check_values() -> None:
         arguments.check_binary(target, arguments.as_ignore_index(ignore_index))
 
-    backend, valid_pixels, ranks = _prepare(check, check_values, logits, target, method, process_group, backend)
+    backend, valid_pixels, ranks = prepare(check, check_values, logits, target, method, process_group, backend)
     ignore_index = arguments.as_ignore_index(ignore_index)
-    n, _, p = _binary_shape(logits)
+    n, _, p = mask_shape(logits)
     y = target.reshape(n, p)
-    method = _choose_method(method, n, p, valid_pixels, per_image, ranks, backend)
+    method = choose_method(method, n, p, valid_pixels, per_image, ranks, backend)
     if backend == "reference":
         loss, certificate = reference.lovasz_hinge_loss(
             logits, target, ignore_index=ignore_index, method=method, **options, **_of_ranks(ranks)
@@ -302,15 +287,15 @@ def _check_common(reduction, method, per_image, return_certificate, process_grou
             )
 
 
-def _prepare(check, check_values, logits, target, method, process_group, backend):
+def prepare(check, check_values, logits, target, method, process_group, backend, loss=None):
     """(backend, pixels that are not ignored or None, ranks or None) after `check`, and `check_values` where kernels do not
     check values themselves.
 
-    What they raise, all ranks of a process group learn.
+    What they raise, all ranks of a process group learn. `loss`: of _arguments.LOSSES, where it is not Lovász alone.
     """
 
     counting = isinstance(method, str) and method == "histogram"  # `check` has yet to see what it is
-    loss = "lovasz histogram" if counting or process_group is not None else "lovasz"
+    loss = loss or ("lovasz histogram" if counting or process_group is not None else "lovasz")
 
     def check_all() -> tuple[torch.Size, int | None, object]:
         shape, ignored, options = check()
@@ -336,7 +321,7 @@ def _count_valid(target: Tensor, ignore_index: int | None, backend: str) -> int 
     return torch.ops.veerloss.count_not_ignored.default(target, ignore_index)
 
 
-def _choose_method(method: str, n: int, p: int, valid_pixels: int | None, per_image: bool, ranks, backend: str) -> str:
+def choose_method(method: str, n: int, p: int, valid_pixels: int | None, per_image: bool, ranks, backend: str) -> str:
     """Triton has no "histogram", and the reference's is there to be read: alone, "auto" does not take it."""
     if method != "auto":
         return method
@@ -349,8 +334,28 @@ def _of_ranks(ranks) -> dict:
     return {} if ranks is None else {"all_reduce": ranks.all_reduce}
 
 
-def _binary_shape(logits: Tensor) -> torch.Size:
-    """The shape of binary logits as [N, 1, P]."""
+def check_mask(logits: Tensor, target: Tensor, per_image: bool, of_two_classes: str) -> None:
+    """Logits of a binary mask, and its labels; `of_two_classes`: what takes two logits a pixel."""
+    arguments.check_logits(logits, 1, "[N, *] or [N, 1, *]")
+    arguments.check_target(target, logits)
+    if per_image is True and (logits.dim() == 1 or target.dim() == 1):
+        raise ValueError(
+            f"per_image must be False for points, got True and logits {list(logits.shape)}: every point would be a "
+            "segment; points of one image are logits [1, P]"
+        )
+    if _without_channel(logits, target) != _without_channel(target, logits):
+        expected = f"the shape of logits, {list(logits.shape)}, with or without a channel of 1"
+        message = f"target must have {expected}, got {list(target.shape)}"
+        if logits.dim() > 1 and logits.size(1) == 2:
+            message += (
+                f"; for two-class logits [N, 2, *] use {of_two_classes}, or give this function one logit per pixel: "
+                "logits[:, 1] - logits[:, 0]"
+            )
+        raise ValueError(message)
+
+
+def mask_shape(logits: Tensor) -> torch.Size:
+    """The shape of the logits of a binary mask as [N, 1, P]."""
     n = logits.size(0)
     return torch.Size((n, 1, logits.numel() // n if n else 0))
 

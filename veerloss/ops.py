@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import _autograd, _histogram
-from ._arguments import check_transforms, loss_dtype, opmath_dtype
+from . import _autograd, _compound, _histogram
+from ._arguments import check_transforms, loss_dtype, opmath_dtype, per_segment_shape
 from ._layout import REGION_WORDS, TABLE, Errors, Reduction, bin_count
 
 _SIGMOID = (
@@ -75,6 +75,28 @@ _SCHEMAS |= {
     "region_backward": f"(Tensor grad, Tensor logits, Tensor target, {_REGION}, int reduction, Tensor scale, "
     "Tensor coefficients) -> Tensor",
 }
+_COMPOUND = "int errors, bool per_image, int? ignore_index"
+_FOCAL_TERM = "float? alpha, Tensor? class_alpha, float gamma, float label_smoothing"
+_SCHEMAS |= {
+    # The whole loss (its region loss as region_weigh takes it, with its classes named apart from those of Lovász), and the
+    # passes over the pixels that a Lovász loss has too: see _compound.py. Each adds to focal_sums, [3] float64, and to
+    # region_sums as region_sum makes them. focal, lovasz and region are the weights of the terms, None: without.
+    "compound_forward": "(Tensor logits, Tensor target, float? focal, float? lovasz, float? region, "
+    f"{_FOCAL_TERM}, bool weighted_mean, Tensor? selected, bool present, Tensor? region_selected, bool region_present, "
+    "float region_alpha, float region_beta, float smooth_numerator, float smooth_denominator, int form, float exponent, "
+    f"{_COMPOUND}, bool histogram, int? valid_pixels, bool keep_weights, bool upcast_loss) "
+    "-> (Tensor loss, Tensor scale, Tensor focal_scale, Tensor region_weights, Tensor table, Tensor weights, Tensor parts)",
+    "compound_count": "(Tensor(a!) counts, Tensor(b!) largest, Tensor(c!)? focal_sums, Tensor(d!)? region_sums, Tensor logits, "
+    f"Tensor target, Tensor table, Tensor? segment_mask, {_FOCAL_TERM}, {_COMPOUND}, bool find_largest) -> ()",
+    "compound_exact": "(Tensor(a!)? focal_sums, Tensor(b!)? region_sums, Tensor logits, Tensor target, Tensor? selected, "
+    f"bool present, {_FOCAL_TERM}, {_COMPOUND}, int? valid_pixels, bool keep_weights) "
+    "-> (Tensor loss, Tensor scale, Tensor weights)",
+    "compound_sum": "(Tensor(a!)? focal_sums, Tensor(b!)? region_sums, Tensor logits, Tensor target, "
+    f"{_FOCAL_TERM}, {_COMPOUND}) -> ()",
+    "compound_backward": "(Tensor grad, Tensor logits, Tensor target, float? focal, float? lovasz, float? region, "
+    f"{_FOCAL_TERM}, {_COMPOUND}, bool histogram, int? valid_pixels, Tensor scale, Tensor focal_scale, Tensor region_weights, "
+    "Tensor table, Tensor weights) -> Tensor",
+}
 #: Operator families, each with a <stem>_forward and a <stem>_backward; and the module of triton/ that has its kernels, None
 #: where there are none.
 FAMILIES = {
@@ -83,6 +105,7 @@ FAMILIES = {
     "lovasz_exact": "lovasz_exact",
     "lovasz_histogram": None,
     "region": None,
+    "compound": None,
 }
 #: The namespace of each backend's operators.
 NAMESPACES = {"native": "veerloss", "triton": "veerloss_triton"}
@@ -226,12 +249,6 @@ class _OfRanks(torch.autograd.Function):
         return None, None, None, *ctx.saved.backward(ctx, grad)
 
 
-def per_segment_shape(logits: Tensor, errors: int, per_image: bool) -> tuple[int, ...]:
-    """Of one value per segment: [], [C], [N] or [N, C]."""
-    n, c, _ = logits.shape
-    return ((n,) if per_image else ()) + (() if errors == Errors.HINGE else (c,))
-
-
 def _fake_loss_and_scale(logits, errors, per_image, reduction, upcast_loss) -> tuple[Tensor, Tensor]:
     shape = per_segment_shape(logits, errors, per_image)
     loss = logits.new_empty(shape if reduction == Reduction.NONE else (), dtype=loss_dtype_of(logits, upcast_loss))
@@ -297,10 +314,44 @@ def _(logits, per_image, reduction, upcast_loss, **_):
     )
 
 
+# ---- compound losses
+
+
+def compound(logits, target, *, ranks, backend, **options) -> tuple[Tensor, Tensor]:
+    """(loss, parts): the terms [3], focal, Lovász, region."""
+    arguments = {
+        "logits": logits, "target": target, "keep_weights": _is_differentiated(logits), "upcast_loss": _upcasts(logits), **options,
+    }  # fmt: skip
+    namespace = _checked(backend, logits)
+    if ranks is None:
+        loss, *_, parts = namespace.compound_forward.default(**arguments)
+        return loss, parts
+    names = [argument.name for argument in namespace.compound_forward.default._schema.arguments]
+    return _OfRanks.apply(NAMESPACES[backend], "compound", ranks, *(arguments[name] for name in names))
+
+
+@_fake("compound_forward")
+def _(logits, focal, lovasz, region, errors, histogram, per_image, valid_pixels, keep_weights, upcast_loss, **_):
+    n, c, p = logits.shape
+    rows, dtype, table, weights = n if per_image else 1, opmath_dtype(logits), (0,), (0,)
+    if lovasz is not None and histogram:
+        table, weights = (rows, c, TABLE, 2), (rows, c, 2, bin_count(c))
+    elif lovasz is not None and keep_weights:
+        weights = (c, n, p) if valid_pixels is None else (c, valid_pixels)
+    return (
+        *_fake_loss_and_scale(logits, errors, per_image, Reduction.MEAN, upcast_loss),
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty((0,) if region is None else (rows, c, 2), dtype=dtype),
+        logits.new_empty(table, dtype=torch.float32),
+        logits.new_empty(weights, dtype=dtype),
+        logits.new_empty((3,), dtype=dtype),
+    )
+
+
 # ---- registration
 
 #: Forward operators that are steps put together.
-_WHOLE = {"lovasz_histogram": _histogram.forward, "region": _region_forward}
+_WHOLE = {"lovasz_histogram": _histogram.forward, "region": _region_forward, "compound": _compound.forward}
 
 
 def stems_of(namespace: str) -> tuple[str, ...]:

@@ -228,7 +228,7 @@ def _region_loss(
             )
         options.update(
             alpha=arguments.as_number("alpha", alpha, 0), beta=arguments.as_number("beta", beta, 0),
-            smooth=[smooth_scale * value for value in _as_smooth(smooth)], squared=squared, form=FORMS[form], exponent=power,
+            smooth=[smooth_scale * value for value in as_smooth(smooth)], squared=squared, form=FORMS[form], exponent=power,
             activation=ACTIVATIONS[activation], present_only=present_only, per_image=per_image, ignore_index=ignored,
             background_index=background, reduction=reduction,
         )  # fmt: skip
@@ -281,7 +281,7 @@ def _is_mask(logits: Tensor, activation: str, background_index: object) -> bool:
     return logits.size(1) == 1 and activation != "softmax" and background_index is None
 
 
-def _as_smooth(smooth: object) -> tuple[float, float]:
+def as_smooth(smooth: object) -> tuple[float, float]:
     pair = smooth if isinstance(smooth, (tuple, list)) else (smooth, smooth)
     if len(pair) != 2:
         raise ValueError(f"smooth must be a number or a pair of them, got {arguments.shown(smooth)}")

@@ -3,17 +3,21 @@
 #pragma once
 
 #include "../math/jaccard.h"
-#include "lovasz/segments.h"
+#include "terms.h"
 
 #define VEERLOSS_TILES "gradient_tiles.h"
 #include "simd/dispatch_isa.h"
 
 namespace veerloss {
 
+inline View gradient_view(const SegmentGradient& out) {
+  return {static_cast<char*>(const_cast<void*>(out.grad)), out.grad_dtype, 0, 0, 1};
+}
+
 // d loss / d (loss of a segment), [segments].
 template <class T>
 std::vector<T> segment_factors(const SegmentBatch& b, const SegmentGradient& out) {
-  const View grad{static_cast<char*>(const_cast<void*>(out.grad)), out.grad_dtype, 0, 0, 1};
+  const View grad = gradient_view(out);
   std::vector<T> factor(b.segments());
   for (int64_t i = 0; i < b.segments(); ++i)
     factor[i] = static_cast<const T*>(out.scale)[i] * load_element<T>(grad, out.reduction == Reduction::none ? i : 0);
@@ -31,22 +35,27 @@ std::vector<T> segment_factors(const SegmentBatch& b, const SegmentGradient& out
 // Pixels of no tile do not count, and get 0.
 template <class T, class Weights>
 void segment_gradient(const SegmentBatch& b, const SegmentGradient& out, const SegmentTiles& tiles, int64_t capacity,
-                      const Weights& weights) {
+                      const Weights& weights, const TermGradients& terms = {}) {
   const Geometry& g = b.geometry;
   const bool softmax = b.errors == Errors::softmax;
   const bool probabilities = Weights::of_errors && b.errors == Errors::probabilities;
   const std::vector<T> factors = segment_factors<T>(b, out);
+  const bool by_label = Weights::by_error || terms.any();
+  const double grad_of_loss = terms.any() ? load_element<double>(gradient_view(out), 0) : 0.0;
   BadTarget bad;  // the forward pass has raised it
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> t(g.channels, capacity, true, Weights::by_error);
+    TileRows<T> t(g.channels, capacity, true, by_label);
     Weights weigh(weights);
+    TermGradient<T> added(b, terms, grad_of_loss, capacity);
+    FocalOfTile<T>* const focal = added.focal();
+    const bool hard = focal && !focal->soft();
     for (int64_t k = begin; k < end; ++k) {
       const Tile& tile = tiles[k];
       const int64_t n = tile.loaded();
       if (tile.sparse()) clear_run(out.grad_logits, g, tile.span);
       if (tile.size == 0) continue;
-      if (Weights::by_error || tile.size < tile.span.count) tiles.load_labels_of(b, tile, t, bad);
-      if (Weights::by_error || b.errors != Errors::hinge) load_tile(b, tile, capacity, t, !Weights::makes_exponentials(b));
+      if (by_label || tile.size < tile.span.count) tiles.load_labels_of(b, tile, t, bad);
+      if (by_label || b.errors != Errors::hinge) load_tile(b, tile, capacity, t, !Weights::makes_exponentials(b));
       if (tile.sparse()) pixel_offsets(t.offset.data(), out.grad_logits, g, tile.span.first, t.index.data(), n);
       const bool few = softmax && g.channels <= most_few;
       if (softmax && !few) VEERLOSS_DISPATCH(GradientTiles::begin(n, t.pivot, t.others, t.has_weight.data()));
@@ -59,35 +68,51 @@ void segment_gradient(const SegmentBatch& b, const SegmentGradient& out, const S
               GradientTiles::sign_outside(t.values + c * capacity, grad, n));  // needs the sign of the weight alone
           VEERLOSS_DISPATCH(GradientTiles::scale(grad, n, factor));
         }
+        added.add_region(t, tile, c, grad);
         if (!softmax || few) continue;
         if (c > 0 && c % classes_per_sum == 0) VEERLOSS_DISPATCH(SoftmaxTiles::end_part(t.others, t.total.data(), n, c));
         VEERLOSS_DISPATCH(GradientTiles::accumulate(t.exps + c * capacity, grad, n, t.pivot, t.others, t.has_weight.data()));
       }
-      const auto in_place = [&](int64_t c) {
-        return softmax && !tile.sparse() ? row_in_place<T>(out.grad_logits, g, c, tile.span) : nullptr;
-      };
+      if (focal) {
+        if (softmax && Weights::makes_exponentials(b)) complete_softmax(b, t, n);
+        focal->differentiate(t, n, added.focal_factor());
+      }
+      T* const in_place = softmax && !tile.sparse() ? row_in_place<T>(out.grad_logits, g, 0, tile.span) : nullptr;
+      T* const to = in_place ? in_place : t.grad;
+      const int64_t stride = in_place ? out.grad_logits.stride_channel : capacity;
+      const int32_t* const label = t.label.data();
       if (few) {
-        T* const to = in_place(0) ? in_place(0) : t.grad;
-        const int64_t stride = in_place(0) ? out.grad_logits.stride_channel : capacity;
         with_few(g.channels, [&](auto classes) {
           constexpr int count = decltype(classes)::value;
-          VEERLOSS_DISPATCH(GradientTiles::few<count>(t.exps, t.grad, capacity, n, t.sumexp_excl_max, to, stride));
+          if (hard)
+            VEERLOSS_DISPATCH(GradientTiles::few<count, true>(t.exps, t.grad, capacity, n, t.sumexp_excl_max, label,
+                                                              focal->slope(), focal->q(), to, stride));
+          else
+            VEERLOSS_DISPATCH(GradientTiles::few<count, false, T>(t.exps, t.grad, capacity, n, t.sumexp_excl_max, nullptr,
+                                                                  nullptr, nullptr, to, stride));
         });
       } else if (softmax) {
         if (g.channels > classes_per_sum) VEERLOSS_DISPATCH(SoftmaxTiles::end_sum(t.others, t.total.data(), n));
         VEERLOSS_DISPATCH(GradientTiles::end(n, t.sumexp_excl_max, t.inv_sumexp, t.pivot, t.others));
+        if (hard) {
+          VEERLOSS_DISPATCH(GradientTiles::label_gradient(t.exps, t.grad, capacity, n, label, t.inv_sumexp, t.pivot, t.others,
+                                                          t.has_weight.data(), focal->slope(), focal->q(), added.row()));
+          VEERLOSS_DISPATCH(GradientTiles::add_focal(focal->slope(), n, t.others, t.has_weight.data()));
+        }
+        for (int64_t c = 0; c < g.channels; ++c)
+          VEERLOSS_DISPATCH(GradientTiles::softmax(t.exps + c * capacity, t.grad + c * capacity, n, t.inv_sumexp, t.pivot,
+                                                   t.others, t.has_weight.data(), to + c * stride));
+        if (hard) VEERLOSS_DISPATCH(GradientTiles::put_label(label, added.row(), n, to, stride));
+      } else if (focal) {
+        VEERLOSS_DISPATCH(GradientTiles::add_row(focal->slope(), n, t.grad));
       }
       for (int64_t c = 0; c < g.channels; ++c) {
-        T* const grad = t.grad + c * capacity;
-        T* const to = in_place(c);
-        if (softmax && !few)
-          VEERLOSS_DISPATCH(GradientTiles::softmax(t.exps + c * capacity, grad, n, t.inv_sumexp, t.pivot, t.others,
-                                                   t.has_weight.data(), to ? to : grad));
-        if (to) continue;
+        if (softmax && focal && focal->soft()) focal->add_soft(t, n, c, to + c * stride);
+        if (in_place) continue;
         if (tile.sparse())
-          scatter_row(grad, out.grad_logits, c, t.offset.data(), n);
+          scatter_row(t.grad + c * capacity, out.grad_logits, c, t.offset.data(), n);
         else
-          store_row(grad, out.grad_logits, g, c, tile.span);
+          store_row(t.grad + c * capacity, out.grad_logits, g, c, tile.span);
       }
     }
   });

@@ -5,34 +5,8 @@
 #include <atomic>
 #include <limits>
 
-#include "../math/focal.h"
 #include "gradient.h"
-
-namespace veerloss {
-
-// One class of a tile. `label` and `foreground`, or `target` and `ignored`; `exps` and `inv_sumexp` of a softmax, else
-// `values`.
-template <class T>
-struct RegionRow {
-  Activation activation;
-  bool squared;
-  int64_t n;
-  const T *values, *exps, *inv_sumexp;
-  const int32_t* label;
-  int32_t foreground;
-  const T* target;
-  T ignored;
-};
-
-// Sums of a row, in units (math/region.h); how many pixels count, and how many values are out of range.
-struct RegionPart {
-  int64_t intersection, predicted, expected, pixels, bad, bad_targets;
-};
-
-}  // namespace veerloss
-
-#define VEERLOSS_TILES "region_tiles.h"
-#include "simd/dispatch_isa.h"
+#include "region_rows.h"
 
 namespace veerloss {
 namespace {
@@ -109,16 +83,7 @@ void sum(const RegionSums& args) {
         const RegionRow<T> row = row_of(rows, tile, c);
         const RegionPart part = VEERLOSS_DISPATCH(RegionTiles::sum(row));
         if (part.bad_targets > 0) find_bad(row, tile, c, b.classes(), bad);
-        std::atomic<int64_t>* const to = &sums[(tile.row * b.classes() + c) * RegionLayout::words];
-        const auto add = [to](int word, int64_t units) {
-          to[word] += region_high(units);
-          to[word + 1] += region_low(units);
-        };
-        add(RegionLayout::intersection, part.intersection);
-        add(RegionLayout::predicted, part.predicted);
-        add(RegionLayout::expected, part.expected);
-        to[RegionLayout::pixels] += part.pixels;
-        to[RegionLayout::bad_parts] += part.bad > 0;
+        part.add_to(&sums[(tile.row * b.classes() + c) * RegionLayout::words]);
       }
     }
   });

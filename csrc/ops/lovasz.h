@@ -37,9 +37,33 @@ inline SegmentSelection segment_selection(const Op& op, const SegmentBatch& b, c
   return {op.data<bool>("selected", selected, b.classes(), DType::u8, "[C] bool, contiguous"), present};
 }
 
+// Of method "exact".
+inline void check_valid_pixels(const Op& op, const Tensor& logits, std::optional<int64_t> valid_pixels) {
+  if (!valid_pixels) return;
+  const int64_t all = logits.size(0) * logits.size(2);
+  op.check(logits.is_cpu() && *valid_pixels >= 0 && *valid_pixels <= all, "valid_pixels", *valid_pixels,
+           "the number of pixels that are not ignored, or on a GPU None");
+}
+
 // The type that kernels compute in.
 inline DType opmath_of(const SegmentBatch& b) {
   return b.logits.dtype == DType::f64 ? DType::f64 : DType::f32;
+}
+
+// The keys of method "exact", which become weights; and these, of a forward pass.
+inline Tensor exact_keys(const Op& op, const Tensor& logits, std::optional<int64_t> valid_pixels) {
+  check_valid_pixels(op, logits, valid_pixels);
+  const ScalarType type = opmath_type_of(logits);
+  return write_once(valid_pixels ? empty(logits, {logits.size(1), *valid_pixels}, type)
+                                 : empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, type));
+}
+
+inline const void* exact_weights(const Op& op, const SegmentBatch& b, const Tensor& logits, const Tensor& weights,
+                                 std::optional<int64_t> valid_pixels) {
+  check_valid_pixels(op, logits, valid_pixels);
+  return op.data<const void>(
+      "weights", weights, valid_pixels ? logits.size(1) * *valid_pixels : logits.numel(), opmath_of(b),
+      "the weights of a forward pass that kept them: of logits that required a gradient, also where it was traced");
 }
 
 // One value per segment: [], [C], [N] or [N, C].

@@ -7,13 +7,6 @@
 namespace veerloss {
 namespace {
 
-void check_valid_pixels(const Op& op, const Tensor& logits, std::optional<int64_t> valid_pixels) {
-  if (!valid_pixels) return;
-  const int64_t all = logits.size(0) * logits.size(2);
-  op.check(logits.is_cpu() && *valid_pixels >= 0 && *valid_pixels <= all, "valid_pixels", *valid_pixels,
-           "the number of pixels that are not ignored, or on a GPU None");
-}
-
 std::tuple<Tensor, Tensor, Tensor> lovasz_exact_forward(const Tensor& logits, const Tensor& target,
                                                         std::optional<Tensor> selected, bool present, bool per_image,
                                                         std::optional<Tensor> class_weight, std::optional<int64_t> ignore_index,
@@ -23,11 +16,8 @@ std::tuple<Tensor, Tensor, Tensor> lovasz_exact_forward(const Tensor& logits, co
   const Op op("lovasz_exact_forward");
   const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index);
   const Device device(logits);
-  const ScalarType type = opmath_type_of(logits);
   const SegmentLossTensors out(logits, batch, op.reduction(reduction), upcast_loss);
-  check_valid_pixels(op, logits, valid_pixels);
-  const Tensor keys = write_once(valid_pixels ? empty(logits, {logits.size(1), *valid_pixels}, type)
-                                              : empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, type));
+  const Tensor keys = exact_keys(op, logits, valid_pixels);
   const Tensor scratch = scratch_memory(logits, kernels::lovasz_exact_scratch_bytes(batch));
   kernels::lovasz_exact_forward({.batch = batch,
                                  .selection = segment_selection(op, batch, selected, present),
@@ -35,9 +25,10 @@ std::tuple<Tensor, Tensor, Tensor> lovasz_exact_forward(const Tensor& logits, co
                                  .keys = keys.data_ptr(),
                                  .valid_pixels = valid_pixels,
                                  .keep_weights = keep_weights,
+                                 .terms = {},
                                  .scratch = scratch.data_ptr(),
                                  .stream = device.stream()});
-  return {out.loss, out.scale, keep_weights ? keys : empty(logits, {0}, type)};
+  return {out.loss, out.scale, keep_weights ? keys : empty(logits, {0}, opmath_type_of(logits))};
 }
 
 Tensor lovasz_exact_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& weights,
@@ -47,17 +38,13 @@ Tensor lovasz_exact_backward(const Tensor& grad, const Tensor& logits, const Ten
   // That a label is background has no part in which pixels count.
   const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
   const Device device(logits);
-  check_valid_pixels(op, logits, valid_pixels);
-  const int64_t count = valid_pixels ? logits.size(1) * *valid_pixels : logits.numel();
   const SegmentGradientTensors out(grad, logits);
-  kernels::lovasz_exact_backward(
-      {.batch = batch,
-       .weights = op.data<const void>(
-           "weights", weights, count, opmath_of(batch),
-           "the weights of a forward pass that kept them: of logits that required a gradient, also where it was traced"),
-       .valid_pixels = valid_pixels,
-       .out = out.output(op, batch, scale, reduction),
-       .stream = device.stream()});
+  kernels::lovasz_exact_backward({.batch = batch,
+                                  .weights = exact_weights(op, batch, logits, weights, valid_pixels),
+                                  .valid_pixels = valid_pixels,
+                                  .out = out.output(op, batch, scale, reduction),
+                                  .terms = {},
+                                  .stream = device.stream()});
   return out.grad_logits;
 }
 

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._arguments import opmath_dtype
+from .._arguments import opmath_dtype, per_segment_shape
 from .._layout import Errors, Reduction
-from ..ops import loss_dtype_of, per_segment_shape
+from ..ops import loss_dtype_of
 from . import _tuning
 from ._constants import MEAN, NONE
 from ._launch import as_bytes, check, check_data, check_like, check_logits, next_power_of_2, on_device, opmath_t, strides

@@ -44,12 +44,15 @@ class SegmentKeys {
 // Writes the keys; returns what each segment holds, [rows, classes].
 template <class T>
 std::vector<SegmentCounts<T>> write_keys(const SegmentBatch& b, const SegmentTiles& tiles, int64_t capacity,
-                                         const SegmentKeys& place, typename ErrorKey<T>::Word* keys, BadTarget& bad) {
+                                         const SegmentKeys& place, typename ErrorKey<T>::Word* keys, const TermSums& terms,
+                                         BadTarget& bad) {
   const Geometry& g = b.geometry;
   std::vector<SegmentCounts<T>> counts(b.segments());
   std::mutex mutex;
+  SharedTermSums term_sums(b, terms, tiles.count());
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> t(g.channels, capacity, false, false);
+    TileRows<T> t(g.channels, capacity, false, terms.any());
+    TermSummer<T> sum_terms(b, terms, capacity, term_sums);
     std::vector<SegmentCounts<T>> thread_counts(b.segments());
     std::vector<typename ErrorKey<T>::Word> of_span(capacity + 16);
     std::vector<uint16_t> mask(capacity / 16);
@@ -78,11 +81,13 @@ std::vector<SegmentCounts<T>> write_keys(const SegmentBatch& b, const SegmentTil
           std::copy_n(out, tile.size, kept);
         }
       }
+      if (terms.any()) sum_terms(t, tile, k);
     }
     const std::lock_guard<std::mutex> lock(mutex);
     for (int64_t i = 0; i < b.segments(); ++i) counts[i].add(thread_counts[i]);
   });
   raise_if_bad(bad, b);
+  term_sums.store();
   return counts;
 }
 
@@ -163,7 +168,7 @@ void kernels::lovasz_exact_forward(const LovaszExactForward& args) {
     BadTarget bad;
     const SegmentTiles tiles(b, false, capacity, bad);
     const SegmentKeys place(b, tiles, args.valid_pixels);
-    const auto counts = write_keys<T>(b, tiles, capacity, place, keys, bad);
+    const auto counts = write_keys<T>(b, tiles, capacity, place, keys, args.terms, bad);
     std::vector<char> takes_part(b.segments());
     for (int64_t i = 0; i < b.segments(); ++i)
       takes_part[i] = args.selection.takes_part(i % b.classes(), counts[i].valid > 0, counts[i].foreground > 0);
@@ -180,7 +185,8 @@ void kernels::lovasz_exact_backward(const LovaszExactBackward& args) {
     BadTarget bad;  // the forward pass has raised it
     const SegmentTiles tiles(b, false, capacity, bad);
     const SegmentKeys place(b, tiles, args.valid_pixels);
-    segment_gradient<T>(b, args.out, tiles, capacity, StoredWeights<T>(static_cast<const T*>(args.weights), place, capacity));
+    segment_gradient<T>(b, args.out, tiles, capacity, StoredWeights<T>(static_cast<const T*>(args.weights), place, capacity),
+                        args.terms);
   });
 }
 

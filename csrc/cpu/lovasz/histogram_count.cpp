@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "../memory.h"
+#include "../terms.h"
 #include "coordinates.h"
 #include "histogram_place.h"
 
@@ -85,10 +86,12 @@ void count(const LovaszHistogramCount& args) {
   BadTarget bad;
   const int64_t capacity = tile_length(classes, sizeof(T), b.length());  // far below 65535, the capacity of a counter
   const SegmentTiles tiles(b, args.sampled, capacity, bad);
+  SharedTermSums term_sums(b, args.terms, tiles.count());
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
     TileRows<T> rows(classes, capacity, false, true);
     TileCoordinates<T> coordinates(b, capacity);
     Counter counter(b, args.bins, capacity, shared);
+    TermSummer<T> sum_terms(b, args.terms, capacity, term_sums);
     for (int64_t k = begin; k < end; ++k) {
       const Tile& tile = tiles[k];
       const int64_t n = tile.loaded();
@@ -108,8 +111,12 @@ void count(const LovaszHistogramCount& args) {
         else if (args.find_largest)
           counter.add_largest(c, key_of_coordinate(VEERLOSS_DISPATCH(HistogramTiles::largest(coordinate, n, label))));
       }
+      if (!args.terms.any()) continue;
+      if (TileCoordinates<T>::makes_exponentials(b)) complete_softmax(b, rows, n);
+      sum_terms(rows, tile, k);
     }
   });
+  term_sums.store();
   raise_if_bad(bad, b);
 }
 

@@ -97,7 +97,8 @@ void kernels::lovasz_histogram_backward(const LovaszHistogramBackward& args) {
     const int64_t capacity = tile_length(2 * b.classes(), sizeof(T), b.length());
     BadTarget bad;  // the forward pass has raised it
     const SegmentTiles tiles(b, false, capacity, bad);
-    segment_gradient<T>(b, args.out, tiles, capacity, BinWeights<T>(b, args.bins, args.table, args.weights, capacity));
+    segment_gradient<T>(b, args.out, tiles, capacity, BinWeights<T>(b, args.bins, args.table, args.weights, capacity),
+                        args.terms);
   });
 }
 

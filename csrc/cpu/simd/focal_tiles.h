@@ -180,8 +180,8 @@ struct FocalTiles {
   }
 
   // The gradient of one class, slope - p (top + low). A confident pixel has p near 1 and slope = top: there slope - p top is
-  // q slope, which keeps the digits that the subtraction loses. `out` may be `exps`.
-  template <class T>
+  // q slope, which keeps the digits that the subtraction loses. `out` may be `exps`; with `adds` it is added to.
+  template <bool adds = false, class T>
   static void soft_backward(const T* exps, const T* __restrict slope, const T* __restrict top, const T* __restrict low,
                             SoftmaxRows<T> r, const int32_t* __restrict label, int64_t n, const T* __restrict grad, T* out) {
     const T* __restrict sumexp_excl_max = r.sumexp_excl_max;
@@ -190,7 +190,8 @@ struct FocalTiles {
       const T p = exps[i] * inv_sumexp[i];
       const bool alone = (exps[i] == T(1)) & (slope[i] == top[i]);
       const T kept = alone ? slope[i] * sumexp_excl_max[i] * inv_sumexp[i] : slope[i] - p * top[i];
-      out[i] = label[i] >= 0 ? grad[i] * (kept - p * low[i]) : T(0);
+      const T gradient = label[i] >= 0 ? grad[i] * (kept - p * low[i]) : T(0);
+      out[i] = adds ? out[i] + gradient : gradient;
     }
   }
 

@@ -35,11 +35,39 @@ struct GradientTiles {
     for (int64_t i = 0; i < n; ++i) out[i] = slope(exps[i], g[i], inv_sumexp[i], pivot[i], others[i], has_weight[i]);
   }
 
+  // A focal term adds s (q at the label, -p elsewhere), s its derivative to log p of the label. Elsewhere s joins the mean; at
+  // the label, where s - p s would cancel, the gradient is made beforehand, and put in its place after `softmax`.
+  template <class T>
+  static void label_gradient(const T* __restrict exps, const T* __restrict g, int64_t stride, int64_t n,
+                             const int32_t* __restrict label, const T* __restrict inv_sumexp, const T* __restrict pivot,
+                             const T* __restrict others, const int32_t* __restrict has_weight, const T* __restrict s,
+                             const T* __restrict q, T* __restrict out) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t k = (label[i] < 0 ? 0 : label[i]) * stride + i;
+      out[i] = slope(exps[k], g[k], inv_sumexp[i], pivot[i], others[i], has_weight[i]) + s[i] * q[i];
+    }
+  }
+
+  template <class T>
+  static void add_focal(const T* __restrict s, int64_t n, T* __restrict others, int32_t* __restrict has_weight) {
+    for (int64_t i = 0; i < n; ++i) {
+      others[i] += s[i];
+      has_weight[i] |= s[i] != T(0);
+    }
+  }
+
+  template <class T>
+  static void put_label(const int32_t* __restrict label, const T* __restrict gradient, int64_t n, T* __restrict out,
+                        int64_t stride) {
+    for (int64_t i = 0; i < n; ++i)
+      if (label[i] >= 0) out[label[i] * stride + i] = gradient[i];
+  }
+
   // All of it for few classes, [classes][stride]: one loop, which keeps the classes of a pixel in registers. `out` is g, or
-  // not.
-  template <int classes, class T>
-  static void few(const T* __restrict exps, const T* g, int64_t stride, int64_t n, const T* __restrict sumexp_excl_max, T* out,
-                  int64_t out_stride) {
+  // not. Label, s and q are read with a focal term alone.
+  template <int classes, bool focal, class T>
+  static void few(const T* __restrict exps, const T* g, int64_t stride, int64_t n, const T* __restrict sumexp_excl_max,
+                  const int32_t* __restrict label, const T* __restrict s, const T* __restrict q, T* out, int64_t out_stride) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       T e[classes], weight[classes], pivot = 0, others = 0;
@@ -52,14 +80,25 @@ struct GradientTiles {
       }
       const T inv_sumexp = T(1) / (T(1) + sumexp_excl_max[i]);
       others = mean(others, pivot, sumexp_excl_max[i], inv_sumexp);
+      if (focal) has_weight |= s[i] != T(0);
 #pragma GCC unroll 8
-      for (int c = 0; c < classes; ++c) out[c * out_stride + i] = slope(e[c], weight[c], inv_sumexp, pivot, others, has_weight);
+      for (int c = 0; c < classes; ++c) {
+        const bool is_label = focal && label[i] == c;
+        const T gradient =
+            slope(e[c], weight[c], inv_sumexp, pivot, focal && !is_label ? others + s[i] : others, has_weight);
+        out[c * out_stride + i] = is_label ? gradient + s[i] * q[i] : gradient;
+      }
     }
   }
 
   template <class T>
   static void sign_outside(const T* __restrict p, T* __restrict weight, int64_t n) {
     for (int64_t i = 0; i < n; ++i) weight[i] = veerloss::sign_outside(p[i], weight[i]);
+  }
+
+  template <class T>
+  static void add_row(const T* __restrict values, int64_t n, T* __restrict sum) {
+    for (int64_t i = 0; i < n; ++i) sum[i] += values[i];
   }
 
   template <class T>

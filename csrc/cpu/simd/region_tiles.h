@@ -21,6 +21,15 @@ struct RegionTiles {
     }
   }
 
+  // Adds the weights of labels to g.
+  template <class T>
+  static void add_weights(const RegionRow<T>& row, T of_foreground, T of_background, T* g) {
+    if (row.activation == Activation::softmax)
+      weigh_labels<true>(OfSoftmax<T>{row.exps, row.inv_sumexp}, row, of_foreground, of_background, g);
+    else
+      weigh_labels<true>(OfSigmoid<T>{row.values}, row, of_foreground, of_background, g);
+  }
+
  private:
   // ---- the probability of a pixel, and from dL/dp to what is stored
 
@@ -73,7 +82,7 @@ struct RegionTiles {
   template <class P, class T>
   static void weigh_of(P probability, const RegionRow<T>& row, double of_target, double of_all, T* g) {
     if (row.label && !row.squared)
-      return weigh_labels(probability, row, static_cast<T>(of_target + of_all), static_cast<T>(of_all), g);
+      return weigh_labels<false>(probability, row, static_cast<T>(of_target + of_all), static_cast<T>(of_all), g);
     if (row.label) return weigh_over<true>(probability, Labels{row.label, row.foreground}, row.n, of_target, of_all, g);
     const Values<T> target{row.target, row.ignored};
     return row.squared ? weigh_over<true>(probability, target, row.n, of_target, of_all, g)
@@ -124,15 +133,16 @@ struct RegionTiles {
   static VEERLOSS_HD int32_t out_of_range(T p) {
     return (p >= T(-region_slack) ? 0 : 1) | (p <= T(1.0 + region_slack) ? 0 : 1);  // NaN is
   }
-  // Two numbers, which look-ups of the Lovász losses could have added to theirs.
-  template <class P, class T>
+  // Two numbers, which look-ups of the Lovász losses can have added to theirs.
+  template <bool adds, class P, class T>
   static void weigh_labels(P probability, const RegionRow<T>& row, T of_foreground, T of_background, T* __restrict g) {
     const int32_t* __restrict label = row.label;
     const int32_t foreground = row.foreground;
 #pragma GCC ivdep
     for (int64_t i = 0; i < row.n; ++i) {
       const T slope = probability.slope(label[i] == foreground ? of_foreground : of_background, i);
-      g[i] = label[i] >= 0 ? slope : T(0);
+      const T weight = label[i] >= 0 ? slope : T(0);
+      g[i] = adds ? g[i] + weight : weight;
     }
   }
 

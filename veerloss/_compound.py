@@ -1,0 +1,122 @@
+"""Compound losses: their steps put together, in one process or over the ranks of a process group.
+
+    sum       for a focal and a region loss, in the pass that counts (Lovász, "histogram"), makes keys ("exact"), or alone
+    weigh     the sums and the counts to the terms, and to what a pixel needs of them: the slope of its focal loss has one factor;
+              a region loss is two numbers for each segment, which the weights that Lovász looks up have added to them
+    backward  the weights to the gradient of the logits, as for Lovász alone; the focal slope joins on the way
+
+Terms are absent where their weight is None.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import _histogram
+from ._arguments import opmath_dtype, per_segment_shape
+from ._layout import REGION_WORDS, Errors, Reduction
+
+
+def forward(
+    ops,
+    *,
+    logits,
+    target,
+    focal,
+    lovasz,
+    region,
+    alpha,
+    class_alpha,
+    gamma,
+    label_smoothing,
+    weighted_mean,
+    selected,
+    present,
+    region_selected,
+    region_present,
+    region_alpha,
+    region_beta,
+    smooth_numerator,
+    smooth_denominator,
+    form,
+    exponent,
+    errors,
+    histogram,
+    per_image,
+    ignore_index,
+    valid_pixels,
+    keep_weights,
+    upcast_loss,
+    ranks=None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, scale, focal_scale, region_weights, table, weights, parts): what compound_backward takes, and the terms, [3].
+
+    `ops`: the operators of a backend. `ranks`: of the batches of all of them.
+    """
+    n, c, _ = logits.shape
+    rows, dtype = n if per_image else 1, opmath_dtype(logits)
+    sums = {
+        "focal_sums": None if focal is None else logits.new_zeros(3, dtype=torch.float64),
+        "region_sums": None if region is None else logits.new_zeros((rows, c, REGION_WORDS), dtype=torch.int64),
+    }
+    options = {"alpha": alpha, "class_alpha": class_alpha, "gamma": gamma, "label_smoothing": label_smoothing}
+    batch = {"logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index}
+    table, weights = logits.new_empty(0, dtype=torch.float32), logits.new_empty(0, dtype=dtype)
+    scale = logits.new_ones(per_segment_shape(logits, errors, per_image), dtype=dtype)
+    parts = [logits.new_zeros((), dtype=torch.float64) for _ in range(3)]
+
+    if lovasz is None:
+
+        def local() -> Tensor:
+            ops.compound_sum(**sums, **options, **batch)
+            return logits.new_zeros(1, dtype=torch.int64)
+
+        local() if ranks is None else ranks.sum_of(local, (1,))
+    elif histogram:
+        value, of_segments, table, weights, _ = _histogram.forward(
+            ops, **batch, selected=selected, present=present, class_weight=None, background_index=None,
+            reduction=Reduction.MEAN, valid_pixels=valid_pixels, upcast_loss=True, ranks=ranks,
+            count_all=functools.partial(ops.compound_count, **sums, **options),
+        )  # fmt: skip
+    else:
+        value, of_segments, weights = ops.compound_exact(
+            **sums, **options, **batch, selected=selected, present=present, valid_pixels=valid_pixels, keep_weights=keep_weights
+        )
+    if lovasz is not None:
+        parts[1] = value.double()
+        scale = of_segments * lovasz
+
+    focal_scale = logits.new_zeros((), dtype=dtype)
+    if focal is not None:
+        totals = sums["focal_sums"] if ranks is None else ranks.all_reduce(sums["focal_sums"], "sum")
+        divisor = totals[2 if weighted_mean else 1]
+        divided = torch.where(divisor > 0, 1 / divisor, 0.0)
+        parts[0] = torch.where(totals[1] > 0, totals[0] * divided, 0.0)
+        focal_scale = (divided * focal).to(dtype)
+
+    region_weights = logits.new_zeros((0,), dtype=dtype)
+    if region is not None:
+        found = sums["region_sums"]
+        if ranks is not None:
+            found = ranks.sum_of(lambda: sums["region_sums"], found.shape)
+        value, of_segments, coefficients = ops.region_weigh(
+            logits=logits, sums=found, selected=region_selected, present=region_present, per_image=per_image,
+            class_weight=None, alpha=region_alpha, beta=region_beta, smooth_numerator=smooth_numerator,
+            smooth_denominator=smooth_denominator, form=form, exponent=exponent, reduction=Reduction.MEAN, upcast_loss=True,
+        )  # fmt: skip
+        parts[2] = value.double()
+        # dL/dp of foreground and background
+        pairs = torch.stack([coefficients.sum(-1), coefficients[..., 1]], -1)
+        region_weights = (pairs * (of_segments.double() * region).view(rows, c, 1)).to(dtype)
+    if lovasz is not None and histogram and errors == Errors.SOFTMAX:
+        weights = weights * scale.view(rows, c, 1, 1)
+        if region is not None:
+            weights += region_weights.flip(-1)[..., None]
+        scale = torch.ones_like(scale)
+
+    loss = sum(weight * part for weight, part in zip((focal, lovasz, region), parts, strict=True) if weight is not None)
+    kind = dtype if upcast_loss else logits.dtype
+    return loss.to(kind), scale, focal_scale, region_weights, table, weights, torch.stack(parts).to(dtype)
