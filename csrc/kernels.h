@@ -127,7 +127,7 @@ struct FocalTerm {
 
 struct TermSums {
   FocalTerm focal;
-  double* focal_sums = nullptr;   // [3]: the losses of all pixels, how many count, and the alpha of their labels
+  double* focal_sums = nullptr;    // [3]: the losses of all pixels, how many count, and the alpha of their labels
   int64_t* region_sums = nullptr;  // [rows, classes, RegionLayout::words], zeros before
 
   VEERLOSS_HD bool any() const { return focal_sums || region_sums; }
@@ -136,8 +136,8 @@ struct TermSums {
 struct TermGradients {
   FocalTerm focal;
   const void* focal_scale = nullptr;  // one element, opmath type: d loss / d (sum of the pixels' focal losses)
-  // [rows, classes, 2], opmath type: d loss / dp of foreground and of background, added to the weights of the errors. (Of method
-  // "histogram" of a softmax the weights of the bins have it.)
+  // [rows, classes, 2], opmath type: d loss / dp of foreground and of background, added to the weights of the errors. (Of
+  // method "histogram" of a softmax the weights of the bins have it.)
   const void* region = nullptr;
 
   VEERLOSS_HD bool any() const { return focal_scale || region; }
@@ -153,7 +153,7 @@ struct LovaszExactForward {
   std::optional<int64_t> valid_pixels;  // on the CPU: [C, valid_pixels] instead, of the pixels that are not ignored
   bool keep_weights;                    // else `keys` holds nothing of use afterwards
   TermSums terms;
-  void* scratch;                        // lovasz_exact_scratch_bytes()
+  void* scratch;  // lovasz_exact_scratch_bytes()
   Stream stream;
 };
 
@@ -193,7 +193,7 @@ struct LovaszHistogramCount {
   int32_t* counts;    // zeros before. On a GPU a target out of range counts as foreground in bin 0 of every class
   uint32_t* largest;  // [segments], zeros before: key_of_coordinate of the largest error, 0: no pixel
   TermSums terms;
-  void* scratch;      // lovasz_histogram_scratch_bytes()
+  void* scratch;  // lovasz_histogram_scratch_bytes()
   Stream stream;
 };
 

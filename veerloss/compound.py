@@ -201,7 +201,9 @@ def _check_terms(weights: dict[str, object], given: dict[str, object]) -> dict[s
         value = given[name]
         is_default = value is default or (isinstance(value, (int, float, str)) and value == default)
         if not is_default and not any(owner in terms for owner in owners):
-            raise ValueError(f"{name} is an option of {' and '.join(owners)}, which have no weight; got {arguments.shown(value)}")
+            raise ValueError(
+                f"{name} is an option of {' and '.join(owners)}, which have no weight; got {arguments.shown(value)}"
+            )
     return terms
 
 

@@ -74,7 +74,7 @@ void segment_gradient(const SegmentBatch& b, const SegmentGradient& out, const S
         VEERLOSS_DISPATCH(GradientTiles::accumulate(t.exps + c * capacity, grad, n, t.pivot, t.others, t.has_weight.data()));
       }
       if (focal) {
-        if (softmax && Weights::makes_exponentials(b)) complete_softmax(b, t, n);
+        if (softmax && !Weights::makes_exponentials(b)) find_label_logit(t, n);
         focal->differentiate(t, n, added.focal_factor());
       }
       T* const in_place = softmax && !tile.sparse() ? row_in_place<T>(out.grad_logits, g, 0, tile.span) : nullptr;

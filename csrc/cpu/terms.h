@@ -18,15 +18,14 @@ struct FocalSums {
   double alpha = 0;
 };
 
-// The rows of a tile that only few classes leave out: see TileCoordinates.
+// The row of a softmax that load_tile leaves out; TileCoordinates makes that of few classes.
 template <class T>
-void complete_softmax(const SegmentBatch& b, const TileRows<T>& rows, int64_t n) {
-  VEERLOSS_DISPATCH(SoftmaxTiles::maximum(rows.logits, b.classes(), rows.logits_stride, n, rows.max_logit));
-  VEERLOSS_DISPATCH(SoftmaxTiles::invert(rows.sumexp_excl_max, n, rows.inv_sumexp));
+void find_label_logit(const TileRows<T>& t, int64_t n) {
+  VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, t.logits_stride, n, t.label.data(), t.max_logit, t.label_logit));
 }
 
-// The focal loss of the pixels of a tile, and its gradient; a thread has one. Logits and, of a softmax, all rows of the tile are
-// read.
+// The focal loss of the pixels of a tile, and its gradient; a thread has one. Logits and, of a softmax, all rows of the tile
+// are read.
 template <class T>
 class FocalOfTile {
  public:
@@ -42,10 +41,10 @@ class FocalOfTile {
         of_mask_{T(1), T(1), gamma_},
         soft_loss_(soft_ ? capacity : 0),
         totals_(soft_ && b.classes() > classes_per_sum ? 2 * capacity : 0),
-        storage_(capacity * (10 + (soft_ ? b.classes() : 0))) {
+        storage_(capacity * (9 + (soft_ ? b.classes() : 0))) {
     if (term.alpha) of_mask_ = {static_cast<T>(*term.alpha), static_cast<T>(1.0 - *term.alpha), gamma_};
     T* next = storage_.data();
-    for (T** row : {&label_logit_, &log_p_, &q_, &alpha_row_, &loss_, &grad_, &slope_, &log_sumexp_, &top_, &low_})
+    for (T** row : {&log_p_, &q_, &alpha_row_, &loss_, &grad_, &slope_, &log_sumexp_, &top_, &low_})
       *row = std::exchange(next, next + capacity);
     slopes_ = next;
   }
@@ -59,8 +58,8 @@ class FocalOfTile {
     FocalSums sums;
     sums.loss = VEERLOSS_DISPATCH(FocalTiles::sum(loss_, n));
     sums.valid = count_pixels(t.label.data(), n);
-    sums.alpha = static_cast<double>(sums.valid);
-    if (!batch_.mask) {
+    sums.alpha = static_cast<double>(sums.valid) * static_cast<double>(scalar_alpha_);
+    if (alpha_step_ > 0) {
       VEERLOSS_DISPATCH(FocalTiles::gather_alpha(alpha_row_, alpha_, alpha_step_, t.label.data(), n));
       sums.alpha = VEERLOSS_DISPATCH(FocalTiles::sum(alpha_row_, n));
     }
@@ -85,7 +84,7 @@ class FocalOfTile {
 
  private:
   SoftmaxRows<T> rows(const TileRows<T>& t) const {
-    return {t.max_logit, t.max_count, t.sumexp_excl_max, t.inv_sumexp, label_logit_, log_p_, q_};
+    return {t.max_logit, t.max_count, t.sumexp_excl_max, t.inv_sumexp, t.label_logit, log_p_, q_};
   }
 
   void compute(const TileRows<T>& t, int64_t n, bool forward) {
@@ -101,21 +100,25 @@ class FocalOfTile {
     if (batch_.mask) return binary<square>(t, n, forward);
     if (soft_) return soft_terms<square>(t, n);
     const SoftmaxRows<T> r = rows(t);
-    VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, t.logits_stride, n, label, t.max_logit, r.label_logit));
-    VEERLOSS_DISPATCH(FocalTiles::log_probability(n, label, r));
     VEERLOSS_DISPATCH(FocalTiles::gather_alpha(alpha_row_, alpha_, alpha_step_, label, n));
-    if (forward)
+    if (gamma_ == T(0) && !forward) {
+      VEERLOSS_DISPATCH(FocalTiles::label_error(n, label, r));
+      return VEERLOSS_DISPATCH(FocalTiles::cross_entropy_backward(alpha_row_, n, grad_, slope_));
+    }
+    VEERLOSS_DISPATCH(FocalTiles::log_probability(n, label, r));
+    if (gamma_ == T(0))
+      VEERLOSS_DISPATCH(FocalTiles::cross_entropy(log_p_, alpha_row_, n, loss_));
+    else if (forward)
       VEERLOSS_DISPATCH(FocalTiles::softmax_forward<T, square>(log_p_, q_, alpha_row_, n, gamma_, loss_));
     else
-      VEERLOSS_DISPATCH(
-          FocalTiles::log_probability_backward<T, square>(log_p_, q_, alpha_row_, n, gamma_, grad_, slope_));
+      VEERLOSS_DISPATCH(FocalTiles::log_probability_backward<T, square>(log_p_, q_, alpha_row_, n, gamma_, grad_, slope_));
   }
 
   // Of the only row of a mask; ignored pixels have weight 0.
   template <bool square>
   void binary(const TileRows<T>& t, int64_t n, bool forward) {
     const int32_t* label = t.label.data();
-    T *const logit = label_logit_, *const target = log_p_, *const weight = alpha_row_;
+    T *const logit = t.label_logit, *const target = log_p_, *const weight = alpha_row_;
     std::copy_n(t.values, n, logit);
     std::fill_n(weight, n, T(1));
     VEERLOSS_DISPATCH(FocalTiles::one_hot(target, label, n, 1));
@@ -163,8 +166,8 @@ class FocalOfTile {
   SigmoidParams<T> of_mask_;
   std::vector<double> soft_loss_, totals_;
   std::vector<T> storage_;
-  T *label_logit_, *log_p_, *q_, *alpha_row_, *loss_, *grad_, *slope_, *log_sumexp_, *top_, *low_;  // [capacity]
-  T* slopes_;                                                                                      // [classes][capacity]
+  T *log_p_, *q_, *alpha_row_, *loss_, *grad_, *slope_, *log_sumexp_, *top_, *low_;  // [capacity]
+  T* slopes_;                                                                        // [classes][capacity]
 };
 
 // The row of class c of a tile for a region loss.
@@ -186,7 +189,9 @@ RegionRow<T> region_row(const SegmentBatch& b, const TileRows<T>& t, int64_t n, 
 class SharedTermSums {
  public:
   SharedTermSums(const SegmentBatch& b, const TermSums& terms, int64_t tiles)
-      : region(terms.region_sums ? b.segments() * RegionLayout::words : 0), focal(terms.focal_sums ? tiles : 0), terms_(terms) {}
+      : region(terms.region_sums ? b.segments() * RegionLayout::words : 0),
+        focal(terms.focal_sums ? tiles : 0),
+        terms_(terms) {}
 
   // After the pass. Tiles are added in order: the same bits for any number of threads.
   void store() const {
@@ -218,10 +223,13 @@ class TermSummer {
     if (terms.focal_sums) focal_.emplace(terms.focal, b, capacity);
   }
 
-  // Tile number k, once its rows are whole.
-  void operator()(const TileRows<T>& rows, const Tile& tile, int64_t k) {
+  // Tile number k. `whole`: TileCoordinates made the rows of its softmax.
+  void operator()(const TileRows<T>& rows, const Tile& tile, int64_t k, bool whole = false) {
     const int64_t n = tile.loaded();
-    if (focal_) shared_.focal[k] = focal_->sum(rows, n);
+    if (focal_) {
+      if (!whole && !batch_.mask) find_label_logit(rows, n);
+      shared_.focal[k] = focal_->sum(rows, n);
+    }
     if (shared_.region.empty()) return;
     for (int64_t c = 0; c < batch_.classes(); ++c) {
       const RegionPart part = VEERLOSS_DISPATCH(RegionTiles::sum(region_row(batch_, rows, n, c, capacity_)));
@@ -258,7 +266,8 @@ class TermGradient {
   void add_region(const TileRows<T>& t, const Tile& tile, int64_t c, T* g) {
     if (!region_) return;
     const T* const pair = region_ + 2 * (tile.row * batch_.classes() + c);
-    const T fg = static_cast<T>(grad_ * static_cast<double>(pair[0])), bg = static_cast<T>(grad_ * static_cast<double>(pair[1]));
+    const T fg = static_cast<T>(grad_ * static_cast<double>(pair[0])),
+            bg = static_cast<T>(grad_ * static_cast<double>(pair[1]));
     VEERLOSS_DISPATCH(RegionTiles::add_weights(region_row(batch_, t, tile.loaded(), c, capacity_), fg, bg, g));
   }
 

@@ -84,15 +84,15 @@ void compound_sum(std::optional<Tensor> focal_sums, std::optional<Tensor> region
   const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
   const FocalTerm focal = focal_term(op, b, alpha, class_alpha, gamma, label_smoothing);
   const Device device(logits);
-  kernels::compound_sum(
-      {.batch = b, .terms = term_sums(op, b, focal, focal_sums, region_sums), .stream = device.stream()});
+  kernels::compound_sum({.batch = b, .terms = term_sums(op, b, focal, focal_sums, region_sums), .stream = device.stream()});
 }
 
 Tensor compound_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, std::optional<double> focal,
-                         std::optional<double> lovasz, std::optional<double> region, std::optional<double> alpha, std::optional<Tensor> class_alpha, double gamma,
-                         double label_smoothing, int64_t errors, bool per_image, std::optional<int64_t> ignore_index,
-                         bool histogram, std::optional<int64_t> valid_pixels, const Tensor& scale,
-                         const Tensor& focal_scale, const Tensor& region_weights, const Tensor& table, const Tensor& weights) {
+                         std::optional<double> lovasz, std::optional<double> region, std::optional<double> alpha,
+                         std::optional<Tensor> class_alpha, double gamma, double label_smoothing, int64_t errors,
+                         bool per_image, std::optional<int64_t> ignore_index, bool histogram,
+                         std::optional<int64_t> valid_pixels, const Tensor& scale, const Tensor& focal_scale,
+                         const Tensor& region_weights, const Tensor& table, const Tensor& weights) {
   const Op op("compound_backward");
   const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
   const Device device(logits);
@@ -100,8 +100,7 @@ Tensor compound_backward(const Tensor& grad, const Tensor& logits, const Tensor&
   const bool in_bins = lovasz && histogram && b.errors == Errors::softmax;
   const SegmentGradientTensors out(grad, logits);
   TermGradients terms{.focal = focal_term(op, b, alpha, class_alpha, gamma, label_smoothing)};
-  if (focal)
-    terms.focal_scale = op.data<const void>("focal_scale", focal_scale, 1, opmath_of(b), "that of the forward pass");
+  if (focal) terms.focal_scale = op.data<const void>("focal_scale", focal_scale, 1, opmath_of(b), "that of the forward pass");
   if (region && !in_bins)
     terms.region = op.data<const void>("region_weights", region_weights, 2 * b.segments(), opmath_of(b),
                                        "[rows, C, 2] of the forward pass");

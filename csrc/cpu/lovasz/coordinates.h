@@ -13,9 +13,11 @@ namespace veerloss {
 template <class T>
 class TileCoordinates {
  public:
-  TileCoordinates(const SegmentBatch& b, int64_t capacity)
+  // `whole`: with the rows of a softmax that other terms of a compound loss need.
+  TileCoordinates(const SegmentBatch& b, int64_t capacity, bool whole)
       : batch_(b),
         capacity_(capacity),
+        whole_(whole),
         few_(makes_exponentials(b)),
         coordinates_(capacity * (few_ ? b.classes() : 1)),
         shared_(few_ ? 0 : capacity),
@@ -31,9 +33,12 @@ class TileCoordinates {
     if (few_)
       with_few(batch_.classes(), [&](auto classes) {
         constexpr int count = decltype(classes)::value;
-        VEERLOSS_DISPATCH(HistogramTiles::few_coordinates<count>(rows.logits, rows.logits_stride, n, rows.label.data(),
-                                                                 capacity_, rows.exps, rows.sumexp_excl_max,
-                                                                 coordinates_.data()));
+        const auto find = [&](auto whole) {
+          VEERLOSS_DISPATCH(HistogramTiles::few_coordinates<count, decltype(whole)::value>(
+              rows.logits, rows.logits_stride, n, rows.label.data(), capacity_, rows.exps, rows.sumexp_excl_max,
+              coordinates_.data(), rows.max_logit, rows.inv_sumexp, rows.label_logit));
+        };
+        whole_ ? find(std::true_type()) : find(std::false_type());
       });
     else
       VEERLOSS_DISPATCH(HistogramTiles::shared_coordinates(rows.sumexp_excl_max, n, shared_.data(), top_.data()));
@@ -65,7 +70,7 @@ class TileCoordinates {
  private:
   const SegmentBatch& batch_;
   const int64_t capacity_;
-  const bool few_;
+  const bool whole_, few_;
   int64_t n_ = 0;
   bool any_nan_ = false;
   const float* found_ = nullptr;

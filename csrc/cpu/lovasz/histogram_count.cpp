@@ -89,7 +89,7 @@ void count(const LovaszHistogramCount& args) {
   SharedTermSums term_sums(b, args.terms, tiles.count());
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
     TileRows<T> rows(classes, capacity, false, true);
-    TileCoordinates<T> coordinates(b, capacity);
+    TileCoordinates<T> coordinates(b, capacity, args.terms.any());
     Counter counter(b, args.bins, capacity, shared);
     TermSummer<T> sum_terms(b, args.terms, capacity, term_sums);
     for (int64_t k = begin; k < end; ++k) {
@@ -111,9 +111,7 @@ void count(const LovaszHistogramCount& args) {
         else if (args.find_largest)
           counter.add_largest(c, key_of_coordinate(VEERLOSS_DISPATCH(HistogramTiles::largest(coordinate, n, label))));
       }
-      if (!args.terms.any()) continue;
-      if (TileCoordinates<T>::makes_exponentials(b)) complete_softmax(b, rows, n);
-      sum_terms(rows, tile, k);
+      if (args.terms.any()) sum_terms(rows, tile, k, TileCoordinates<T>::makes_exponentials(b));
     }
   });
   term_sums.store();

@@ -15,8 +15,9 @@ struct BinWeights {
   static constexpr bool by_error = true, of_errors = true;
   static bool makes_exponentials(const SegmentBatch& b) { return TileCoordinates<T>::makes_exponentials(b); }
 
-  BinWeights(const SegmentBatch& b, int64_t bins, const BinPair* table, const void* weights, int64_t capacity)
-      : batch_(b), bins_(bins), table_(table), weights_(static_cast<const T*>(weights)), coordinates_(b, capacity) {}
+  BinWeights(const SegmentBatch& b, int64_t bins, const BinPair* table, const void* weights, int64_t capacity,
+             bool whole = false)
+      : batch_(b), bins_(bins), table_(table), weights_(static_cast<const T*>(weights)), coordinates_(b, capacity, whole) {}
 
   void operator()(const TileRows<T>& rows, const Tile& tile, int64_t c, T factor, T* grad) {
     const int64_t segment = tile.row * batch_.classes() + c, n = tile.loaded();
@@ -97,8 +98,8 @@ void kernels::lovasz_histogram_backward(const LovaszHistogramBackward& args) {
     const int64_t capacity = tile_length(2 * b.classes(), sizeof(T), b.length());
     BadTarget bad;  // the forward pass has raised it
     const SegmentTiles tiles(b, false, capacity, bad);
-    segment_gradient<T>(b, args.out, tiles, capacity, BinWeights<T>(b, args.bins, args.table, args.weights, capacity),
-                        args.terms);
+    segment_gradient<T>(b, args.out, tiles, capacity,
+                        BinWeights<T>(b, args.bins, args.table, args.weights, capacity, args.terms.any()), args.terms);
   });
 }
 

@@ -28,7 +28,7 @@ struct TileRows {
         offset(tile),
         has_weight(gradient ? tile : 0),
         total(classes > classes_per_sum ? tile : 0),
-        storage(tile * ((1 + gradient + keep_logits) * classes + (gradient ? 6 : 4))) {
+        storage(tile * ((1 + gradient + keep_logits) * classes + (gradient ? 7 : 5))) {
     T* next = storage.data();
     const auto take = [&](int64_t rows) { return std::exchange(next, next + rows * tile); };
     values = exps = take(classes);
@@ -37,6 +37,7 @@ struct TileRows {
     max_count = take(1);
     sumexp_excl_max = take(1);
     inv_sumexp = take(1);
+    label_logit = take(1);
     if (!gradient) return;
     grad = take(classes);
     pivot = take(1);
@@ -52,6 +53,7 @@ struct TileRows {
   const T* logits = nullptr;  // [classes][logits_stride] of a softmax: `values`, or where the tensor has them
   int64_t logits_stride = 0;
   T *max_logit, *max_count, *sumexp_excl_max, *inv_sumexp;  // [tile], of a softmax
+  T* label_logit;                                           // [tile], less the largest; of a focal term
   T* grad = nullptr;                                        // [classes][tile]
   T *pivot = nullptr, *others = nullptr;                    // [tile]: see GradientTiles
 };

@@ -89,10 +89,29 @@ struct FocalTiles {
     for (int64_t i = 0; i < n; ++i) {
       const T d = label_logit[i];
       const bool valid = label[i] >= 0;
-      const T not_p = d == T(0) ? sumexp_excl_max[i] * inv_sumexp[i] : T(1) - VecMath<T>::exp_neg(d) * inv_sumexp[i];
       log_p[i] = valid ? d - log_sumexp(sumexp_excl_max[i]) : T(0);
-      q[i] = valid ? not_p : T(0);
+      q[i] = valid ? not_p(d, sumexp_excl_max[i], inv_sumexp[i]) : T(0);
     }
+  }
+
+  // r.q alone.
+  template <class T>
+  static void label_error(int64_t n, const int32_t* __restrict label, SoftmaxRows<T> r) {
+    const T* __restrict sumexp_excl_max = r.sumexp_excl_max;
+    const T* __restrict inv_sumexp = r.inv_sumexp;
+    const T* __restrict label_logit = r.label_logit;
+    T* __restrict q = r.q;
+    for (int64_t i = 0; i < n; ++i) q[i] = label[i] >= 0 ? not_p(label_logit[i], sumexp_excl_max[i], inv_sumexp[i]) : T(0);
+  }
+
+  // Of gamma 0, which takes no powers.
+  template <class T>
+  static void cross_entropy(const T* __restrict log_p, const T* __restrict alpha, int64_t n, T* __restrict loss) {
+    for (int64_t i = 0; i < n; ++i) loss[i] = -alpha[i] * log_p[i];
+  }
+  template <class T>
+  static void cross_entropy_backward(const T* __restrict alpha, int64_t n, const T* __restrict grad, T* __restrict grad_log_p) {
+    for (int64_t i = 0; i < n; ++i) grad_log_p[i] = -grad[i] * alpha[i];
   }
 
   template <class T, bool Square>
@@ -134,7 +153,11 @@ struct FocalTiles {
   template <class T>
   static void gather_alpha(T* __restrict out, const T* __restrict alpha, int64_t alpha_step, const int32_t* __restrict label,
                            int64_t n) {
-    for (int64_t i = 0; i < n; ++i) out[i] = label[i] >= 0 ? alpha[label[i] * alpha_step] : T(0);
+    const T of_all = alpha[0];
+    if (alpha_step == 0)  // a gather of one number is still a gather
+      for (int64_t i = 0; i < n; ++i) out[i] = label[i] >= 0 ? of_all : T(0);
+    else
+      for (int64_t i = 0; i < n; ++i) out[i] = label[i] >= 0 ? alpha[label[i] * alpha_step] : T(0);
   }
 
   // ---- softmax with a soft target: the sum over classes of target_c * FL_c. Label smoothing mixes the one-hot target, or
@@ -220,6 +243,11 @@ struct FocalTiles {
   }
 
  private:
+  template <class T>
+  static VEERLOSS_HD T not_p(T label_logit, T sumexp_excl_max, T inv_sumexp) {
+    return label_logit == T(0) ? sumexp_excl_max * inv_sumexp : T(1) - VecMath<T>::exp_neg(label_logit) * inv_sumexp;
+  }
+
   template <class T>
   static VEERLOSS_HD T log_sumexp(T sumexp_excl_max) {
     const bool small = sumexp_excl_max <= T(1);

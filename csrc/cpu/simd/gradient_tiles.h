@@ -84,8 +84,7 @@ struct GradientTiles {
 #pragma GCC unroll 8
       for (int c = 0; c < classes; ++c) {
         const bool is_label = focal && label[i] == c;
-        const T gradient =
-            slope(e[c], weight[c], inv_sumexp, pivot, focal && !is_label ? others + s[i] : others, has_weight);
+        const T gradient = slope(e[c], weight[c], inv_sumexp, pivot, focal && !is_label ? others + s[i] : others, has_weight);
         out[c * out_stride + i] = is_label ? gradient + s[i] * q[i] : gradient;
       }
     }

@@ -14,11 +14,11 @@ struct HistogramTiles {
   }
 
   // The coordinates of all of few classes, [classes][stride], with the softmax that they come from: one loop, which keeps the
-  // classes of a pixel in registers.
-  template <int classes, class T>
+  // classes of a pixel in registers. Other terms of a compound loss need `whole`: also the rows from max_logit on.
+  template <int classes, bool whole, class T>
   static void few_coordinates(const T* __restrict logits, int64_t logits_stride, int64_t n, const int32_t* __restrict label,
-                              int64_t stride, T* __restrict exps, T* __restrict sumexp_excl_max,
-                              float* __restrict coordinates) {
+                              int64_t stride, T* __restrict exps, T* __restrict sumexp_excl_max, float* __restrict coordinates,
+                              T* __restrict max_of_pixel, T* __restrict inv_sumexp, T* __restrict label_logit) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       T below[classes], max_logit = logits[i], sum = 0, count = 0;
@@ -34,6 +34,14 @@ struct HistogramTiles {
       }
       sum += count - T(1);
       sumexp_excl_max[i] = sum;
+      if (whole) {
+        T of_label = 0;
+#pragma GCC unroll 8
+        for (int c = 0; c < classes; ++c) of_label += keep_if(label[i] == c, below[c]);
+        max_of_pixel[i] = max_logit;
+        inv_sumexp[i] = T(1) / (T(1) + sum);
+        label_logit[i] = of_label;
+      }
       const T log2_sum = VecMath<T>::log2(T(1) + sum), shared = T(1) - log2_sum;
       const T top = top_coordinate<VecMath<T>>(sum, log2_sum);
 #pragma GCC unroll 8
@@ -174,6 +182,13 @@ struct HistogramTiles {
   }
 
  private:
+  // value or 0, by a mask: of a chain of conditions the compiler makes branches, and no vectors.
+  template <class T>
+  static VEERLOSS_HD T keep_if(bool condition, T value) {
+    using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+    return bit_cast<T>(static_cast<Bits>(bit_cast<Bits>(value) & -static_cast<Bits>(condition)));
+  }
+
   template <class T>
   static VEERLOSS_HD float softmax_coordinate(T below_max, T shared, T top, bool foreground) {
     const T background = below_max == T(0) ? top : below_max * T(log2_e) + shared;

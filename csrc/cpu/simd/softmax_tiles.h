@@ -39,11 +39,6 @@ struct SoftmaxTiles {
     }
   }
 
-  template <class T>
-  static void invert(const T* __restrict sumexp_excl_max, int64_t n, T* __restrict inv_sumexp) {
-    for (int64_t i = 0; i < n; ++i) inv_sumexp[i] = T(1) / (T(1) + sumexp_excl_max[i]);
-  }
-
   // Of one class of a pixel, which is added to the sum of the others, or one more that has the maximum.
   template <class T>
   static VEERLOSS_HD T exponential(T below_max, T& sumexp_excl_max, T& max_count) {
