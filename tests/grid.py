@@ -20,6 +20,7 @@ FOCAL_KERNELS = ("native", "triton", "emulated")
 LOVASZ_KERNELS = ("native", "triton", "emulated")
 HISTOGRAM_KERNELS = ("native", "emulated")  # of method "histogram" Triton has none
 REGION_KERNELS = ("native",)
+COMPOUND_KERNELS = ("native",)
 
 
 def _over_backends(*names: str) -> pytest.MarkDecorator:
@@ -33,6 +34,8 @@ over_histogram_kernels = _over_backends(*HISTOGRAM_KERNELS)
 over_histogram = _over_backends(*HISTOGRAM_KERNELS, "reference")
 over_region_kernels = _over_backends(*REGION_KERNELS)
 over_region = _over_backends(*REGION_KERNELS, "reference")
+over_compound_kernels = _over_backends(*COMPOUND_KERNELS)
+over_compound = _over_backends(*COMPOUND_KERNELS, "reference")
 over_lovasz = _over_backends(*LOVASZ_KERNELS, "reference")
 
 METHODS = ("exact", "histogram")

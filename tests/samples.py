@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from grid import labels, logits
 
-from veerloss._layout import COARSE_BINS, MAGIC, SAMPLE_RUN, SAMPLE_STEP, Activation, Errors, Form, Reduction, bin_count
+from veerloss._layout import (
+    COARSE_BINS,
+    MAGIC,
+    REGION_WORDS,
+    SAMPLE_RUN,
+    SAMPLE_STEP,
+    Activation,
+    Errors,
+    Form,
+    Reduction,
+    bin_count,
+)
 from veerloss.reference.histogram import cell_knots
 
 FOCAL, LOVASZ = ("sigmoid_focal", "softmax_focal"), ("lovasz_exact", "lovasz_histogram")
@@ -45,6 +56,13 @@ def samples() -> dict[str, list[dict]]:
         "smooth_numerator": 1e-5, "smooth_denominator": 1e-5, "form": Form.LINEAR, "exponent": 1.0,
         "reduction": Reduction.MEAN, "upcast_loss": False,
     }  # fmt: skip
+    compound = {
+        "logits": x, "target": y, "focal": 0.7, "lovasz": 1.3, "region": 0.5, "alpha": None, "class_alpha": alpha, "gamma": 2.0,
+        "label_smoothing": 0.0, "weighted_mean": False, "selected": None, "present": True, "region_selected": None,
+        "region_present": False, "region_alpha": 0.3, "region_beta": 0.7, "smooth_numerator": 1e-5, "smooth_denominator": 1e-5,
+        "form": Form.LINEAR, "exponent": 1.0, "errors": Errors.SOFTMAX, "per_image": False, "ignore_index": None,
+        "histogram": True, "valid_pixels": None, "keep_weights": True, "upcast_loss": False,
+    }  # fmt: skip
     return {
         "sigmoid_focal": [
             sigmoid | {"target": dense},
@@ -83,6 +101,13 @@ def samples() -> dict[str, list[dict]]:
                 "exponent": 0.3,
             },
         ],
+        "compound": [
+            compound,
+            compound | {"histogram": False, "per_image": True, "label_smoothing": 0.1, "upcast_loss": True},
+            compound | {"lovasz": None, "class_alpha": None, "weighted_mean": True, "gamma": 0.0, "ignore_index": 1},
+            compound | hinge | {"class_alpha": None, "alpha": 0.25, "histogram": False},
+            compound | {"focal": None, "region": None, "region_selected": torch.tensor([True, False, True])},
+        ],
     }
 
 
@@ -116,9 +141,12 @@ def valid(operators, operator: str) -> dict:
             if name == operator:
                 return of_step
             known["sums"] = getattr(operators, name)(**of_step)
+    if stem == "compound" and operator != "compound_count":
+        known = arguments | sums_of_terms(1, 3)
+        return {argument: known[argument] for argument in names(getattr(operators, operator).default._schema.arguments)}
     x = arguments["logits"]
     segments = (x.size(0) if arguments["per_image"] else 1, x.size(1))
-    known = arguments | {
+    known = {"background_index": None, "class_weight": None, "reduction": Reduction.MEAN} | arguments | {
         "table": None, "counted_table": None, "segment_mask": None, "sampled": False, "find_largest": True,
         "recounted_mask": None, "recounts": None, "recounted_table": None, "bins": bin_count(x.size(1)), "again": False,
     }  # fmt: skip
@@ -136,10 +164,18 @@ def valid(operators, operator: str) -> dict:
             known["largest"] = torch.zeros(segments, dtype=torch.int32)
         if name == operator and (step != "count" or known["table"] is not None):
             break
+        if operator == "compound_count" and step == "count" and known["table"] is not None:
+            known |= sums_of_terms(*segments)
+            break
         results = getattr(operators, name)(**of(name))
         results = results if isinstance(results, (tuple, list)) else (results,)
         known |= dict(zip(RESULTS[step], results, strict=True)) if step != "count" else {}
     return of(operator)
+
+
+def sums_of_terms(rows: int, classes: int) -> dict:
+    sums = torch.zeros((rows, classes, REGION_WORDS), dtype=torch.int64)
+    return {"focal_sums": torch.zeros(3, dtype=torch.float64), "region_sums": sums}
 
 
 RESULTS = {

@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from grid import labels, logits
 from torch.nn.parallel import DistributedDataParallel
 
-from veerloss import LovaszSoftmaxLoss, dice_loss, lovasz_hinge_loss, lovasz_softmax_loss, tversky_loss
+from veerloss import LovaszSoftmaxLoss, compound_loss, dice_loss, lovasz_hinge_loss, lovasz_softmax_loss, tversky_loss
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
@@ -29,6 +29,7 @@ def batches() -> dict:
     weight = torch.tensor([1.0, 2.0, 0.5, 1.0])
     softmax, hinge = (functools.partial(loss, method="histogram") for loss in (lovasz_softmax_loss, lovasz_hinge_loss))
     soft = torch.rand(x.shape, generator=torch.Generator().manual_seed(2))
+    everything = {"focal": 0.7, "lovasz": 1.3, "dice": 0.5, "method": "histogram"}
     return {
         "different sizes": (softmax, x, y, {}, (1, 3, 1)),
         "an empty rank": (softmax, x, y, {"classes": "all"}, (5, 0, 0)),
@@ -44,6 +45,11 @@ def batches() -> dict:
         "Dice": (dice_loss, x, y, {}, (1, 3, 1)),
         "Dice, large": (dice_loss, logits((4, 3, 300, 301)), large, {"classes": "present"}, (1, 2, 1)),
         "Tversky, an empty rank": (tversky_loss, x, ignored, {"ignore_index": 255, "form": "log"}, (0, 5, 0)),
+        "compound": (compound_loss, x, y, everything | {"alpha": weight, "label_smoothing": 0.1}, (1, 3, 1)),
+        "compound, an empty rank": (compound_loss, x, ignored, everything | {"ignore_index": 255}, (0, 5, 0)),
+        "compound, large": (compound_loss, logits((4, 3, 300, 301)), large, everything, (1, 2, 1)),
+        "compound without Lovász": (compound_loss, x, y, {"cross_entropy": 1.0, "dice": 1.0, "alpha": weight}, (2, 2, 1)),
+        "compound of a mask": (compound_loss, x[:, :1], binary, everything | {"activation": "sigmoid"}, (2, 2, 1)),
         "soft Dice": (dice_loss, x, soft, {"activation": "sigmoid", "squared": True, "reduction": "none"}, (2, 2, 1)),
     }
 
@@ -108,6 +114,10 @@ def errors(rank: int, group) -> dict[str, str]:
         "compiled": error_of(lambda: torch.compile(softmax, backend="eager", fullgraph=True)(x, y)),
         "Dice, bad target": error_of(lambda: dice_loss(x, bad, process_group=group)),
         "Dice, other weights": error_of(lambda: tversky_loss(x, y, alpha=0.1 + rank, process_group=group)),
+        "compound, bad target": error_of(lambda: compound_loss(x, bad, dice=1.0, process_group=group)),
+        "compound, other weights": error_of(lambda: compound_loss(x, y, lovasz=1.0 + rank, process_group=group)),
+        "compound per image": error_of(lambda: compound_loss(x, y, dice=1.0, per_image=True, process_group=group)),
+        "compound, exact": error_of(lambda: compound_loss(x, y, lovasz=1.0, method="exact", process_group=group)),
         "Dice per image": error_of(lambda: dice_loss(x, y, per_image=True, process_group=group)),
         "no group": error_of(lambda: lovasz_softmax_loss(x, y, process_group=7)),
         "after all that": error_of(lambda: softmax(x, y)),
@@ -124,7 +134,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     for name, (loss, x, target, options, sizes) in batches().items():
         mine = cut(x, sizes, rank, world), cut(target, sizes, rank, world)
         results[name] = run(loss, *mine, process_group=group, **options)
-        if name != "large":  # in the reference it takes long
+        if "large" not in name:  # in the reference it takes long
             results[name, "reference"] = run(loss, *mine, process_group=group, backend="reference", **options)
     model, (x, target) = DistributedDataParallel(network()), images()
     loss = LovaszSoftmaxLoss(process_group=group)
@@ -157,7 +167,7 @@ def test_as_one_process(results, name):
         torch.testing.assert_close(part, cut(gradient, sizes, rank, len(results)), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", [name for name in batches() if name != "large"])
+@pytest.mark.parametrize("name", [name for name in batches() if "large" not in name])
 def test_reference_as_one_process(results, name):
     loss, x, target, options, sizes = batches()[name]
     value, gradient = run(loss, x, target, backend="reference", **options)
@@ -183,6 +193,7 @@ def test_errors_reach_every_rank(results):
     first, *others = (result["errors"] for result in results)
     assert first["bad target"].startswith("IndexError: target holds 4, expected class indices in [0, 4)")
     assert first["bad target of the reference"] == first["bad target"] == first["Dice, bad target"]
+    assert first["bad target"] == first["compound, bad target"]
     assert first["bad shape"].startswith("ValueError: target must have the shape [2, 30]")
     assert first["bad backend"].startswith("ValueError: backend must be one of")
     for other in others:
@@ -201,4 +212,6 @@ def test_errors_reach_every_rank(results):
             "TypeError: process_group must be a torch.distributed.ProcessGroup or None, got int"
         )
         assert "got per_image=True" in found["Dice per image"] and found["Dice, other weights"].endswith("options that differ")
+        assert "got per_image=True" in found["compound per image"] and "got method='exact'" in found["compound, exact"]
+        assert found["compound, other weights"].endswith("options that differ")
         assert found["after all that"] == "no error"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from grid import labels, layouts, logits, over_histogram_kernels
+from grid import labels, layouts, logits, over_compound_kernels, over_histogram_kernels
 from samples import FOCAL, HINGE, LOVASZ, backward_arguments, names, samples, strided, valid
 from torch.library import opcheck
 
@@ -14,7 +14,7 @@ from veerloss._layout import MAX_BINS, TABLE, Errors
 
 # (backend, operator family)
 OPERATORS = [(b, stem) for b in ("native", "triton", "emulated") for stem in (*FOCAL, "lovasz_exact")]
-OPERATORS += [(b, "lovasz_histogram") for b in ("native", "emulated")] + [("native", "region")]
+OPERATORS += [(b, "lovasz_histogram") for b in ("native", "emulated")] + [("native", "region"), ("native", "compound")]
 over_samples = pytest.mark.parametrize(
     ("backend", "stem", "case"), [(b, stem, i) for b, stem in OPERATORS for i in range(len(samples()[stem]))],
     indirect=["backend"],
@@ -113,6 +113,25 @@ BAD = [
     ("region_weigh", "class_weight", lambda _: torch.ones(2)),
     ("region_backward", "grad", lambda _: torch.ones(2, 2)),
     *(("region_backward", name, shorter) for name in ("coefficients", "scale")),
+    *(
+        (f"compound_{step}", name, spoil)
+        for step in ("count", "exact", "sum")
+        for name, spoil in (
+            ("logits", torch.Tensor.char),
+            ("target", shorter),
+            ("focal_sums", shorter),
+            ("focal_sums", torch.Tensor.float),
+            ("region_sums", shorter),
+            ("region_sums", torch.Tensor.int),
+            ("class_alpha", lambda _: torch.ones(6)[::2]),
+            ("errors", lambda _: Errors.PROBABILITIES),
+        )
+    ),
+    *(("compound_count", name, shorter) for name in ("table", "counts", "largest")),
+    ("compound_exact", "valid_pixels", lambda _: 21),
+    *(("compound_backward", name, shorter) for name in ("table", "weights", "scale", "target")),
+    ("compound_backward", "focal_scale", torch.Tensor.half),
+    ("compound_backward", "grad", lambda _: torch.ones(2, 2)),
 ]
 
 
@@ -160,6 +179,13 @@ def test_steps_change_what_their_schema_says(step, backend):
     opcheck(getattr(operators, name).default, (), valid(operators, name), test_utils="test_schema")
 
 
+@over_compound_kernels
+@pytest.mark.parametrize("step", ["count", "exact", "sum"])
+def test_steps_of_compound_losses_change_what_their_schema_says(step, backend):
+    operators, name = ops.operators(backend), f"compound_{step}"
+    opcheck(getattr(operators, name).default, (), valid(operators, name), test_utils="test_schema")
+
+
 # ---- compilation
 
 
@@ -178,6 +204,17 @@ def losses():
         "lovasz hinge": lambda x: veerloss.lovasz_hinge_loss(x[:, 0], y.clamp(max=1)),
         "lovasz softmax, histogram": lambda x: veerloss.lovasz_softmax_loss(x, y, classes="all", method="histogram"),
         "lovasz hinge, histogram": lambda x: veerloss.lovasz_hinge_loss(x[:, 0], y.clamp(max=1), method="histogram"),
+        "dice": lambda x: veerloss.dice_loss(x, y, classes=[1, 2], per_image=True),
+        "tversky": lambda x: veerloss.tversky_loss(x, y, alpha=0.3, form="log", exponent=0.3),
+        "jaccard, soft": lambda x: veerloss.jaccard_loss(x, soft, activation="sigmoid", squared=True),
+        "compound": lambda x: veerloss.compound_loss(
+            x, y, focal=1.0, lovasz=1.0, dice=1.0, method="exact", alpha=torch.tensor([0.2, 0.3, 0.5]), return_parts=True
+        )[0],
+        "compound, histogram": lambda x: veerloss.compound_loss(x, y, cross_entropy=1, lovasz=1, tversky=2, method="histogram"),
+        "compound without lovasz": lambda x: veerloss.compound_loss(x, y, cross_entropy=1, dice=1, label_smoothing=0.1),
+        "compound of a mask": lambda x: veerloss.compound_loss(
+            x[:, 0], y.clamp(max=1), focal=1, lovasz=1, dice=1, activation="sigmoid", per_image=True
+        ),
     }
 
 
@@ -245,15 +282,16 @@ def test_no_copy_of_channels_last(loss):
     """Neither of the logits on their way in, nor of the gradient on its way out."""
     x = layouts(logits((2, 3, 5, 4)))["channels_last"].requires_grad_()
     gradient = torch.autograd.grad(losses()[loss](x), x)[0]
-    if not loss.startswith("lovasz hinge"):  # there the gradient of x[:, 0] is embedded by PyTorch
+    whole = loss not in ("lovasz hinge", "lovasz hinge, histogram", "compound of a mask")  # of x[:, 0] PyTorch embeds it
+    if whole:
         assert gradient.stride() == x.stride()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         value = losses()[loss](x)
-        if not loss.startswith("lovasz hinge"):
+        if whole:
             value.backward()
     copies = {"aten::contiguous", "aten::clone", "aten::copy_"}
-    large = [e.name for e in profile.events() if e.name in copies and math.prod(e.input_shapes[0]) > x.size(1)]
-    assert not large, large  # copies of [C] options are small
+    large = [e.name for e in profile.events() if e.name in copies and 4 * math.prod(e.input_shapes[0]) > x.numel()]
+    assert not large, large  # copies of options and coefficients of classes are small
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

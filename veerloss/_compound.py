@@ -1,8 +1,8 @@
 """Compound losses: their steps put together, in one process or over the ranks of a process group.
 
     sum       for a focal and a region loss, in the pass that counts (Lovász, "histogram"), makes keys ("exact"), or alone
-    weigh     the sums and the counts to the terms, and to what a pixel needs of them: the slope of its focal loss has one factor;
-              a region loss is two numbers for each segment, which the weights that Lovász looks up have added to them
+    weigh     the sums and the counts to the terms, and to what a pixel needs of them: one factor of its focal slope, and for
+              the region loss two numbers of its segment, which the weights that Lovász looks up have added to them
     backward  the weights to the gradient of the logits, as for Lovász alone; the focal slope joins on the way
 
 Terms are absent where their weight is None.

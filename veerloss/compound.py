@@ -12,7 +12,6 @@ from . import _arguments as arguments
 from . import ops
 from ._layout import Errors
 from ._module import LossModule
-from ._version import __version__
 from .focal import as_class_alpha, check_alpha, sigmoid_focal_loss, softmax_focal_loss
 from .lovasz import METHODS, check_mask, choose_method, lovasz_hinge_loss, lovasz_softmax_loss, mask_shape, prepare
 from .region import FORMS, Smooth, as_smooth, tversky_loss
@@ -21,8 +20,9 @@ from .region import FORMS, Smooth, as_smooth, tversky_loss
 REGIONS = {"dice": (0.5, 0.5, 0.5), "tversky": (None, None, 1.0), "jaccard": (1.0, 1.0, 1.0)}
 #: What an option is where it is not given, and the terms that have it.
 OPTIONS = {
-    "gamma": (2.0, ("focal",)), "alpha": (None, ("focal", "cross_entropy")), "label_smoothing": (0.0, ("focal", "cross_entropy")),
-    "lovasz_classes": ("present", ("lovasz",)), "method": ("auto", ("lovasz",)), "region_classes": ("all", tuple(REGIONS)),
+    "gamma": (2.0, ("focal",)), "alpha": (None, ("focal", "cross_entropy")),
+    "label_smoothing": (0.0, ("focal", "cross_entropy")), "lovasz_classes": ("present", ("lovasz",)),
+    "method": ("auto", ("lovasz",)), "region_classes": ("all", tuple(REGIONS)),
     "tversky_alpha": (0.5, ("tversky",)), "tversky_beta": (0.5, ("tversky",)), "smooth": (1e-5, tuple(REGIONS)),
     "form": ("linear", tuple(REGIONS)), "exponent": (1.0, tuple(REGIONS)),
 }  # fmt: skip
@@ -93,8 +93,8 @@ def compound_loss(
             are, does "auto" where no kernel has them in one pass. An explicit name never falls back.
 
     Returns:
-        A tensor of the type of ``logits``, float32 under autocast; and with ``return_parts`` a dict of float32 (float64) ones. A
-        term is 0 where no pixel is valid. As in the terms, NaN gives NaN.
+        A tensor of the type of ``logits``, float32 under autocast; and with ``return_parts`` a dict of float32 ones, of float64
+        logits float64. A term is 0 where no pixel is valid. As in the terms, NaN gives NaN.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range, or an option of a term that is absent.
@@ -202,7 +202,7 @@ def _check_terms(weights: dict[str, object], given: dict[str, object]) -> dict[s
         is_default = value is default or (isinstance(value, (int, float, str)) and value == default)
         if not is_default and not any(owner in terms for owner in owners):
             raise ValueError(
-                f"{name} is an option of {' and '.join(owners)}, which have no weight; got {arguments.shown(value)}"
+                f"{name} is an option of {', '.join(owners)}, got {arguments.shown(value)} without a weight for any"
             )
     return terms
 
@@ -254,7 +254,7 @@ def _sum_of_parts(logits, target, found, options, backend) -> tuple[Tensor, dict
         target = target.reshape(logits.shape)
     common = {"ignore_index": ignore_index, "backend": backend}
     shared = {**common, "per_image": per_image, "process_group": group}
-    region, index = _region_options(terms, found["region"])
+    _, index = _region_options(terms, found["region"])
     lovasz_classes, region_classes = found["classes"]
     parts = {}
     for name in terms:

@@ -320,7 +320,8 @@ def _(logits, per_image, reduction, upcast_loss, **_):
 def compound(logits, target, *, ranks, backend, **options) -> tuple[Tensor, Tensor]:
     """(loss, parts): the terms [3], focal, Lovász, region."""
     arguments = {
-        "logits": logits, "target": target, "keep_weights": _is_differentiated(logits), "upcast_loss": _upcasts(logits), **options,
+        "logits": logits, "target": target, "keep_weights": _is_differentiated(logits), "upcast_loss": _upcasts(logits),
+        **options,
     }  # fmt: skip
     namespace = _checked(backend, logits)
     if ranks is None:
