@@ -49,6 +49,7 @@ def batches() -> dict:
         "compound, an empty rank": (compound_loss, x, ignored, everything | {"ignore_index": 255}, (0, 5, 0)),
         "compound, large": (compound_loss, logits((4, 3, 300, 301)), large, everything, (1, 2, 1)),
         "compound without Lovász": (compound_loss, x, y, {"cross_entropy": 1.0, "dice": 1.0, "alpha": weight}, (2, 2, 1)),
+        "compound without focal": (compound_loss, x, y, {"lovasz": 1.0, "jaccard": 1.0, "method": "histogram"}, (2, 2, 1)),
         "compound of a mask": (compound_loss, x[:, :1], binary, everything | {"activation": "sigmoid"}, (2, 2, 1)),
         "soft Dice": (dice_loss, x, soft, {"activation": "sigmoid", "squared": True, "reduction": "none"}, (2, 2, 1)),
     }
@@ -161,10 +162,12 @@ def results(request, tmp_path_factory):
 def test_as_one_process(results, name):
     loss, x, target, options, sizes = batches()[name]
     value, gradient = run(loss, x, target, **options)
+    # Sums of integers have the same bits; of a focal term the sum is rounded, and so is a pixel at the end of a tile.
+    rtol = 1e-6 if {"focal", "cross_entropy"} & {*options} else 0
     for rank, result in enumerate(results):
         found, part = result[name]
-        assert torch.equal(found, value) or (found.isnan().all() and value.isnan().all())
-        torch.testing.assert_close(part, cut(gradient, sizes, rank, len(results)), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(found, value, rtol=rtol, atol=0, equal_nan=True)
+        torch.testing.assert_close(part, cut(gradient, sizes, rank, len(results)), rtol=rtol, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", [name for name in batches() if "large" not in name])
