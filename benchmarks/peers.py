@@ -24,6 +24,7 @@ PEERS = (SMP, "kornia", MONAI, "torchvision")
 ALPHA, GAMMA = 0.25, 2.0
 #: Contestants that bars and tables speak of.
 OURS, HISTOGRAM, EXACT = "veerloss", "veerloss histogram", "veerloss exact"
+ONE_BY_ONE, LOVASZ_ALONE = "veerloss, one by one", "veerloss, Lovász alone"
 CROSS_ENTROPY, BERMAN = "torch cross_entropy", "Berman's formula"
 
 
@@ -239,8 +240,53 @@ def dice() -> dict[str, Loss]:
     }
 
 
+def dice_cross_entropy() -> dict[str, Loss]:
+    """logits [N, C, *], target [N, *]; the sum of two terms, each as in its own task."""
+
+    def monai(losses) -> Loss:
+        loss = losses.DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
+        return lambda logits, target: loss(logits, target[:, None])
+
+    def smp(losses) -> Loss:
+        dice = losses.DiceLoss("multiclass")
+        return lambda logits, target: dice(logits, target) + F.cross_entropy(logits, target)
+
+    return {
+        OURS: functools.partial(veerloss.compound_loss, cross_entropy=1.0, dice=1.0),
+        CROSS_ENTROPY: F.cross_entropy,
+        MONAI: _peer(MONAI, "monai.losses", monai),
+        f"{SMP} + torch": _peer(SMP, "segmentation_models_pytorch.losses", smp),
+    }
+
+
+def compound() -> dict[str, Loss]:
+    """logits [N, C, *], target [N, *]; focal, Lovász and Dice. The others are ours: what one pass for all of them gains, and
+    what they cost beside the dearest."""
+    lovasz = functools.partial(veerloss.lovasz_softmax_loss, method="histogram")
+
+    def one_by_one(logits: Tensor, target: Tensor) -> Tensor:
+        return veerloss.softmax_focal_loss(logits, target) + lovasz(logits, target) + veerloss.dice_loss(logits, target)
+
+    return {
+        OURS: functools.partial(veerloss.compound_loss, focal=1.0, lovasz=1.0, dice=1.0, method="histogram"),
+        CROSS_ENTROPY: F.cross_entropy,
+        ONE_BY_ONE: one_by_one,
+        LOVASZ_ALONE: lovasz,
+    }
+
+
 TASKS: dict[str, Callable[[], dict[str, Loss]]] = {
-    task.__name__: task for task in (lovasz_softmax, lovasz_hinge, softmax_focal, sigmoid_focal, sigmoid_focal_index, dice)
+    task.__name__: task
+    for task in (
+        lovasz_softmax,
+        lovasz_hinge,
+        softmax_focal,
+        sigmoid_focal,
+        sigmoid_focal_index,
+        dice,
+        dice_cross_entropy,
+        compound,
+    )
 }
 
 

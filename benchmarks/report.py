@@ -18,7 +18,7 @@ from torch.utils import collect_env
 import veerloss
 
 from . import peers
-from .peers import BERMAN, CROSS_ENTROPY, EXACT, HISTOGRAM, MONAI, OURS, SMP
+from .peers import BERMAN, CROSS_ENTROPY, EXACT, HISTOGRAM, LOVASZ_ALONE, MONAI, ONE_BY_ONE, OURS, SMP
 
 Style = str | Callable[[dict], str]  # a cell of a row: a format of its values, or a function of it
 
@@ -42,6 +42,9 @@ SPEED_BARS = [
         ("dice", OURS, CROSS_ENTROPY, 1 / 0.8),
         ("dice", OURS, MONAI, 5.0),
         ("dice", OURS, SMP, 5.0),
+        ("dice_cross_entropy", OURS, MONAI, 5.0),
+        ("compound", OURS, LOVASZ_ALONE, 1 / 1.2),
+        ("compound", OURS, ONE_BY_ONE, 1.7),
     )
 ]
 LOVASZ_ERROR_BARS = {EXACT: 1e-5, HISTOGRAM: 1e-3}  # gradient against float64, 1M pixels per segment

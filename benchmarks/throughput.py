@@ -36,6 +36,10 @@ def workloads(quick: bool) -> list[Inputs]:
         Inputs("dice", c19),
         Inputs("dice", c19, dtype=BF16),
         Inputs("dice", c5),
+        Inputs("dice_cross_entropy", c19),
+        Inputs("dice_cross_entropy", c5),
+        Inputs("compound", c19),
+        Inputs("compound", c5),
     ]
 
 

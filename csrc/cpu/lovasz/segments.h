@@ -208,6 +208,11 @@ void load_tile(const SegmentBatch& b, const Tile& tile, int64_t capacity, TileRo
   rows.logits = in_place ? in_place : rows.values;
   rows.logits_stride = in_place ? b.logits.stride_channel : capacity;
   if (!exponentials) return;
+  if (with_few(g.channels, [&](auto classes) {
+        VEERLOSS_DISPATCH(SoftmaxTiles::few<decltype(classes)::value>(rows.logits, rows.logits_stride, rows.exps, capacity, n,
+                                                                      rows.max_logit, rows.sumexp_excl_max, rows.inv_sumexp));
+      }))
+    return;
   VEERLOSS_DISPATCH(SoftmaxTiles::maximum(rows.logits, g.channels, rows.logits_stride, n, rows.max_logit));
   VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(rows.logits, rows.logits_stride, rows.exps, g.channels, capacity, n,
                                                rows.max_logit, rows.max_count, rows.sumexp_excl_max, rows.inv_sumexp,

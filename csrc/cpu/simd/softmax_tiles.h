@@ -39,6 +39,27 @@ struct SoftmaxTiles {
     }
   }
 
+  // The same of few classes: one loop, which keeps the classes of a pixel in registers.
+  template <int classes, class T>
+  static void few(const T* logits, int64_t logits_stride, T* exps, int64_t stride, int64_t n, T* __restrict max_of_pixel,
+                  T* __restrict sumexp_excl_max, T* __restrict inv_sumexp) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      T below[classes], max_logit = logits[i], sum = 0, count = 0;
+#pragma GCC unroll 8
+      for (int c = 0; c < classes; ++c) {
+        below[c] = logits[c * logits_stride + i];
+        max_logit = below[c] > max_logit ? below[c] : max_logit;
+      }
+#pragma GCC unroll 8
+      for (int c = 0; c < classes; ++c) exps[c * stride + i] = exponential(below[c] - max_logit, sum, count);
+      sum += count - T(1);
+      max_of_pixel[i] = max_logit;
+      sumexp_excl_max[i] = sum;
+      inv_sumexp[i] = T(1) / (T(1) + sum);
+    }
+  }
+
   // Of one class of a pixel, which is added to the sum of the others, or one more that has the maximum.
   template <class T>
   static VEERLOSS_HD T exponential(T below_max, T& sumexp_excl_max, T& max_count) {
