@@ -14,7 +14,8 @@ namespace {
 using Policy = Tuning::RegionSum;
 
 template <class In, Activation activation, bool dense>
-__global__ void __launch_bounds__(Policy::threads, 1) region_sum_classes_kernel(RegionInput in, int64_t* sums, Chunks chunks) {
+__global__ void __launch_bounds__(Policy::threads, activation == Activation::softmax ? 1 : 6)
+    region_sum_classes_kernel(RegionInput in, int64_t* sums, Chunks chunks) {
   using T = opmath_t<In>;
   constexpr bool softmax = activation == Activation::softmax;
   constexpr int threads = Policy::threads;

@@ -108,13 +108,13 @@ struct Sm80 {
   // The gradient of a softmax with class indices, as Focal.
   struct RegionGradientSoftmax {
     static constexpr int threads = 256;
-    // Blocks on a multiprocessor: 64 registers; 80 for more than 20 classes, of which 25 and more spilled 4 bytes; float64
-    // needs up to 120.
+    // Blocks on a multiprocessor: 64 registers; 80 for more than 20 classes; 128 for more than 24, which spilled 4 bytes, and
+    // in float64. Of 16 bits for four classes less: on sm_100 and sm_120 they spilled up to 24 bytes.
     template <class In, class Range>
-    static constexpr int min_blocks = sizeof(In) == 8    ? 1
-                                      : Range::most > 24 ? 2
-                                      : Range::most > 20 ? 3
-                                                         : 4;
+    static constexpr int min_blocks = sizeof(In) == 8                             ? 1
+                                      : Range::most > (sizeof(In) == 2 ? 20 : 24) ? 2
+                                      : Range::most > (sizeof(In) == 2 ? 16 : 20) ? 3
+                                                                                  : 4;
     static constexpr int64_t most_tiles = int64_t{1} << 40;  // of a block: any number
   };
 
