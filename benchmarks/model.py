@@ -44,6 +44,16 @@ INSTRUCTIONS = {
     "softmax focal backward, classes in rows": (47.4, None),
     "softmax focal forward, shared": (41.2, 42.0),
     "softmax focal backward, shared": (47.8, 50.4),
+    "region forward": (21.6, 22.7),
+    "region backward": (26.5, 28.3),
+    "region forward, classes in rows": (28.8, None),
+    "region backward, classes in rows": (40.6, None),
+    "region forward, many classes": (32.8, 33.9),
+    "region backward, many classes": (59.7, 62.3),
+    "region forward, sigmoid": (133, 130),
+    "region backward, sigmoid": (114, 111),
+    "region forward, sigmoid, dense": (95, 92),
+    "region backward, sigmoid, dense": (93, 89),
     "histogram count": (34.6, 35.7),
     "histogram count, classes in rows": (41.4, None),
     "histogram count, softmax stored": (32.0, None),
@@ -155,6 +165,9 @@ def find(task: str, contestant: str, shape: tuple[int, ...]) -> Step | None:
         return focal("sigmoid focal", ", labels") if classes >= 17 else None
     if task == "softmax_focal" and contestant == f"{OURS}, native":
         return focal("softmax focal") if counted else FOCAL_SHARED if 136 < classes <= 160 else None
+    if task == "dice" and contestant == f"{OURS}, native" and (counted or 136 < classes <= 160):
+        kind = "" if counted else ", many classes"
+        return Step((Kernel(f"region forward{kind}", 1, 1), Kernel(f"region backward{kind}", 2, 1)), launches=4)
     if contestant == f"{HISTOGRAM}, native":
         return histogram(classes, hinge) if counted else histogram_of_many(classes) if 136 < classes <= 160 else None
     if contestant == f"{EXACT}, native" and counted:
@@ -227,6 +240,8 @@ LISTED = [
     ("sigmoid_focal_index", f"{OURS}, native", CITY),
     ("softmax_focal", f"{OURS}, native", CITY),
     ("softmax_focal", f"{OURS}, native", WIDE),
+    ("dice", f"{OURS}, native", CITY),
+    ("dice", f"{OURS}, native", WIDE),
     ("lovasz_softmax", f"{HISTOGRAM}, native", CITY),
     ("lovasz_softmax", f"{HISTOGRAM}, native", WIDE),
     ("lovasz_hinge", f"{HISTOGRAM}, native", HINGE),

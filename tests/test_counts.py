@@ -69,6 +69,17 @@ def sigmoid(step: str, dtype: str) -> list[Budget]:
     ]  # fmt: skip
 
 
+def region(dtype: str, variant: int = 0, classes: str = "17, 20", kind: str = "", **options) -> Budget:
+    name = rf"region_sum_softmax_kernel<{dtype}, ClassRange<{classes}>, \(Source\){variant}, false>"
+    return Budget("region_sum_softmax.cu", name, 19, f"region forward{kind}", **options)
+
+
+def region_backward(dtype: str, in_rows: bool = False) -> Budget:
+    name = f"region_gradient_softmax_kernel<{dtype}, ClassRange<17, 20>, {str(in_rows).lower()}>"
+    kind = ", classes in rows" if in_rows else ""
+    return Budget("region_gradient_softmax.cu", name, 19, f"region backward{kind}", warps=32 if dtype == "float" else 24)
+
+
 #: Of all classes, and of none that is not there; of one image or more, not as one sequence.
 COUNT, GRADIENT, EXACT = (f"lovasz/{name}.cu" for name in ("histogram_count_softmax", "histogram_gradient", "exact"))
 #: Tables and counts, or weights, of 19 classes.
@@ -86,6 +97,40 @@ def budgets(dtype: str) -> list[Budget]:
         *(budget for step in ("forward", "backward") for budget in sigmoid(step, dtype)),
         *(focal(step, dtype) for step in ("forward", "backward")),
         *(focal_shared(step, dtype) for step in ("forward", "backward")),
+        region(dtype, warps=20, dynamic_shared=19 * 8 * (128 + 8)),
+        region_backward(dtype),
+        # Of 150 classes, 19 of a thread.
+        region(dtype, 2, "12, 20", ", many classes", wide_multiplies=30, warps=16, dynamic_shared=150 * 8 * (32 + 8)),
+        Budget(
+            "region_gradient.cu",
+            f"softmax_gradient_parts_kernel<{dtype}, ClassRange<12, 20>, RegionLabelWeights<float>, false>",
+            19,
+            "region backward, many classes",
+            whole=True,
+            warps=24,
+        ),
+        *(
+            Budget(
+                "region_sum.cu",
+                rf"region_sum_classes_kernel<{dtype}, \(Activation\)1, {dense}>",
+                1,
+                f"region forward, sigmoid{kind}",
+                7,
+                warps=48,
+            )
+            for kind, dense in (("", "false"), (", dense", "true"))
+        ),
+        *(
+            Budget(
+                "region_gradient.cu",
+                rf"region_gradient_classes_kernel<{dtype}, \(Activation\)1, {dense}>",
+                1,
+                f"region backward, sigmoid{kind}",
+                12,
+                warps=48,
+            )
+            for kind, dense in (("", "false"), (", dense", "true"))
+        ),
         count(dtype, 0, "", warps=32, **shared),
         # The longest way has a label of every type, a class that is missing, and a pivot for confident pixels.
         Budget(GRADIENT, rf"lovasz_gradient_kernel<{in_registers}, \(Pixels\)0>", 19, "histogram backward", warps=24, **shared),
@@ -123,6 +168,8 @@ BUDGETS = [
     *budgets("float"),
     *budgets("__nv_bfloat16"),
     *(focal(step, "float", 1, ", classes in rows") for step in ("forward", "backward")),
+    region("float", 1, kind=", classes in rows", warps=20, dynamic_shared=19 * 8 * (128 + 8) + 128 * 19 * 4),
+    region_backward("float", in_rows=True),
     # Rows of 512 pixels, and of 19 words.
     count("float", 1, ", classes in rows", warps=16, dynamic_shared=SHARED + 512 * 19 * 4),
     # Of 150 classes, 19 of a block.

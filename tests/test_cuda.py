@@ -64,6 +64,7 @@ losses = {
     "lovasz softmax, histogram": lambda x, y: lovasz_softmax_loss(x, y, method="histogram", classes=[0, 2]),
     "lovasz hinge, exact": lambda x, y: lovasz_hinge_loss(x[:, 0], y.clamp(max=1), method="exact"),
     "lovasz hinge, histogram": lambda x, y: lovasz_hinge_loss(x[:, 0], y.clamp(max=1), method="histogram"),
+    "dice": lambda x, y: dice_loss(x, y),
 }
 for name, loss in losses.items():
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -93,11 +94,14 @@ def test_fake_cuda_tensors_trace_every_loss():
         "lovasz_exact_backward",
         "lovasz_histogram_count",
         "lovasz_histogram_backward",
+        "region_sum",
+        "region_weigh",
+        "region_backward",
     ):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"veerloss::{name}", "CUDA")
     lines = run(sys.executable, "-c", TRACE, TRITON_INTERPRET="0").splitlines()
     traced = [line for line in lines if "_forward" in line]
-    assert len(traced) == 6
+    assert len(traced) == 7
     assert all("veerloss." in line for line in traced)
 
 

@@ -44,6 +44,9 @@ LOSSES = {
     "softmax focal": functools.partial(veerloss.softmax_focal_loss, gamma=1.5),
     "lovasz exact": functools.partial(veerloss.lovasz_softmax_loss, method="exact"),
     "lovasz histogram": functools.partial(veerloss.lovasz_softmax_loss, method="histogram"),
+    "dice": veerloss.dice_loss,
+    "dice, squared": functools.partial(veerloss.dice_loss, squared=True),
+    "dice, sigmoid": functools.partial(veerloss.dice_loss, activation="sigmoid"),
 }
 over_layouts = pytest.mark.parametrize(
     "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
@@ -138,7 +141,8 @@ def test_fused_arithmetic_changes_little(loss, emulated):
         emulated(namespace)
         results.append(forward_and_backward(loss, x, y))
     (plain, plain_gradient), (fused, fused_gradient) = results
-    if loss is not LOSSES["lovasz histogram"]:  # in which nothing of moment is left to the compiler
+    # In some nothing of moment is left to the compiler.
+    if loss not in (LOSSES["lovasz histogram"], LOSSES["dice"], LOSSES["dice, sigmoid"]):
         assert not torch.equal(fused_gradient, plain_gradient)  # something has been fused
     assert (fused - plain).abs() <= 1e-6 * plain
     assert (fused_gradient - plain_gradient).norm() <= 1e-5 * plain_gradient.norm()
@@ -286,6 +290,25 @@ def test_backward_of_the_histogram_method_is_coalesced(layout, dtype, classes, m
     asked_for = 2 * of_logits + of_target + 2 * 32 * y.numel() + backward["blocks"] * of_bins
     assert 32 * backward["sectors"] <= asked_for
     assert "lovasz_gradient_kernel" in backward["kernel"]
+
+
+@pytest.mark.parametrize("classes", [19, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@over_layouts
+def test_traffic_of_the_region_losses(layout, dtype, classes, metered):
+    """As that of the softmax focal loss. Of a label one sector of its logit; blocks add up a few words of each class."""
+    shape = (2, classes, 64, 128)
+    x, y = logits(shape, dtype).contiguous(memory_format=layout), labels(shape, classes)
+    (sums, weigh), (backward,) = metered(LOSSES["dice"], x, y)
+    of_logits, of_target = memory(x, y)
+    of_words = 1024 + 64 * classes
+    assert of_logits + of_target <= sums["read"] <= of_logits + of_target + of_words
+    assert sums["written"] + weigh["read"] + weigh["written"] <= 3 * of_words
+    assert of_logits + of_target <= backward["read"] <= of_logits + of_target + of_words
+    assert backward["written"] == of_logits
+    label_logits = 32 * y.numel()
+    for launch, passes in ((sums, 1), (backward, 2)):
+        assert 32 * launch["sectors"] <= passes * of_logits + of_target + label_logits + 8 * launch["blocks"] * of_words
 
 
 def test_traffic_of_the_exact_method(metered):

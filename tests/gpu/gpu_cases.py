@@ -1,7 +1,7 @@
 """What the tests of this folder have in common.
 
 `make gpu` runs them in parts, told apart by words in their names and ids (not to be used in names of files): the losses (focal,
-lovasz), the backends (native, triton), the methods (exact, histogram), past_2_31 and sanitizer. It runs them without
+lovasz, region), the backends (native, triton), the methods (exact, histogram), past_2_31 and sanitizer. It runs them without
 conftest.py, which needs packages that a machine with a GPU need not have.
 """
 
@@ -15,7 +15,14 @@ import torch
 from grid import DTYPES, METHODS, SHAPES, labels, logits
 from torch import Tensor
 
-from veerloss import lovasz_hinge_loss, lovasz_softmax_loss, sigmoid_focal_loss, softmax_focal_loss
+from veerloss import (
+    dice_loss,
+    jaccard_loss,
+    lovasz_hinge_loss,
+    lovasz_softmax_loss,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+)
 from veerloss._arguments import missing_reason
 
 #: Of every file here.
@@ -43,6 +50,7 @@ LOVASZ = [("native", method) for method in METHODS] + [("triton", "exact")]
 over_focal_backends = pytest.mark.parametrize("backend", [of_backend(b, "softmax focal", b) for b in BACKENDS])
 over_lovasz = pytest.mark.parametrize(("backend", "method"), [of_backend(b, "lovasz", b, m) for b, m in LOVASZ])
 over_histogram_backends = pytest.mark.parametrize("backend", [of_backend("native", "lovasz histogram", "native")])
+over_region_backends = pytest.mark.parametrize("backend", [of_backend("native", "region", "native")])
 
 
 # ---- one function (logits [N, C, *], labels [N, *]) for each loss, backend and method
@@ -66,10 +74,14 @@ for _backend in BACKENDS:
 for _backend, _method in LOVASZ:
     for _name, _loss in (("softmax", lovasz_softmax_loss), ("hinge", hinge)):
         CASES[f"lovasz-{_name}-{_backend}-{_method}"] = functools.partial(_loss, backend=_backend, method=_method)
+CASES["region-dice-native"] = functools.partial(dice_loss, backend="native")
+CASES["region-jaccard-squared-native"] = functools.partial(jaccard_loss, squared=True, backend="native")
 
 
 def loss_of(name: str) -> str:
     """What choose_backend calls the loss of a case or an operator."""
+    if "region" in name:
+        return "region"
     return "lovasz" if "lovasz" in name else "softmax focal" if "softmax" in name else "sigmoid focal"
 
 
@@ -132,7 +144,7 @@ def assert_near(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], 
 
 
 def assert_same(case: str, actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """The same bits of the histogram method; the others to rounding."""
-    if "histogram" in case:
+    """The same bits of the histogram method and of region losses; the others to rounding."""
+    if "histogram" in case or "region" in case:
         assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
     assert_near(actual, expected)

@@ -21,13 +21,21 @@ from gpu_cases import (
     over_cases,
     over_focal_backends,
     over_lovasz,
+    over_region_backends,
     over_sizes,
 )
 from grid import DTYPES, METHODS, SHAPES, labels, layouts, logits
 from torch import Tensor
 
 from benchmarks import suite
-from veerloss import lovasz_hinge_loss, lovasz_softmax_loss, sigmoid_focal_loss, softmax_focal_loss
+from veerloss import (
+    dice_loss,
+    lovasz_hinge_loss,
+    lovasz_softmax_loss,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+    tversky_loss,
+)
 from veerloss._extension import native_missing
 
 pytestmark = needs_gpu
@@ -216,6 +224,23 @@ def test_lovasz_accuracy_suite(name, pixels, backend, method):
     (gradient,) = torch.autograd.grad(loss, value)
     assert abs(loss.item() - truth) <= suite.LOSS_BAR * max(truth, 1.0)
     assert (gradient[0].double() - exact).norm() <= suite.GRADIENT_BAR * exact.norm()
+
+
+@over_region_backends
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_region_grid(shape, dtype, activation, backend):
+    """Class indices; of some shapes every type of values."""
+    x = logits(shape, torch.float32)
+    x = (x.softmax(1) if activation == "none" else x).to(dtype).cuda()
+    target = labels(shape, 2 if shape[1] == 1 and activation != "softmax" else shape[1], ignore_index=255).cuda()
+    options = {"activation": activation, "backend": backend}
+    check(dice_loss, layouts(x), target, ignore_index=255, **options)
+    check(tversky_loss, x, target, alpha=0.3, beta=0.7, per_image=True, ignore_index=255, reduction="none", **options)
+    for values in dense_targets(shape) if shape in SHAPES[3:6] else []:
+        for squared in (False, True):
+            check(dice_loss, layouts(x), values, squared=squared, **options)
 
 
 @over_cases()

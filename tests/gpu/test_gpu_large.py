@@ -62,6 +62,15 @@ def test_past_2_31_elements_focal_dense(backend, image):
 
 @over_cases("lovasz-softmax")
 def test_past_2_31_elements_of_lovasz(case, image):
+    check_copies(case, image)
+
+
+@over_cases("region")
+def test_past_2_31_elements_of_region_losses(case, image):
+    check_copies(case, image)
+
+
+def check_copies(case, image):
     """The loss of copies of an image is that of the image; the gradients of the copies of a pixel add up to its own."""
     x, y = image
     with torch.autocast("cuda", torch.bfloat16):  # for a float32 loss

@@ -106,12 +106,13 @@ SAMPLES = {
     "lovasz_softmax": ("lovasz_exact", 1),
     "lovasz_hinge": ("lovasz_exact", HINGE),
     "lovasz_histogram": ("lovasz_histogram", 1),
+    "region": ("region", 1),
 }
 OPERATORS = [
     of_backend(backend, loss_of(name), namespace, name)
     for backend, namespace in NAMESPACES.items()
     for name in SAMPLES
-    if (backend, name) != ("triton", "lovasz_histogram")
+    if backend != "triton" or name not in ("lovasz_histogram", "region")
 ]
 
 
