@@ -64,7 +64,7 @@ def forward(
     }
     options = {"alpha": alpha, "class_alpha": class_alpha, "gamma": gamma, "label_smoothing": label_smoothing}
     batch = {"logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index}
-    table, weights = logits.new_empty(0, dtype=torch.float32), logits.new_empty(0, dtype=dtype)
+    table, weights = logits.new_empty((0,), dtype=torch.float32), logits.new_empty((0,), dtype=dtype)
     scale = logits.new_ones(per_segment_shape(logits, errors, per_image), dtype=dtype)
     parts = [logits.new_zeros((), dtype=torch.float64) for _ in range(3)]
 
