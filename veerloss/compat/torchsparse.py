@@ -10,11 +10,9 @@ Values are theirs, which are Berman's and PyTorch's. Different on purpose:
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lovasz import lovasz_softmax_loss
+from ..compound import compound_loss
 
 PEER = "core"  # of the repository, from which it is used
 DISTRIBUTION = None
@@ -38,12 +36,4 @@ class MixLovaszCrossEntropy(nn.Module):
         self.ignore_index = -100 if ignore_index is None else ignore_index
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return lovasz_softmax_loss(x, y, ignore_index=self.ignore_index) + self._cross_entropy(x, y.long())
-
-    def _cross_entropy(self, x: Tensor, y: Tensor) -> Tensor:
-        loss = F.cross_entropy(x, y, self.weight, ignore_index=self.ignore_index, reduction="sum")
-        valid = y != self.ignore_index
-        if self.weight is None:
-            return loss / valid.sum().clamp(min=1)
-        factors = self.weight[torch.where(valid, y, 0)] * valid
-        return loss / factors.sum().clamp(min=torch.finfo(factors.dtype).tiny)
+        return compound_loss(x, y, cross_entropy=1.0, lovasz=1.0, alpha=self.weight, ignore_index=self.ignore_index)
