@@ -276,6 +276,43 @@ def test_monai_sums(smoothing, reduction):
         assert_is(lambda x, t=target, loss=loss: loss(x, t), lambda x: dice(x) + focal(x), x)
 
 
+@over_dtypes
+@pytest.mark.parametrize("jaccard", [False, True])
+@pytest.mark.parametrize("batch", [False, True])
+def test_monai_sums_in_one_pass(batch, jaccard, dtype):
+    """Background left out, smoothing of its own, labels of a float type; and masks, by the sigmoid."""
+    weights, dims = (1.0, 1.0) if jaccard else (0.5, 0.5), (0, 2, 3) if batch else (2, 3)
+    x, y = logits(SHAPE, dtype), labels(SHAPE, 4)
+    hard = some("hard")[1]
+    rest = {"jaccard": jaccard, "batch": batch, "smooth_nr": 0.1, "smooth_dr": 0.3, "lambda_dice": 0.7}
+
+    def dice(p, t):
+        return 0.7 * (1 - index_of(p, t, *weights, (0.05, 0.15), dims))
+
+    def entropy(x):
+        return 0.4 * F.cross_entropy(x, y, label_smoothing=0.1)
+
+    loss = monai.DiceCELoss(False, True, softmax=True, lambda_ce=0.4, label_smoothing=0.1, **rest)
+    for target in (y[:, None], y[:, None].float(), y[:, None].byte()):
+        assert_is(lambda x, t=target: loss(x, t), lambda x: dice(x.softmax(1), one_hot(y))[..., 1:].mean() + entropy(x), x)
+    binary = monai.DiceCELoss(sigmoid=True, lambda_ce=0.4, **rest)
+    focal = monai.DiceFocalLoss(sigmoid=True, lambda_focal=0.4, gamma=1.5, alpha=0.3, **rest)
+    for t in (hard, hard.bool(), hard.long()):
+        one, mask = x[:, :1], t[:, :1]
+        assert_is(
+            lambda x, t=mask: binary(x, t),
+            lambda x: dice(x.sigmoid(), hard[:, :1]).mean() + 0.4 * F.binary_cross_entropy_with_logits(x, hard[:, :1].double()),
+            one,
+        )
+        # Without one pass the focal term is float32, as in MONAI.
+        for channels in (1,) if batch and dtype == torch.float64 else (1, CLASSES):
+            assert_is(
+                lambda x, t=t[:, :channels]: focal(x, t),
+                lambda x, t=hard[:, :channels]: dice(x.sigmoid(), t).mean() + 0.4 * sigmoid_elements(x, t, 1.5, 0.3).mean(),
+                x[:, :channels], dtype=dtype,
+            )  # fmt: skip
+
+
 @pytest.mark.parametrize("weight", [None, 3.0])
 def test_monai_binary_cross_entropy(weight):
     x, t = (tensor[:, :1] for tensor in some("soft"))
@@ -393,8 +430,14 @@ def common_calls():
         "monai tversky": (monai.TverskyLoss(softmax=True, alpha=0.3, beta=0.7), x, dense),
         "monai dice and ce": (monai.DiceCELoss(to_onehot_y=True, softmax=True), x, indices),
         "monai dice and ce, per channel": (monai.DiceCELoss(softmax=True), x, dense),
+        "monai dice and ce, one channel": (monai.DiceCELoss(sigmoid=True, jaccard=True), x[:, :1], dense[:, :1]),
         "monai dice and focal": (monai.DiceFocalLoss(to_onehot_y=True, sigmoid=True), x, indices),
+        "monai dice and focal, per channel": (monai.DiceFocalLoss(sigmoid=True), x, dense.contiguous()),
     }
+
+
+#: Whose two terms are one pass.
+COMPOUND = ("monai dice and ce", "monai dice and ce, one channel", "monai dice and focal, per channel")
 
 
 @pytest.mark.parametrize("name", common_calls())
@@ -407,6 +450,9 @@ def test_no_full_size_temporary(name, monkeypatch):
     with FullSize(x.numel()) as backward:
         value.backward()
     assert forward.found == []
+    if name in COMPOUND:
+        assert [f for f in backward.found if "detach" not in f] == ["veerloss.compound_backward.default"]
+        return
     # The gradients of two losses are added.
     kernels = ("region_backward", "focal_backward", "detach", *(["aten.add"] if " and " in name else []))
     assert [f for f in backward.found if not any(kernel in f for kernel in kernels)] == []

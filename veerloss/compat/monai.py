@@ -33,8 +33,14 @@ One call of the kernel: ``to_onehot_y``, and targets per channel, hard or soft, 
 ``other_act`` or without any of them, probabilities, which are read once more to see that they are in [0, 1]. Slower, in plain
 PyTorch: the latter outside of that, or under torch.compile; targets per channel with ignore_index; soft ones with
 ``soft_label`` (float ones are read once more for it) unless ``squared_pred``; [B, C] without ``batch``; targets that require a
-gradient; a negative alpha, beta or smoothing; all of GeneralizedDiceLoss; a module compiled by ``torch.jit.script``. The
-cross-entropy of DiceCELoss is a kernel too, but for one channel with a weight.
+gradient; a negative alpha, beta or smoothing; all of GeneralizedDiceLoss; a module compiled by ``torch.jit.script``.
+
+The two terms of DiceCELoss are one pass of :func:`veerloss.compound_loss` with ``softmax``, ``to_onehot_y`` and reduction
+"mean", without ``weight`` and ``squared_pred``; and for one channel with ``sigmoid`` and a target of 0 and 1 (of a float type:
+on a CPU). Those of DiceFocalLoss are one with ``sigmoid`` and contiguous targets per channel of 0 and 1, reduction "mean",
+background included, no ``weight``, no ``squared_pred``, and no ``batch`` but for one channel. (MONAI's focal term is of
+sigmoids whatever the activation, so with ``softmax`` there are two.) Otherwise each term is a pass of its own; the
+cross-entropy is a kernel then too, but for one channel with a weight.
 """
 
 from __future__ import annotations
@@ -61,6 +67,7 @@ from ._focal import (
     power,
     require,
 )
+from ._monai_compound import dice_and_ce, dice_and_focal
 from ._monai_region import DiceLoss, GeneralizedDiceLoss, TverskyLoss, checked, valid_voxels
 
 PEER = "monai"
@@ -412,8 +419,10 @@ class DiceCELoss(_Compound):
         """
         if not torch.jit.is_scripting():
             self._check(input, target)
-            dice = self.dice(input, target)
-            return self.lambda_dice * dice + self.lambda_ce * self._fused_ce(input, target)
+            loss = dice_and_ce(self, input, target)
+            if loss is None:
+                loss = self.lambda_dice * self.dice(input, target) + self.lambda_ce * self._fused_ce(input, target)
+            return loss
         if input.shape[1] == 1:
             entropy = self.binary_cross_entropy(input, target.to(input.dtype))
         elif target.shape[1] == 1:
@@ -489,6 +498,9 @@ class DiceFocalLoss(_Compound):
         """
         if not torch.jit.is_scripting():
             self._check(input, target)
+            loss = dice_and_focal(self, input, target)
+            if loss is not None:
+                return loss
         return self.lambda_dice * self.dice(input, target) + self.lambda_focal * self.focal(input, target)
 
 
