@@ -19,7 +19,7 @@ from veerloss import lovasz_hinge_loss, lovasz_softmax_loss
 FOCAL_KERNELS = ("native", "triton", "emulated")
 LOVASZ_KERNELS = ("native", "triton", "emulated")
 HISTOGRAM_KERNELS = ("native", "emulated")  # of method "histogram" Triton has none
-REGION_KERNELS = ("native",)
+REGION_KERNELS = ("native", "emulated")
 COMPOUND_KERNELS = ("native",)
 
 

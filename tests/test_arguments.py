@@ -296,23 +296,20 @@ def test_triton_on_a_cpu_is_refused(monkeypatch):
 
 
 def test_backends_of_a_gpu(monkeypatch):
-    """All losses but those of regions have compiled kernels there, where they are loaded."""
+    """All losses have compiled kernels there, where they are loaded."""
     gpu = torch.device("cuda")
     monkeypatch.setitem(arguments.native_missing, "cuda", None)
     monkeypatch.setattr(arguments, "triton_missing", lambda _: None)
-    assert arguments.choose_backend("auto", gpu, "region") == "reference"
-    with pytest.raises(RuntimeError, match="region losses have no kernels for GPUs"):
-        arguments.choose_backend("native", gpu, "region")
-    losses = set(arguments.LOSSES) - {"region", "compound"}
-    for loss in losses:
+    without_triton = ("lovasz histogram", "region")
+    for loss in set(arguments.LOSSES) - {"compound"}:
         assert arguments.choose_backend("auto", gpu, loss) == "native"
     monkeypatch.setitem(arguments.native_missing, "cuda", "no library")
-    for loss in losses:
-        assert arguments.choose_backend("auto", gpu, loss) == ("reference" if loss == "lovasz histogram" else "triton")
+    for loss in arguments.LOSSES:
+        assert arguments.choose_backend("auto", gpu, loss) == ("reference" if loss in without_triton else "triton")
     with pytest.raises(RuntimeError, match="backend='native' cannot run on device 'cuda': no library"):
         arguments.choose_backend("native", gpu, "lovasz")
     monkeypatch.setattr(arguments, "triton_missing", lambda _: "no triton")
-    for loss in losses:
+    for loss in arguments.LOSSES:
         assert arguments.choose_backend("auto", gpu, loss) == "reference"
 
 

@@ -14,7 +14,7 @@ from veerloss._layout import MAX_BINS, TABLE, Errors
 
 # (backend, operator family)
 OPERATORS = [(b, stem) for b in ("native", "triton", "emulated") for stem in (*FOCAL, "lovasz_exact")]
-OPERATORS += [(b, "lovasz_histogram") for b in ("native", "emulated")] + [("native", "region"), ("native", "compound")]
+OPERATORS += [(b, stem) for stem in ("lovasz_histogram", "region") for b in ("native", "emulated")] + [("native", "compound")]
 over_samples = pytest.mark.parametrize(
     ("backend", "stem", "case"), [(b, stem, i) for b, stem in OPERATORS for i in range(len(samples()[stem]))],
     indirect=["backend"],

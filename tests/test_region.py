@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import veerloss
 from veerloss import DiceLoss, dice_loss, jaccard_loss, lovasz_softmax_loss, tversky_loss
+from veerloss.ops import operators
 
 ACTIVATIONS = ("softmax", "sigmoid", "none")
 over_activations = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -190,7 +191,7 @@ def test_same_bits_for_any_number_of_threads_and_order_of_images(activation, bac
 @over_region_kernels
 def test_sums_of_parts_are_those_of_the_whole(backend):
     """Whatever the parts: their integers add up to the same."""
-    ops = torch.ops.veerloss
+    ops = operators(backend)
     x, y = case((5, 3, 40, 41), "softmax")
     x, y = x.flatten(2), y.flatten(1)
     options = {"activation": 0, "squared": False, "per_image": False, "ignore_index": None, "background_index": None}
@@ -335,7 +336,7 @@ def test_bad_weights_of_tversky():
             tversky_loss(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long), **{name: -0.5})
 
 
-@over_region
+@pytest.mark.parametrize("backend", ["native", "reference"], indirect=True)  # kernels on a GPU cannot raise: see below
 @pytest.mark.parametrize(
     "shape, target, options, words",
     [
@@ -357,6 +358,30 @@ def test_bad_targets(shape, target, options, words, backend):
         dice_loss(torch.zeros(shape), target, backend=backend, **options)
 
 
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@over_activations
+@pytest.mark.parametrize("shape", [(2, 3, 40), (1, 40, 33), (1, 300, 5)], ids=str)
+@pytest.mark.parametrize("wrong", [-5, 300, 1 << 40])
+@pytest.mark.parametrize("alone", [False, True], ids=["", "alone"])
+def test_target_out_of_range_gives_nan(alone, wrong, shape, activation, backend):
+    """Even where no class has foreground besides."""
+    x, y = case(shape, activation)
+    if alone:
+        y.fill_(-1)
+    y[-1, 3] = wrong
+    common = {"ignore_index": -1, "activation": activation, "backend": backend}
+    for options in ({}, {"classes": "present"}, {"classes": [1]}, {"per_image": True}, {"squared": True}):
+        assert evaluate(dice_loss, x, y, **options, **common)[0].isnan()
+    soft = torch.full(shape, 0.0 if alone else 0.5)
+    soft[-1, 2, 3] = 1.5
+    for classes in ("all", "present", [2]):
+        assert dice_loss(x, soft, classes=classes, activation=activation, backend=backend).isnan()
+    mask = torch.zeros(2, 40, dtype=torch.long)
+    mask[1, 3] = wrong
+    if activation != "softmax":
+        assert dice_loss(torch.rand(2, 1, 40), mask, activation=activation, classes="present", backend=backend).isnan()
+
+
 def test_bad_shapes():
     with pytest.raises(ValueError, match=r"logits must have the shape \[N, C, \*\], got \[4\]"):
         dice_loss(torch.zeros(4), torch.zeros(4))
@@ -371,7 +396,7 @@ def test_bad_shapes():
 
 
 def test_backends_without_kernels():
-    with pytest.raises(RuntimeError, match="region losses have no kernels for GPUs yet"):
+    with pytest.raises(RuntimeError, match="region losses have no Triton kernels"):
         dice_loss(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long), backend="triton")
 
 

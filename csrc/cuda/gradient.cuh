@@ -5,10 +5,13 @@
 //
 //   static constexpr bool reads_label   whether it uses labels; if not, the target is not read
 //   Exp                                 the exponential that its softmax is made of
-//   of_pixel(batch, image, pixel, first, label, softmax)(k, logit)  of class first + k of a pixel
-//   of_segment<errors>(batch, segment, c)(index, is_foreground, x)  of a pixel, by its index in the batch, in a class
+//   Type                                T
+//   Term, term(segment, factor)         what it needs of a segment, from what its weights are multiplied by: FactorTerm
+//   of_pixel(batch, image, pixel, first, label, softmax)(k, logit, term)  of class first + k of a pixel, times the factor
+//   of_segment<errors>(batch, segment, c)(index, is_foreground, x)  of a pixel, by its index in the batch, in a class; the
+//                                       factor is yet to come
 //
-// The weight is multiplied by the factor of the segment, and by the derivative of p.
+// The weight is multiplied by the derivative of p.
 #pragma once
 
 #include "gradient_parts.cuh"
@@ -23,9 +26,9 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
   using T = opmath_t<In>;
   const auto [images, classes, pixels] = batch.geometry;
   const auto [image, pixel, channel] = thread_pixel<Tuning::Gradient::threads>(grid, images, pixels);
-  __shared__ T factors[Range::most > 0 ? Range::most : 1];
+  __shared__ typename Weights::Term terms[Range::most > 0 ? Range::most : 1];
   if constexpr (Range::most > 0) {
-    load_factors<Tuning::Gradient::threads>(factors, out, batch.segment(image, 0), static_cast<int>(classes));
+    load_terms<Tuning::Gradient::threads>(terms, weights, out, batch.segment(image, 0), static_cast<int>(classes));
     __syncthreads();
   }
   if (pixel < 0) return;
@@ -49,7 +52,7 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) {
       if (!Range::has(c, count)) continue;
-      g[c] = weigh(c, g[c]) * factors[c];
+      g[c] = weigh(c, g[c], terms[c]);
       gradient.add(exps[c], g[c]);
     }
     gradient.end(softmax.sumexp_excl_max, inv_sumexp);
@@ -62,7 +65,10 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
     const T inv_sumexp = softmax.inv_sumexp();
     const auto weight = weights.of_pixel(batch, image, pixel, 0, label, softmax);
     const SegmentFactor<T> factor(out);
-    const auto weigh = [&](int c, T logit) { return weight(c, logit) * factor(batch.segment(image, c)); };
+    const auto weigh = [&](int c, T logit) {
+      const int64_t segment = batch.segment(image, c);
+      return weight(c, logit, weights.term(segment, factor(segment)));
+    };
     SumOfParts<T> parts;
     ClassPointer<In> at(batch.logits, image, pixel);
     for (int c = 0; c < classes; ++c, ++at) {
@@ -105,33 +111,46 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads)
   }
 }
 
+// Of a softmax of any number of classes, class by class.
+template <class In, class Weights>
+void launch_gradient_of_many(const SegmentBatch& batch, const Weights& weights, const SegmentGradient& out, Stream stream) {
+  constexpr int threads = Tuning::Gradient::threads;
+  const PixelGrid grid = pixel_grid<threads>(batch.geometry.images, batch.geometry.pixels);
+  launch(softmax_gradient_kernel<In, ManyClasses, Weights>, {.blocks = grid.blocks, .threads = threads, .stream = stream},
+         batch, weights, out, grid);
+}
+
+template <class In, class Weights>
+void launch_softmax_gradient(const SegmentBatch& batch, const Weights& weights, const SegmentGradient& out, Stream stream) {
+  constexpr int threads = Tuning::Gradient::threads;
+  const auto [images, classes, pixels] = batch.geometry;
+  if (launch_gradient_in_parts<In>(batch, weights, out, stream)) return;
+  with_class_range<In>(classes, [&](auto range) {
+    if constexpr (decltype(range)::most == 0) return launch_gradient_of_many<In>(batch, weights, out, stream);
+    const PixelGrid grid = pixel_grid<threads>(images, pixels, !batch.per_image);  // a block has the terms of one row
+    launch(softmax_gradient_kernel<In, decltype(range), Weights>, {.blocks = grid.blocks, .threads = threads, .stream = stream},
+           batch, weights, out, grid);
+  });
+}
+
 // Args: a struct of kernels.h with members `batch`, `out` (a SegmentGradient) and `stream`, besides what Weights<T> is made
 // from.
 template <template <class T> class Weights, class Args>
 void launch_gradient(const Args& args) {
   using Policy = Tuning::Gradient;
-  const auto [images, classes, pixels] = args.batch.geometry;
   const SegmentBatch& batch = args.batch;
   with_element_type(batch.logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     using W = Weights<opmath_t<In>>;
-    if (batch.errors == Errors::softmax) {
-      if (launch_gradient_in_parts<In>(batch, W(args), args.out, args.stream)) return;
-      with_class_range<In>(classes, [&](auto range) {
-        // A block of few classes has the factors of one row.
-        const PixelGrid grid = pixel_grid<Policy::threads>(images, pixels, !batch.per_image || decltype(range)::most == 0);
-        launch(softmax_gradient_kernel<In, decltype(range), W>,
-               {.blocks = grid.blocks, .threads = Policy::threads, .stream = args.stream}, batch, W(args), args.out, grid);
-      });
-    } else {
-      const Chunks chunks = class_chunks(batch, Policy::threads, Policy::most_tiles);
-      const bool plain = is_plain(batch, chunks) && are_near(args.out.grad_logits);
-      const Launch shape{.blocks = chunks.images * chunks.chunks * classes, .threads = Policy::threads, .stream = args.stream};
-      with_elementwise(batch, plain, [&](auto errors, auto is_plain) {
-        launch(elementwise_gradient_kernel<In, decltype(errors)::value, decltype(is_plain)::value, W>, shape, batch, W(args),
-               args.out, chunks);
-      });
-    }
+    if (batch.errors == Errors::softmax) return launch_softmax_gradient<In>(batch, W(args), args.out, args.stream);
+    const Chunks chunks = class_chunks(batch, Policy::threads, Policy::most_tiles);
+    const bool plain = is_plain(batch, chunks) && are_near(args.out.grad_logits);
+    const Launch shape{
+        .blocks = chunks.images * chunks.chunks * batch.classes(), .threads = Policy::threads, .stream = args.stream};
+    with_elementwise(batch, plain, [&](auto errors, auto is_plain) {
+      launch(elementwise_gradient_kernel<In, decltype(errors)::value, decltype(is_plain)::value, W>, shape, batch, W(args),
+             args.out, chunks);
+    });
   });
 }
 

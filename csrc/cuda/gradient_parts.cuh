@@ -26,12 +26,22 @@ class SegmentFactor {
   const T grad_;
 };
 
-// Those of the classes of a row, for all pixels of a block. A barrier has to stand before they are used.
-template <int threads, class T>
-__device__ inline void load_factors(T* factors, const SegmentGradient& out, int64_t first_segment, int classes) {
-  const SegmentFactor<T> factor(out);
+// For a Weights (gradient.cuh) that needs no more of a segment.
+template <class T>
+struct FactorTerm {
+  using Type = T;
+  using Term = T;
+  __device__ static T term(int64_t, T factor) { return factor; }
+};
+
+// The terms of the classes of a row, for all pixels of a block. A barrier has to stand before they are used.
+template <int threads, class Weights>
+__device__ inline void load_terms(typename Weights::Term* terms, const Weights& weights, const SegmentGradient& out,
+                                  int64_t first_segment, int classes) {
+  const SegmentFactor<typename Weights::Type> factor(out);
   VEERLOSS_NO_UNROLL
-  for (int c = static_cast<int>(threadIdx.x); c < classes; c += threads) factors[c] = factor(first_segment + c);
+  for (int c = static_cast<int>(threadIdx.x); c < classes; c += threads)
+    terms[c] = weights.term(first_segment + c, factor(first_segment + c));
 }
 
 // The gradient of softmax from the gradients g of the probabilities: p_j (g_j - sum_c p_c g_c). The g of a most probable class
@@ -60,7 +70,7 @@ struct SoftmaxGradient {
 };
 
 // What the warps of a block tell each other.
-template <class T>
+template <class T, class Term>
 struct GradientExchange {
   PartSoftmaxes<T> parts;
   SoftmaxGradient<T> part_gradient[PartsPolicy::threads];
@@ -69,7 +79,7 @@ struct GradientExchange {
   Softmax<T> softmax[PartsPolicy::pixels];
   SoftmaxGradient<T> gradient[PartsPolicy::pixels];
   int32_t label[PartsPolicy::pixels];
-  T factors[PartsPolicy::max_classes];
+  Term terms[PartsPolicy::max_classes];
 };
 
 // `in_rows`: logits and their gradient have the classes of a pixel next to each other (rows.cuh).
@@ -78,7 +88,7 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
     softmax_gradient_parts_kernel(SegmentBatch batch, Weights weights, SegmentGradient out, PixelGrid grid) {
   using T = opmath_t<In>;
   constexpr int pixels_of_block = PartsPolicy::pixels;
-  __shared__ GradientExchange<T> exchange;
+  __shared__ GradientExchange<T, typename Weights::Term> exchange;
   VEERLOSS_DYNAMIC_SHARED(memory);
   const auto [images, classes, pixels] = batch.geometry;
   const int lane = static_cast<int>(threadIdx.x) % pixels_of_block, warp = static_cast<int>(threadIdx.x) / pixels_of_block;
@@ -86,7 +96,7 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
   const auto at = thread_pixel<pixels_of_block>(grid, images, pixels, 1, blockIdx.x, static_cast<uint32_t>(lane));
   const int64_t pixel = at.pixel < 0 ? 0 : at.pixel;  // a thread without one has another's, and stores nothing
   const SharedRows<In, PartsPolicy::threads> rows(memory, static_cast<int>(classes));
-  load_factors<PartsPolicy::threads>(exchange.factors, out, batch.segment(at.image, 0), static_cast<int>(classes));
+  load_terms<PartsPolicy::threads>(exchange.terms, weights, out, batch.segment(at.image, 0), static_cast<int>(classes));
   const PixelRun run = pixel_run<pixels_of_block>(grid, images, pixels, blockIdx.x);
   if constexpr (in_rows) {
     rows.load(batch.logits, run);
@@ -120,13 +130,13 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
   const int32_t label = exchange.label[lane];
   const T inv_sumexp = softmax.inv_sumexp();
   const auto weigh = weights.of_pixel(batch, at.image, pixel, part.first, label, softmax);
-  const T* const factors = exchange.factors + part.first;
+  const auto* const terms = exchange.terms + part.first;
   SoftmaxGradient<T> gradient{};
   bool has_top = false;
 #pragma unroll
   for (int k = 0; k < Range::most; ++k) {
     if (!Range::has(k, part.count)) continue;
-    g[k] = weigh(k, logits[k]) * factors[k];
+    g[k] = weigh(k, logits[k], terms[k]);
     logits[k] = Weights::Exp::of(logits[k], softmax.max_logit);
     has_top |= logits[k] == T(1);
     gradient.add(logits[k], g[k]);
@@ -161,7 +171,7 @@ bool launch_gradient_in_parts(const SegmentBatch& batch, const Weights& weights,
   const auto [images, classes, pixels] = batch.geometry;
   if (!are_in_parts(classes, batch.logits.dtype)) return false;
   if constexpr (!std::is_same_v<In, double>) {
-    const PixelGrid grid = pixel_grid<PartsPolicy::pixels>(images, pixels, !batch.per_image);  // a block has one row's factors
+    const PixelGrid grid = pixel_grid<PartsPolicy::pixels>(images, pixels, !batch.per_image);  // a block has one row's terms
     const bool rows = has_rows(batch.logits, batch.geometry, grid) && has_rows(out.grad_logits, batch.geometry, grid);
     with_part_range(classes, [&](auto range) {
       with_flag(rows, [&](auto in_rows) {

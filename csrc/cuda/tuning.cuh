@@ -77,6 +77,55 @@ struct Sm80 {
     static constexpr int64_t most_tiles = 16;
   };
 
+  // ---- region losses
+
+  // Sums of a softmax with class indices.
+  struct RegionSumSoftmax {
+    // Half as many as usual, as a word of shared memory for each thread and class lets more classes fit.
+    static constexpr int threads = 128;
+    // Blocks on a multiprocessor: 80 registers, 96 for more than 16 classes, which spilled 16 bytes, and 128 for more than 20.
+    // A sum takes two. Where several threads have a pixel, at most 128: of 80 they spilled 56 bytes.
+    template <class Range>
+    static constexpr int min_blocks(int threads_of_block) {
+      return (Range::most <= 16 ? 6 : Range::most <= 20 ? 5 : 4) * threads / threads_of_block;
+    }
+    // Pixels of a thread, at most: the words of the label's class hold so many.
+    static constexpr int64_t most_tiles = 63;
+    // Static shared memory, and what the driver reserves.
+    static constexpr int64_t static_bytes = 4096;
+  };
+
+  // Sums of all others.
+  struct RegionSum {
+    static constexpr int threads = 256;
+    // Pixels of a thread, at most: a block ends with a sum over its threads, of some 300 instructions.
+    static constexpr int64_t most_tiles = 63;
+    // Of a softmax, which is kept for so many: there each class ends with one.
+    template <class In>
+    static constexpr int64_t softmax_tiles = sizeof(In) == 8 ? 4 : 8;
+  };
+
+  // The gradient of a softmax with class indices, as Focal.
+  struct RegionGradientSoftmax {
+    static constexpr int threads = 256;
+    // Blocks on a multiprocessor: 64 registers; 80 for more than 20 classes, of which 25 and more spilled 4 bytes; float64
+    // needs up to 120.
+    template <class In, class Range>
+    static constexpr int min_blocks = sizeof(In) == 8    ? 1
+                                      : Range::most > 24 ? 2
+                                      : Range::most > 20 ? 3
+                                                         : 4;
+    static constexpr int64_t most_tiles = int64_t{1} << 40;  // of a block: any number
+  };
+
+  // The gradient of classes that are independent, as Gradient.
+  struct RegionGradient {
+    static constexpr int threads = 256;
+    static constexpr int64_t most_tiles = 16;
+  };
+
+  // ---- all losses of segments
+
   // The loss of a batch from its segments, one block.
   struct Finish {
     static constexpr int threads = 256;

@@ -29,8 +29,9 @@ SOURCES = (
             "histogram_place.cu",
         )
     ),
+    *sorted((CSRC / "cuda").glob("region_*.cu")),
     *sorted((CSRC / "cuda").glob("focal_*.cu")),
-    *(CSRC / "ops" / name for name in ("focal_sigmoid.cpp", "focal_softmax.cpp", "lovasz_exact.cpp", "lovasz_histogram.cpp")),
+    *sorted(path for stem in ("focal", "lovasz", "region") for path in (CSRC / "ops").glob(f"{stem}*.cpp")),
 )
 EMULATOR = (HERE / "emulator.cpp", HERE / "meter.cpp")
 #: The builds, by the namespace of their operators, and how they compile the kernels: as they are; with the meter of meter.h;

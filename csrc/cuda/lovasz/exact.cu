@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(Tuning::ExactSegment::threads)
 
 // The weights of a forward pass.
 template <class T>
-struct StoredWeights {
+struct StoredWeights : FactorTerm<T> {
   static constexpr bool reads_label = false;  // the weights already depend on it
   using Exp = LogitExp;
 
@@ -53,7 +53,9 @@ struct StoredWeights {
 
   __device__ auto of_pixel(const SegmentBatch& b, int64_t image, int64_t pixel, int first, int32_t, const Softmax<T>&) const {
     const int64_t plane = b.geometry.images * b.geometry.pixels;
-    return [at = weights + first * plane + image * b.geometry.pixels + pixel, plane](int k, T) { return at[k * plane]; };
+    return [at = weights + first * plane + image * b.geometry.pixels + pixel, plane](int k, T, T factor) {
+      return at[k * plane] * factor;
+    };
   }
   template <Errors errors>
   __device__ auto of_segment(const SegmentBatch& b, int64_t, int64_t c) const {

@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
 
 // The signed weights of errors, by their bins.
 template <class T>
-struct BinWeights {
+struct BinWeights : FactorTerm<T> {
   static constexpr bool reads_label = true;
   using Exp = CoordinateExp;
 
@@ -270,11 +270,11 @@ struct BinWeights {
     const int64_t segment = b.segment(image, first);
     return [coordinates = PixelCoordinates<T>(softmax.sumexp_excl_max), max_logit = softmax.max_logit,
             pairs = table + segment * BinLayout::table, of_bins = weights + segment * 2 * bins, count = static_cast<int>(bins),
-            counts = label >= 0, own = label - first](int k, T logit) {
+            counts = label >= 0, own = label - first](int k, T logit, T factor) {
       const float background = coordinates.of(below_largest(logit, max_logit));
       const uint32_t bin = bin_offset_of(k == own ? -background : background, pairs + k * static_cast<int>(BinLayout::table));
       const T weight = weight_of_bin(of_bins + (k == own ? 2 * k + 1 : 2 * k) * count, bin);
-      return counts ? weight : T(0);
+      return counts ? weight * factor : T(0);
     };
   }
 
