@@ -311,6 +311,7 @@ void region_backward(const RegionBackward& args);
 struct CompoundSum {
   SegmentBatch batch;
   TermSums terms;
+  void* scratch;  // compound_sum_scratch_bytes()
   Stream stream;
 };
 
@@ -322,6 +323,7 @@ struct CompoundBackward {
 };
 
 namespace kernels {
+int64_t compound_sum_scratch_bytes(const SegmentBatch& batch);
 void compound_sum(const CompoundSum& args);
 void compound_backward(const CompoundBackward& args);
 }  // namespace kernels

@@ -51,12 +51,16 @@ struct LabelTerm {
   T q;  // the sum of the other probabilities: of a most probable class from the other exponentials, for 1 - p would cancel
   ValueAndSlope<T> loss;
 
-  __device__ LabelTerm(const SoftmaxFocalInput& input, const Softmax<T>& softmax, T inv_sumexp, T logit, int32_t label) {
+  // From d = logit - max_logit and its exponential.
+  __device__ LabelTerm(T alpha, T gamma, const Softmax<T>& softmax, T inv_sumexp, T d, T exp) {
     using std::fma;
-    const T d = logit - softmax.max_logit;
-    q = d == T(0) ? softmax.sumexp_excl_max * inv_sumexp : fma(-exp_neg(d), inv_sumexp, T(1));
-    loss = focal_term(d - log_sumexp(softmax), q, alpha_of<T>(input, label), static_cast<T>(input.gamma));
+    q = d == T(0) ? softmax.sumexp_excl_max * inv_sumexp : fma(-exp, inv_sumexp, T(1));
+    loss = focal_term(d - log_sumexp(softmax), q, alpha, gamma);
   }
+  __device__ LabelTerm(T alpha, T gamma, const Softmax<T>& softmax, T inv_sumexp, T logit)
+      : LabelTerm(alpha, gamma, softmax, inv_sumexp, logit - softmax.max_logit, exp_neg(logit - softmax.max_logit)) {}
+  __device__ LabelTerm(const SoftmaxFocalInput& input, const Softmax<T>& softmax, T inv_sumexp, T logit, int32_t label)
+      : LabelTerm(alpha_of<T>(input, label), static_cast<T>(input.gamma), softmax, inv_sumexp, logit) {}
 };
 
 // The logit of the label, which the softmax overwrites: a second load, from L1, takes the place of a selection for each class.

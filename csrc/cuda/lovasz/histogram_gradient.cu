@@ -60,18 +60,18 @@ TargetRule without_none(TargetRule rule) {
   return rule;
 }
 
-// What the weight of foreground of a class takes.
+// What the weight of foreground of a class takes; and what a focal term's slope is multiplied by.
 struct alignas(16) LabelClass {
   const float* weights;
-  float factor;
+  float factor, focal;
 };
 
 __device__ inline float weight_of(const float* weights, uint32_t bin_offset) {
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(weights) + bin_offset);
 }
 
-// The classes of a block, in shared memory.
-template <class Range>
+// The classes of a block, in shared memory. `focal`: with a focal term.
+template <class Range, bool focal>
 class BlockClasses {
   static constexpr int bins = BinLayout::bins(Range::most), table = BinLayout::table, threads = Policy::threads;
 
@@ -83,11 +83,13 @@ class BlockClasses {
         present_((1u << classes_) - 1),
         tables_(reinterpret_cast<BinPair*>(memory)),
         background_(reinterpret_cast<float*>(tables_ + classes_ * table)),
-        label_classes_(label_classes) {
+        label_classes_(label_classes),
+        gamma_(focal ? static_cast<float>(args.terms.focal.gamma) : 0.0f) {
     const float* weights = static_cast<const float*>(args.weights) + segment * 2 * bins;
     if (threadIdx.x < Range::most && static_cast<int>(threadIdx.x) < classes_)
-      label_classes[threadIdx.x] = {weights + (2 * threadIdx.x + 1) * bins,
-                                    SegmentFactor<float>(args.out)(segment + threadIdx.x)};
+      label_classes[threadIdx.x] = {
+          weights + (2 * threadIdx.x + 1) * bins, SegmentFactor<float>(args.out)(segment + threadIdx.x),
+          focal ? FocalSlopes<float>(args.terms, args.out).factor(static_cast<int32_t>(threadIdx.x)) : 0.0f};
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < classes_ * table; i += threads)
       tables_[i] = args.table[segment * table + i];
@@ -101,13 +103,14 @@ class BlockClasses {
   __device__ int count() const { return classes_; }
   // As Range::has, of one bit: a comparison for each class would take more predicates than there are.
   __device__ bool has(int c) const { return c < Range::least || (present_ & (1u << c)) != 0; }
-  // A class to look up where there is no label, or background for a label: that takes no branch.
-  __device__ int label_class(int32_t label) const { return label < classes_ ? label : 0; }
+  // A class to look up where the label is background, which compound losses do not know: that takes no branch.
+  __device__ int label_class(int32_t label) const { return focal || label < classes_ ? label : 0; }
 
-  // Turns the logits of a pixel into their gradients. `label` >= 0; label_logit: that of label_class.
-  __device__ void gradients(float (&g)[Range::most], float label_logit, int32_t label) const {
+  // Turns the logits of a pixel into their gradients. `label` >= 0; label_logit: that of label_class. With a focal term
+  // returns the gradient of the label's class, which has to take the place of the one in g (see SoftmaxGradient).
+  __device__ float gradients(float (&g)[Range::most], float label_logit, int32_t label) const {
     const int label_class = this->label_class(label);
-    const uint32_t labels = label < classes_ ? 1u << label : 0;
+    const uint32_t labels = focal || label < classes_ ? 1u << label : 0;
     float exps[Range::most];
     const float max_logit = max_of(g);
     SumExclMax<float> sum;
@@ -120,7 +123,12 @@ class BlockClasses {
     const PixelCoordinates<float> coordinates(sum.sum);
     const float inv_sumexp = reciprocal_of(1.0f + sum.sum);
     const float label_below = below_largest(label_logit, max_logit);
-    const auto [foreground_weights, foreground_factor] = label_classes_[label_class];
+    const auto [foreground_weights, foreground_factor, focal_factor] = label_classes_[label_class];
+    const float label_exp = exp2_of(label_below);
+    FocalSlope<float> slope;
+    if constexpr (focal)
+      slope = FocalSlope<float>(
+          LabelTerm<float>(focal_factor, gamma_, {max_logit, sum.sum}, inv_sumexp, label_below * static_cast<float>(ln_2), label_exp));
     const uint32_t foreground_bin = bin_offset_of(-coordinates.of(label_below), tables_ + label_class * table);
     const float foreground = weight_of(foreground_weights, foreground_bin) * foreground_factor;
     // As SoftmaxGradient, in two steps: the weight of a most probable class is the pivot, and all others are relative to it. A
@@ -133,7 +141,7 @@ class BlockClasses {
       g[c] = weight_of(background_ + known * bins, bin_offset_of(coordinates.of(g[c]), tables_ + known * table));
       pivot = top ? g[c] : pivot;
     }
-    pivot = labels != 0 && label_below == 0.0f ? foreground : pivot;
+    pivot = (focal || labels != 0) && label_below == 0.0f ? foreground : pivot;
     float mean = 0.0f;
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) {
@@ -141,8 +149,14 @@ class BlockClasses {
       mean = fma_rn(exps[c], g[c], mean);
     }
     mean *= inv_sumexp * inv_sumexp;
+    float own = 0.0f;
+    if constexpr (focal) {
+      own = fma_rn(label_exp, fma_rn(foreground - pivot, inv_sumexp, -mean), slope.own);
+      mean = fma_rn(slope.others, inv_sumexp, mean);
+    }
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) g[c] = exps[c] * fma_rn(g[c], inv_sumexp, -mean);
+    return own;
   }
 
  private:
@@ -151,11 +165,12 @@ class BlockClasses {
   BinPair* tables_;    // [classes][table]
   float* background_;  // [classes][bins]
   const LabelClass* label_classes_;
+  float gamma_;
 };
 
 // strip: so many of a block's pixels go through shared memory together (in_rows). One block at the least, else ptxas takes less
 // registers than there are, and spills some.
-template <class In, class Range, Pixels kind>
+template <class In, class Range, Pixels kind, bool focal>
 __global__ void __launch_bounds__(Policy::threads, 1)
     lovasz_gradient_kernel(LovaszHistogramBackward args, Chunks chunks, Tensors tensors, int strip) {
   constexpr int threads = Policy::threads;
@@ -163,7 +178,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
   __shared__ LabelClass label_classes[Range::most];
   const SegmentBatch& b = args.batch;
   const auto [first_image, part, none] = image_part(chunks.chunks);
-  const BlockClasses<Range> classes(args, b.segment(b.per_image ? first_image : 0, 0), memory, label_classes);
+  const BlockClasses<Range, focal> classes(args, b.segment(b.per_image ? first_image : 0, 0), memory, label_classes);
   __syncthreads();
   TargetRule rule = b.rule;
   rule.has_ignore = rule.has_background = true;  // see without_none
@@ -181,7 +196,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
         const char* target = tensors.target.at(static_cast<uint32_t>(image), static_cast<uint32_t>(pixel));
         label = label_of(load_integer(target, b.target.dtype, 0), rule);
       }
-      float label_logit = 0.0f;
+      float label_logit = 0.0f, own = 0.0f;
       const auto for_each_strip = [&](const auto& f) {
         VEERLOSS_NO_UNROLL
         for (int from = 0; from < tile; from += strip) {
@@ -202,7 +217,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
         load_classes<Range>(g, row, classes.count());
       });
       if (label >= 0) {
-        classes.gradients(g, label_logit, label);
+        own = classes.gradients(g, label_logit, label);
       } else {
 #pragma unroll
         for (float& value : g) value = 0.0f;
@@ -210,8 +225,9 @@ __global__ void __launch_bounds__(Policy::threads, 1)
       for_each_strip([&](const PixelRun& run, bool mine, SharedRow<float> row) {
         if (mine) {
 #pragma unroll
-          for (int c = 0; c < Range::most; ++c, ++row)
-            if (classes.has(c)) row.store(g[c]);
+          for (int c = 0; c < Range::most; ++c)
+            if (classes.has(c)) row.store(g[c], c);
+          if (focal && label >= 0) row.store(own, label);
         }
         __syncthreads();
         rows.template store<at_once>(args.out.grad_logits, run);
@@ -241,10 +257,11 @@ __global__ void __launch_bounds__(Policy::threads, 1)
 #pragma unroll
       for (int c = 0; c < Range::most; ++c) g[c] = classes.has(c) ? logits.load(c) : -std::numeric_limits<float>::infinity();
       const float label_logit = logits.load(classes.label_class(label));  // in L1
-      classes.gradients(g, label_logit, label);
+      const float own = classes.gradients(g, label_logit, label);
 #pragma unroll
       for (int c = 0; c < Range::most; ++c)
         if (classes.has(c)) out.store(c, g[c]);
+      if (focal) out.store(label, own);
     }
   }
 }
@@ -292,6 +309,9 @@ struct BinWeights : FactorTerm<T> {
   const T* weights;
   int64_t bins;
 };
+
+template <class T>
+using BinWeightsWithFocal = WithFocal<BinWeights<T>>;
 
 // ---- sum
 
@@ -348,11 +368,12 @@ void lovasz_histogram_sum(const LovaszHistogramSum& args) {
 void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
   const SegmentBatch& b = args.batch;
   const View &logits = b.logits, &grad = args.out.grad_logits;
+  if (args.terms.any()) check_terms(b, args.terms.focal);
   const int64_t shared = b.classes() * class_bytes(b.classes()),
                 left = max_shared_bytes_of_block() - Policy::static_bytes - shared;
   if (b.errors != Errors::softmax || logits.dtype == DType::f64 || b.classes() > Policy::most_classes ||
       !is_integer(b.target.dtype) || !are_near(logits) || !are_near(grad) || !is_near(b.target, sizeof(int64_t)) || left < 0)
-    return launch_gradient<BinWeights>(args);
+    return args.terms.any() ? launch_gradient_with_terms<BinWeightsWithFocal>(args) : launch_gradient<BinWeights>(args);
   with_element_type(logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     with_class_range<In>(b.classes(), [&](auto range) {
@@ -366,14 +387,17 @@ void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
         const int64_t strip = !in_rows ? 0 : fit < threads ? fit : threads;
         LovaszHistogramBackward with_rule = args;
         with_rule.batch.rule = without_none(b.rule);
-        launch(in_rows       ? lovasz_gradient_kernel<In, Range, Pixels::in_rows>
-               : chunks.flat ? lovasz_gradient_kernel<In, Range, Pixels::of_images>
-                             : lovasz_gradient_kernel<In, Range, Pixels::of_image>,
-               {.blocks = chunks.images * chunks.chunks,
-                .threads = threads,
-                .stream = args.stream,
-                .shared_bytes = shared + shared_rows_bytes(strip, b.classes(), sizeof(float))},
-               with_rule, chunks, tensors_of<In>(args), static_cast<int>(strip));
+        with_flag(args.terms.focal_scale != nullptr, [&](auto has_focal) {
+          constexpr bool focal = decltype(has_focal)::value;
+          launch(in_rows       ? lovasz_gradient_kernel<In, Range, Pixels::in_rows, focal>
+                 : chunks.flat ? lovasz_gradient_kernel<In, Range, Pixels::of_images, focal>
+                               : lovasz_gradient_kernel<In, Range, Pixels::of_image, focal>,
+                 {.blocks = chunks.images * chunks.chunks,
+                  .threads = threads,
+                  .stream = args.stream,
+                  .shared_bytes = shared + shared_rows_bytes(strip, b.classes(), sizeof(float))},
+                 with_rule, chunks, tensors_of<In>(args), static_cast<int>(strip));
+        });
       }
     });
   });
