@@ -158,7 +158,7 @@ struct LovaszExactForward {
 };
 
 struct LovaszExactBackward {
-  SegmentBatch batch;   // on a GPU target and rule are unused: the weights already depend on them
+  SegmentBatch batch;   // on a GPU target and rule are for terms alone: the weights already depend on them
   const void* weights;  // of the forward pass
   std::optional<int64_t> valid_pixels;
   SegmentGradient out;

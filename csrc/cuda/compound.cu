@@ -8,9 +8,10 @@ namespace {
 
 using Policy = Tuning::Focal;
 
-// One thread for each pixel, which reads the logits once.
+// One thread for each pixel, which reads the logits once. (One block at the least: without it ptxas spilled 180 bytes of
+// float64.)
 template <class In>
-__global__ void __launch_bounds__(Policy::threads)
+__global__ void __launch_bounds__(Policy::threads, 1)
     compound_focal_kernel(SegmentBatch b, FocalTerm term, FocalTiles tiles, TermPartials partials) {
   using T = opmath_t<In>;
   constexpr int threads = Policy::threads;

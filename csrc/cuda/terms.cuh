@@ -1,5 +1,5 @@
-// The focal and the region term of a compound loss (kernels.h) on a GPU: what a pass over the pixels of a softmax sums, and what
-// it adds to a gradient. Labels are hard.
+// The focal and the region term of a compound loss (kernels.h) on a GPU: what a pass over the pixels of a softmax sums, and
+// what it adds to a gradient. Labels are hard.
 #pragma once
 
 #include "focal_softmax.cuh"
@@ -44,8 +44,8 @@ struct FocalTotals {
   // logit: that of the label. Of a label out of range the loss is NaN.
   __device__ void add(const FocalTerm& term, const Softmax<T>& softmax, T logit, int32_t label) {
     const T factor = alpha_of<T>(term, label);
-    loss += static_cast<double>(
-        LabelTerm<T>(factor, static_cast<T>(term.gamma), softmax, softmax.inv_sumexp(), logit).loss.value);
+    loss +=
+        static_cast<double>(LabelTerm<T>(factor, static_cast<T>(term.gamma), softmax, softmax.inv_sumexp(), logit).loss.value);
     if (term.class_alpha) alpha += static_cast<double>(factor);
     ++valid;
   }
@@ -83,8 +83,11 @@ template <class T>
 struct FocalSlope {
   T others = T(0), own = T(0);  // s and s q
 
-  FocalSlope() = default;
-  __device__ explicit FocalSlope(const LabelTerm<T>& term) : others(term.loss.slope), own(term.loss.slope * term.q) {}
+  // alpha: also times the gradient of the loss. Cross-entropy needs no logarithm.
+  __device__ static FocalSlope of(T alpha, T gamma, T log_p, T q) {
+    const T s = gamma == T(0) ? -alpha : LabelTerm<T>(alpha, gamma, log_p, q).loss.slope;
+    return {s, s * q};
+  }
 };
 
 // Of a Weights (gradient.cuh): its pixels have a FocalSlope.
@@ -102,8 +105,9 @@ class FocalSlopes {
   template <class Pointer>
   __device__ FocalSlope<T> operator()(const Softmax<T>& softmax, T inv_sumexp, const Pointer& row, int32_t label) const {
     if (!scale_ || label < 0) return {};
-    return FocalSlope<T>(
-        LabelTerm<T>(factor(label), static_cast<T>(term_.gamma), softmax, inv_sumexp, label_logit(row, label)));
+    const T d = label_logit(row, label) - softmax.max_logit;
+    const T q = LabelTerm<T>::q_of(softmax.sumexp_excl_max, inv_sumexp, exp_neg(d), d == T(0));
+    return FocalSlope<T>::of(factor(label), static_cast<T>(term_.gamma), d - log_sumexp(softmax), q);
   }
 
  private:

@@ -186,7 +186,7 @@ void count(const LovaszHistogramCount& args) {
 
 int64_t kernels::lovasz_histogram_scratch_bytes(const LovaszHistogramCount& args) {
   const SegmentBatch& b = args.batch;
-  const int64_t terms = sums_focal(args)         ? TermPartials(nullptr, most_count_blocks(b.geometry)).bytes
+  const int64_t terms = sums_focal(args)        ? TermPartials(nullptr, most_count_blocks(b.geometry)).bytes
                         : args.terms.focal_sums ? terms_scratch_bytes(b)
                                                 : 0;
   if (b.errors != Errors::softmax || all_fit_registers(args)) return terms;

@@ -121,8 +121,7 @@ __global__ void __launch_bounds__(threads_of(source), 1)
     const PixelCoordinates<T> coordinates(sumexp_excl_max);
     count_background<Range, grouped>(block, first, count, coordinates, below, label, plane);
     if constexpr (focal)
-      if (!grouped || group == 0)
-        focal_sums.add(args.terms.focal, {max_logit, sumexp_excl_max}, from.load(label), label);
+      if (!grouped || group == 0) focal_sums.add(args.terms.focal, {max_logit, sumexp_excl_max}, from.load(label), label);
     // The label's class, whose logit is in L1 or in shared memory.
     if (label < classes && (source != Source::stored && !grouped || (label >= block.first_class && label < block.end_class)))
       count_foreground(block, coordinates, below_largest(from.load(label), max_logit), label, plane);
@@ -183,8 +182,8 @@ void launch_source(const LovaszHistogramCount& args, const Groups& groups, int64
         with_flag(source != Source::stored && sums_focal(args), [&](auto with_focal) {
           constexpr bool focal = decltype(with_focal)::value;
           if constexpr (!focal || source != Source::stored)
-            launch(lovasz_count_softmax_kernel<In, Range, source, grouped, flat, focal>, shape, args, chunks, groups, statistics,
-                   partials);
+            launch(lovasz_count_softmax_kernel<In, Range, source, grouped, flat, focal>, shape, args, chunks, groups,
+                   statistics, partials);
         });
     });
   });

@@ -8,6 +8,7 @@
 //
 // All are integers or one value for each element: the results are the same bits in every run.
 
+#include "../../math/log1p.h"
 #include "../gradient.cuh"
 #include "../rows.cuh"
 #include "coordinates.cuh"
@@ -23,9 +24,14 @@ using Policy = Tuning::HistogramGradient;
 // the classes of a pixel are neighbours (rows.cuh).
 enum class Pixels { of_image, of_images, in_rows };
 
-// The tensors of a pixel.
+constexpr int threads_of(Pixels pixels, bool focal) {
+  return pixels == Pixels::in_rows && focal ? Policy::threads_of_focal_rows : Policy::threads;
+}
+
+// The tensors of a pixel; and gamma of a focal term, as the float that is computed with.
 struct Tensors {
   NearView logits, target, grad;
+  float gamma;
 };
 
 // Where a pixel has its elements.
@@ -47,7 +53,7 @@ template <class In>
 Tensors tensors_of(const LovaszHistogramBackward& args) {
   const View& target = args.batch.target;
   return {near_view(args.batch.logits, sizeof(In)), near_view(target, size_of(target.dtype)),
-          near_view(args.out.grad_logits, sizeof(In))};
+          near_view(args.out.grad_logits, sizeof(In)), static_cast<float>(args.terms.focal.gamma)};
 }
 
 // A rule that always has a value to ignore and one that is background: in place of none one that is no class. A gradient does
@@ -71,9 +77,9 @@ __device__ inline float weight_of(const float* weights, uint32_t bin_offset) {
 }
 
 // The classes of a block, in shared memory. `focal`: with a focal term.
-template <class Range, bool focal>
+template <class Range, bool focal, int threads>
 class BlockClasses {
-  static constexpr int bins = BinLayout::bins(Range::most), table = BinLayout::table, threads = Policy::threads;
+  static constexpr int bins = BinLayout::bins(Range::most), table = BinLayout::table;
 
  public:
   // From all threads; `segment` is that of class 0. A barrier has to follow.
@@ -83,8 +89,7 @@ class BlockClasses {
         present_((1u << classes_) - 1),
         tables_(reinterpret_cast<BinPair*>(memory)),
         background_(reinterpret_cast<float*>(tables_ + classes_ * table)),
-        label_classes_(label_classes),
-        gamma_(focal ? static_cast<float>(args.terms.focal.gamma) : 0.0f) {
+        label_classes_(label_classes) {
     const float* weights = static_cast<const float*>(args.weights) + segment * 2 * bins;
     if (threadIdx.x < Range::most && static_cast<int>(threadIdx.x) < classes_)
       label_classes[threadIdx.x] = {
@@ -108,7 +113,7 @@ class BlockClasses {
 
   // Turns the logits of a pixel into their gradients. `label` >= 0; label_logit: that of label_class. With a focal term
   // returns the gradient of the label's class, which has to take the place of the one in g (see SoftmaxGradient).
-  __device__ float gradients(float (&g)[Range::most], float label_logit, int32_t label) const {
+  __device__ float gradients(float (&g)[Range::most], float label_logit, int32_t label, float gamma) const {
     const int label_class = this->label_class(label);
     const uint32_t labels = focal || label < classes_ ? 1u << label : 0;
     float exps[Range::most];
@@ -126,9 +131,13 @@ class BlockClasses {
     const auto [foreground_weights, foreground_factor, focal_factor] = label_classes_[label_class];
     const float label_exp = exp2_of(label_below);
     FocalSlope<float> slope;
-    if constexpr (focal)
-      slope = FocalSlope<float>(
-          LabelTerm<float>(focal_factor, gamma_, {max_logit, sum.sum}, inv_sumexp, label_below * static_cast<float>(ln_2), label_exp));
+    if constexpr (focal) {
+      constexpr auto ln2 = static_cast<float>(ln_2);
+      // Of what is at hand: log1p would take as many instructions as all else but the powers.
+      const float log_sumexp = sum.sum <= 1.0f ? log1p_unit(sum.sum) : (1.0f - coordinates.shared) * ln2;
+      const float q = LabelTerm<float>::q_of(sum.sum, inv_sumexp, label_exp, label_below == 0.0f);
+      slope = FocalSlope<float>::of(focal_factor, gamma, fma_rn(label_below, ln2, -log_sumexp), q);
+    }
     const uint32_t foreground_bin = bin_offset_of(-coordinates.of(label_below), tables_ + label_class * table);
     const float foreground = weight_of(foreground_weights, foreground_bin) * foreground_factor;
     // As SoftmaxGradient, in two steps: the weight of a most probable class is the pivot, and all others are relative to it. A
@@ -165,20 +174,19 @@ class BlockClasses {
   BinPair* tables_;    // [classes][table]
   float* background_;  // [classes][bins]
   const LabelClass* label_classes_;
-  float gamma_;
 };
 
 // strip: so many of a block's pixels go through shared memory together (in_rows). One block at the least, else ptxas takes less
 // registers than there are, and spills some.
 template <class In, class Range, Pixels kind, bool focal>
-__global__ void __launch_bounds__(Policy::threads, 1)
+__global__ void __launch_bounds__(threads_of(kind, focal), 1)
     lovasz_gradient_kernel(LovaszHistogramBackward args, Chunks chunks, Tensors tensors, int strip) {
-  constexpr int threads = Policy::threads;
+  constexpr int threads = threads_of(kind, focal);
   VEERLOSS_DYNAMIC_SHARED(memory);
   __shared__ LabelClass label_classes[Range::most];
   const SegmentBatch& b = args.batch;
   const auto [first_image, part, none] = image_part(chunks.chunks);
-  const BlockClasses<Range, focal> classes(args, b.segment(b.per_image ? first_image : 0, 0), memory, label_classes);
+  const BlockClasses<Range, focal, threads> classes(args, b.segment(b.per_image ? first_image : 0, 0), memory, label_classes);
   __syncthreads();
   TargetRule rule = b.rule;
   rule.has_ignore = rule.has_background = true;  // see without_none
@@ -217,7 +225,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
         load_classes<Range>(g, row, classes.count());
       });
       if (label >= 0) {
-        own = classes.gradients(g, label_logit, label);
+        own = classes.gradients(g, label_logit, label, tensors.gamma);
       } else {
 #pragma unroll
         for (float& value : g) value = 0.0f;
@@ -257,7 +265,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
 #pragma unroll
       for (int c = 0; c < Range::most; ++c) g[c] = classes.has(c) ? logits.load(c) : -std::numeric_limits<float>::infinity();
       const float label_logit = logits.load(classes.label_class(label));  // in L1
-      const float own = classes.gradients(g, label_logit, label);
+      const float own = classes.gradients(g, label_logit, label, tensors.gamma);
 #pragma unroll
       for (int c = 0; c < Range::most; ++c)
         if (classes.has(c)) out.store(c, g[c]);
@@ -379,16 +387,16 @@ void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
     with_class_range<In>(b.classes(), [&](auto range) {
       using Range = decltype(range);
       if constexpr (!std::is_same_v<In, double> && Range::most > 0 && Range::most <= Policy::most_classes) {
-        constexpr int threads = Policy::threads;
-        const Chunks chunks = chunks_of(b, threads, int64_t{1} << 40, multiprocessors(), 1, false);
+        const Chunks chunks = chunks_of(b, Policy::threads, int64_t{1} << 40, multiprocessors(), 1, false);
         // Pixels of a strip: of a block, or as many warps of them as fit.
         const int64_t fit = left / shared_rows_bytes(32, b.classes(), sizeof(float)) * 32;
         const bool in_rows = fit > 0 && has_rows(logits, b.geometry, chunks.flat) && has_rows(grad, b.geometry, chunks.flat);
-        const int64_t strip = !in_rows ? 0 : fit < threads ? fit : threads;
         LovaszHistogramBackward with_rule = args;
         with_rule.batch.rule = without_none(b.rule);
-        with_flag(args.terms.focal_scale != nullptr, [&](auto has_focal) {
-          constexpr bool focal = decltype(has_focal)::value;
+        with_flag(args.terms.focal_scale != nullptr, [&](auto with_focal) {
+          constexpr bool focal = decltype(with_focal)::value;
+          const int threads = threads_of(in_rows ? Pixels::in_rows : Pixels::of_image, focal);
+          const int64_t strip = !in_rows ? 0 : fit < threads ? fit : threads;
           launch(in_rows       ? lovasz_gradient_kernel<In, Range, Pixels::in_rows, focal>
                  : chunks.flat ? lovasz_gradient_kernel<In, Range, Pixels::of_images, focal>
                                : lovasz_gradient_kernel<In, Range, Pixels::of_image, focal>,
