@@ -99,7 +99,9 @@ def library(name: str, torch: Path, *patterns: str) -> Extension:
 def cuda_library(torch: Path, cuda: Path) -> Extension:
     generated = architectures()
     say(f"compiling the CUDA library of {cuda} for {' '.join(generated)}")
-    ext = library("veerloss._C_cuda", torch, "ops/focal_*.cpp", "ops/lovasz_*.cpp", "ops/region.cpp", "cuda/**/*.cu")
+    ext = library(
+        "veerloss._C_cuda", torch, "ops/compound.cpp", "ops/focal_*.cpp", "ops/lovasz_*.cpp", "ops/region.cpp", "cuda/**/*.cu"
+    )
     ext.optional = os.environ.get("VEERLOSS_CUDA") != "1"
     ext.nvcc = [str(cuda / "bin/nvcc"), *NVCC_FLAGS, *generated]
     ext.define_macros += [("VEERLOSS_CUDA", "1"), ("USE_CUDA", "1")]  # USE_CUDA: torch's headers then declare the stream

@@ -59,6 +59,8 @@ INSTRUCTIONS = {
     "histogram count, softmax stored": (32.0, None),
     "histogram backward": (35.7, 38.1),
     "histogram backward, classes in rows": (53.7, None),
+    "compound count": (38.7, 39.9),
+    "compound backward": (40.8, 43.1),
     "histogram count, hinge": (110, 111),
     "histogram sum, hinge": (102, 103),
     "histogram backward, hinge": (102, 104),

@@ -158,7 +158,7 @@ struct LovaszExactForward {
 };
 
 struct LovaszExactBackward {
-  SegmentBatch batch;   // on a GPU target and rule are unused: the weights already depend on them
+  SegmentBatch batch;   // on a GPU target and rule are for terms alone: the weights already depend on them
   const void* weights;  // of the forward pass
   std::optional<int64_t> valid_pixels;
   SegmentGradient out;
@@ -311,6 +311,7 @@ void region_backward(const RegionBackward& args);
 struct CompoundSum {
   SegmentBatch batch;
   TermSums terms;
+  void* scratch;  // compound_sum_scratch_bytes()
   Stream stream;
 };
 
@@ -322,6 +323,7 @@ struct CompoundBackward {
 };
 
 namespace kernels {
+int64_t compound_sum_scratch_bytes(const SegmentBatch& batch);
 void compound_sum(const CompoundSum& args);
 void compound_backward(const CompoundBackward& args);
 }  // namespace kernels

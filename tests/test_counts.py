@@ -87,8 +87,10 @@ SHARED = 19 * (129 * 8 + 4 * 1920)
 
 
 def count(dtype: str, source: int, kind: str, **options) -> Budget:
-    name = rf"lovasz_count_softmax_kernel<{dtype}, ClassRange<17, 20>, \(Source\){source}, false, {str(source > 0).lower()}>"
-    return Budget(COUNT, name, 19, f"histogram count{kind}", **options)
+    counted, focal = ("compound count", "true") if kind == "compound" else (f"histogram count{kind}", "false")
+    flat = str(source > 0).lower()
+    name = rf"lovasz_count_softmax_kernel<{dtype}, ClassRange<17, 20>, \(Source\){source}, false, {flat}, {focal}>"
+    return Budget(COUNT, name, 19, counted, **options)
 
 
 def budgets(dtype: str) -> list[Budget]:
@@ -133,7 +135,19 @@ def budgets(dtype: str) -> list[Budget]:
         ),
         count(dtype, 0, "", warps=32, **shared),
         # The longest way has a label of every type, a class that is missing, and a pivot for confident pixels.
-        Budget(GRADIENT, rf"lovasz_gradient_kernel<{in_registers}, \(Pixels\)0>", 19, "histogram backward", warps=24, **shared),
+        Budget(
+            GRADIENT,
+            rf"lovasz_gradient_kernel<{in_registers}, \(Pixels\)0, false>",
+            19,
+            "histogram backward",
+            warps=24,
+            **shared,
+        ),
+        # With a focal term, of any gamma.
+        count(dtype, 0, "compound", warps=32, dynamic_shared=SHARED + 1024 * 16),
+        Budget(
+            GRADIENT, rf"lovasz_gradient_kernel<{in_registers}, \(Pixels\)0, true>", 19, "compound backward", warps=24, **shared
+        ),
         # One class, of a pixel for each thread: the index of a pixel takes some multiplications.
         Budget(
             "lovasz/histogram_count.cu",
@@ -201,7 +215,7 @@ BUDGETS = [
     ),
     Budget(
         GRADIENT,
-        r"lovasz_gradient_kernel<float, ClassRange<17, 20>, \(Pixels\)2>",
+        r"lovasz_gradient_kernel<float, ClassRange<17, 20>, \(Pixels\)2, false>",
         19,
         "histogram backward, classes in rows",
         warps=24,
@@ -236,6 +250,12 @@ def test_budget(budget):
         assert kernel.wide_multiplies <= wide, report
         assert warps >= budget.warps, report
         assert kernel.shared_bytes <= budget.static_shared, report
+
+
+@pytest.mark.parametrize("step", ["count", "backward"])
+def test_a_focal_term_costs_a_seventh_at_most(step):
+    for ours, lovasz in zip(INSTRUCTIONS[f"compound {step}"], INSTRUCTIONS[f"histogram {step}"], strict=True):
+        assert ours <= 1.15 * lovasz
 
 
 #: Bytes of code: 128 KiB are what the instruction cache of a multiprocessor holds.

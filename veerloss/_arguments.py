@@ -28,13 +28,11 @@ def missing_reason(backend: str, device: torch.device, loss: str) -> str | None:
     """None where ``backend`` can run ``loss``, one of LOSSES, on ``device``, else why not."""
     if backend == "reference":
         return None
-    if loss == "compound" and (backend == "triton" or device.type == "cuda"):
-        return "compound losses have no kernels for GPUs yet"
     if backend == "triton":
         if loss == "lovasz histogram":
             return "method 'histogram', which process_group needs too, has no Triton kernels"
-        if loss == "region":
-            return "region losses have no Triton kernels"
+        if loss in ("region", "compound"):
+            return f"{loss} losses have no Triton kernels"
         return triton_missing(device.type)
     if device.type in ("meta", "cpu"):
         return native_missing["cpu"]

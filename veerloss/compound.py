@@ -174,6 +174,10 @@ def compound_loss(
             arguments.check_label_range(target, logits.size(1), ignore_index)
 
     chosen, valid_pixels, ranks = prepare(check, check_values, logits, target, method, process_group, backend, "compound")
+    if chosen == "native" and (reason := not_fused(logits.device, activation, found["label_smoothing"])):
+        if backend == "native":
+            raise RuntimeError(f"backend='native' cannot run on device {str(logits.device)!r}: {reason}")
+        chosen = "reference"
     options = {
         "activation": activation, "method": method, "per_image": per_image, "process_group": process_group,
         "ignore_index": arguments.as_ignore_index(ignore_index),
@@ -217,6 +221,16 @@ def _region_options(terms: dict[str, float], region: tuple) -> tuple[str | None,
     return name, {
         "alpha": alpha, "beta": beta, "smooth": tuple(scale * value for value in smooth), "form": form, "exponent": exponent,
     }  # fmt: skip
+
+
+def not_fused(device: torch.device, activation: str, label_smoothing: float) -> str | None:
+    """None where the kernels of a device have a loss in one pass, else why not."""
+    if device.type != "cuda" or (activation == "softmax" and label_smoothing == 0):
+        return None
+    return (
+        "compound losses in one pass are there for activation='softmax' and label_smoothing=0 on a GPU; backend='auto' adds up "
+        "the losses of the terms"
+    )
 
 
 def _fused(logits, target, found, options, backend, valid_pixels, ranks) -> tuple[Tensor, dict[str, Tensor]]:

@@ -51,12 +51,19 @@ struct LabelTerm {
   T q;  // the sum of the other probabilities: of a most probable class from the other exponentials, for 1 - p would cancel
   ValueAndSlope<T> loss;
 
-  __device__ LabelTerm(const SoftmaxFocalInput& input, const Softmax<T>& softmax, T inv_sumexp, T logit, int32_t label) {
+  // exp: the exponential of the class, `top` if it is a most probable one.
+  __device__ static T q_of(T sumexp_excl_max, T inv_sumexp, T exp, bool top) {
     using std::fma;
-    const T d = logit - softmax.max_logit;
-    q = d == T(0) ? softmax.sumexp_excl_max * inv_sumexp : fma(-exp_neg(d), inv_sumexp, T(1));
-    loss = focal_term(d - log_sumexp(softmax), q, alpha_of<T>(input, label), static_cast<T>(input.gamma));
+    return top ? sumexp_excl_max * inv_sumexp : fma(-exp, inv_sumexp, T(1));
   }
+  __device__ LabelTerm(T alpha, T gamma, T log_p, T q) : q(q), loss(focal_term(log_p, q, alpha, gamma)) {}
+  __device__ LabelTerm(T alpha, T gamma, const Softmax<T>& softmax, T inv_sumexp, T logit) {
+    const T d = logit - softmax.max_logit;
+    q = q_of(softmax.sumexp_excl_max, inv_sumexp, exp_neg(d), d == T(0));
+    loss = focal_term(d - log_sumexp(softmax), q, alpha, gamma);
+  }
+  __device__ LabelTerm(const SoftmaxFocalInput& input, const Softmax<T>& softmax, T inv_sumexp, T logit, int32_t label)
+      : LabelTerm(alpha_of<T>(input, label), static_cast<T>(input.gamma), softmax, inv_sumexp, logit) {}
 };
 
 // The logit of the label, which the softmax overwrites: a second load, from L1, takes the place of a selection for each class.

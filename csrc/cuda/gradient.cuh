@@ -10,6 +10,7 @@
 //   of_pixel(batch, image, pixel, first, label, softmax)(k, logit, term)  of class first + k of a pixel, times the factor
 //   of_segment<errors>(batch, segment, c)(index, is_foreground, x)  of a pixel, by its index in the batch, in a class; the
 //                                       factor is yet to come
+//   focal                               FocalSlopes of a compound loss (terms.cuh), if it has any
 //
 // The weight is multiplied by the derivative of p.
 #pragma once
@@ -35,6 +36,18 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
   int32_t label = label_ignored;
   if constexpr (Weights::reads_label) label = load_label(batch.target, batch.rule, image, pixel);
   SoftmaxGradient<T> gradient{};
+  const auto focal_of = [&](const Softmax<T>& softmax, T inv_sumexp) {
+    if constexpr (has_focal<Weights>)
+      return weights.focal(softmax, inv_sumexp, ClassPointer<In>(batch.logits, image, pixel), label);
+    else
+      return nullptr;
+  };
+  const auto gradient_of = [&](int c, T exp, T g, T inv_sumexp, const auto& focal) {
+    if constexpr (has_focal<Weights>)
+      return gradient(exp, g, inv_sumexp, focal, c == label);
+    else
+      return gradient(exp, g, inv_sumexp);
+  };
   if constexpr (Range::most > 0) {
     const auto count = static_cast<int>(classes);
     T g[Range::most], exps[Range::most];
@@ -57,9 +70,10 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
     }
     gradient.end(softmax.sumexp_excl_max, inv_sumexp);
     ClassPointer<In> to(out.grad_logits, image, pixel);
+    const auto focal = focal_of(softmax, inv_sumexp);
 #pragma unroll
     for (int c = 0; c < Range::most; ++c, ++to)
-      if (Range::has(c, count)) to.store(gradient(exps[c], g[c], inv_sumexp));
+      if (Range::has(c, count)) to.store(gradient_of(c, exps[c], g[c], inv_sumexp, focal));
   } else {
     const Softmax<T> softmax = statistics_of_pixel<In, typename Weights::Exp>(batch.logits, classes, image, pixel);
     const T inv_sumexp = softmax.inv_sumexp();
@@ -80,9 +94,10 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
     gradient.end(softmax.sumexp_excl_max, inv_sumexp);
     at = ClassPointer<In>(batch.logits, image, pixel);
     ClassPointer<In> to(out.grad_logits, image, pixel);
+    const auto focal = focal_of(softmax, inv_sumexp);
     for (int c = 0; c < classes; ++c, ++at, ++to) {
       const T logit = at.load();
-      to.store(gradient(Weights::Exp::of(logit, softmax.max_logit), weigh(c, logit), inv_sumexp));
+      to.store(gradient_of(c, Weights::Exp::of(logit, softmax.max_logit), weigh(c, logit), inv_sumexp, focal));
     }
   }
 }
@@ -151,6 +166,20 @@ void launch_gradient(const Args& args) {
       launch(elementwise_gradient_kernel<In, decltype(errors)::value, decltype(is_plain)::value, W>, shape, batch, W(args),
              args.out, chunks);
     });
+  });
+}
+
+// The same with the terms of a compound loss: of a softmax. Few classes have no kernel of their own, to compile less: large
+// batches of them go by shared memory (lovasz/histogram_gradient.cu).
+template <template <class T> class Weights, class Args>
+void launch_gradient_with_terms(const Args& args) {
+  const SegmentBatch& batch = args.batch;
+  check_terms(batch, args.terms.focal);
+  with_element_type(batch.logits.dtype, [&](auto zero) {
+    using In = decltype(zero);
+    const Weights<opmath_t<In>> weights(args);
+    if (!launch_gradient_in_parts<In>(batch, weights, args.out, args.stream))
+      launch_gradient_of_many<In>(batch, weights, args.out, args.stream);
   });
 }
 

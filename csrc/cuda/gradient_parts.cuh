@@ -4,6 +4,7 @@
 
 #include "class_parts.cuh"
 #include "lovasz/coordinates.cuh"
+#include "terms.cuh"
 
 namespace veerloss {
 
@@ -67,7 +68,16 @@ struct SoftmaxGradient {
   __device__ T operator()(T exp, T g, T inv_sumexp) const {
     return any_weight ? exp * inv_sumexp * ((g - pivot) - mean) : T(0);
   }
+  // With a focal term: s joins the mean but for the label, where s - p s would cancel.
+  __device__ T operator()(T exp, T g, T inv_sumexp, const FocalSlope<T>& focal, bool is_label) const {
+    const T value = exp * inv_sumexp * ((g - pivot) - (is_label ? mean : mean + focal.others));
+    return any_weight || focal.others != T(0) ? is_label ? value + focal.own : value : T(0);
+  }
 };
+
+// Whether the pixels of a Weights have a focal term.
+template <class Weights>
+constexpr bool has_focal = requires(const Weights& weights) { weights.focal; };
 
 // What the warps of a block tell each other.
 template <class T, class Term>
@@ -89,6 +99,7 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
   using T = opmath_t<In>;
   constexpr int pixels_of_block = PartsPolicy::pixels;
   __shared__ GradientExchange<T, typename Weights::Term> exchange;
+  __shared__ FocalSlope<T> focal[has_focal<Weights> ? pixels_of_block : 1];
   VEERLOSS_DYNAMIC_SHARED(memory);
   const auto [images, classes, pixels] = batch.geometry;
   const int lane = static_cast<int>(threadIdx.x) % pixels_of_block, warp = static_cast<int>(threadIdx.x) / pixels_of_block;
@@ -123,6 +134,9 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
       exchange.label[lane] = load_label(batch.target, batch.rule, at.image, pixel);
     else
       exchange.label[lane] = label_ignored;
+    if constexpr (has_focal<Weights>)
+      focal[lane] = weights.focal(exchange.softmax[lane], exchange.softmax[lane].inv_sumexp(), classes_in(batch.logits),
+                                  exchange.label[lane]);
   }
   __syncthreads();
 
@@ -156,8 +170,13 @@ __global__ void __launch_bounds__(PartsPolicy::threads, 2)
   if (at.pixel >= 0) {
     auto to = classes_in(out.grad_logits);
 #pragma unroll
-    for (int k = 0; k < Range::most; ++k, ++to)
-      if (Range::has(k, part.count)) to.store(gradient(logits[k], g[k], inv_sumexp));
+    for (int k = 0; k < Range::most; ++k, ++to) {
+      if (!Range::has(k, part.count)) continue;
+      if constexpr (has_focal<Weights>)
+        to.store(gradient(logits[k], g[k], inv_sumexp, focal[lane], k == label - part.first));
+      else
+        to.store(gradient(logits[k], g[k], inv_sumexp));
+    }
   }
   if constexpr (in_rows) {
     __syncthreads();

@@ -47,7 +47,7 @@ class SharedRow {
   __device__ void operator++() { ++at_; }
   __device__ void skip(int classes) { at_ += classes; }
   __device__ T load(int class_ = 0) const { return at_[class_]; }
-  __device__ void store(T value) const { *at_ = value; }
+  __device__ void store(T value, int class_ = 0) const { at_[class_] = value; }
   __device__ void store(int class_, T value) const { at_[class_] = value; }
 
  private:

@@ -191,8 +191,9 @@ struct Sm80 {
 
   // As HistogramCount: weights of four bytes take the place of counts.
   struct HistogramGradient {
-    static constexpr int threads = 768;            // 80 registers each
-    static constexpr int64_t static_bytes = 1408;  // as above
+    static constexpr int threads = 768;                // 80 registers each
+    static constexpr int threads_of_focal_rows = 640;  // 96: with a focal term, classes in rows spilled 20 bytes of 80
+    static constexpr int64_t static_bytes = 1408;      // as above
     static constexpr int64_t most_classes = 24;
   };
 

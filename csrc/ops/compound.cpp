@@ -84,7 +84,11 @@ void compound_sum(std::optional<Tensor> focal_sums, std::optional<Tensor> region
   const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
   const FocalTerm focal = focal_term(op, b, alpha, class_alpha, gamma, label_smoothing);
   const Device device(logits);
-  kernels::compound_sum({.batch = b, .terms = term_sums(op, b, focal, focal_sums, region_sums), .stream = device.stream()});
+  const Tensor scratch = scratch_memory(logits, kernels::compound_sum_scratch_bytes(b));
+  kernels::compound_sum({.batch = b,
+                         .terms = term_sums(op, b, focal, focal_sums, region_sums),
+                         .scratch = scratch.data_ptr(),
+                         .stream = device.stream()});
 }
 
 Tensor compound_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, std::optional<double> focal,

@@ -29,9 +29,10 @@ SOURCES = (
             "histogram_place.cu",
         )
     ),
+    CSRC / "cuda/compound.cu",
     *sorted((CSRC / "cuda").glob("region_*.cu")),
     *sorted((CSRC / "cuda").glob("focal_*.cu")),
-    *sorted(path for stem in ("focal", "lovasz", "region") for path in (CSRC / "ops").glob(f"{stem}*.cpp")),
+    *sorted(path for stem in ("compound", "focal", "lovasz", "region") for path in (CSRC / "ops").glob(f"{stem}*.cpp")),
 )
 EMULATOR = (HERE / "emulator.cpp", HERE / "meter.cpp")
 #: The builds, by the namespace of their operators, and how they compile the kernels: as they are; with the meter of meter.h;

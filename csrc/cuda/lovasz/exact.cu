@@ -66,6 +66,9 @@ struct StoredWeights : FactorTerm<T> {
   const T* weights;  // [C, N, P]
 };
 
+template <class T>
+using StoredWeightsWithTerms = WithTerms<StoredWeights<T>>;
+
 // ---- forward
 
 template <class T>
@@ -175,10 +178,15 @@ void lovasz_exact_forward(const LovaszExactForward& args) {
   with_element_type(args.batch.logits.dtype, [&](auto zero) {
     with_errors(args.batch.errors, [&](auto errors) { forward<decltype(zero), decltype(errors)::value>(args); });
   });
+  if (!args.terms.any()) return;
+  check_terms(args.batch, args.terms.focal);
+  sum_focal_term(args.batch, args.terms, args.scratch, args.stream);  // which is free again, and large
+  sum_region_term(args.batch, args.terms, args.stream);
 }
 
 void lovasz_exact_backward(const LovaszExactBackward& args) {
-  launch_gradient<StoredWeights>(args);
+  if (!args.terms.any()) return launch_gradient<StoredWeights>(args);
+  launch_gradient_with_terms<StoredWeightsWithTerms>(args);
 }
 
 }  // namespace kernels

@@ -8,6 +8,7 @@
 //
 // Counts are integers: the results are the same bits in every run.
 
+#include "../terms.cuh"
 #include "histogram_count.cuh"
 
 namespace veerloss {
@@ -185,14 +186,21 @@ void count(const LovaszHistogramCount& args) {
 
 int64_t kernels::lovasz_histogram_scratch_bytes(const LovaszHistogramCount& args) {
   const SegmentBatch& b = args.batch;
-  if (b.errors != Errors::softmax || all_fit_registers(args)) return 0;
-  return with_opmath_type(b.logits.dtype, [&](auto zero) {
+  const int64_t terms = sums_focal(args)        ? TermPartials(nullptr, most_count_blocks(b.geometry)).bytes
+                        : args.terms.focal_sums ? terms_scratch_bytes(b)
+                                                : 0;
+  if (b.errors != Errors::softmax || all_fit_registers(args)) return terms;
+  const int64_t statistics = with_opmath_type(b.logits.dtype, [&](auto zero) {
     return b.geometry.images * b.geometry.pixels * static_cast<int64_t>(sizeof(Softmax<decltype(zero)>));
   });
+  return statistics > terms ? statistics : terms;  // one after the other
 }
 
 void kernels::lovasz_histogram_count(const LovaszHistogramCount& args) {
+  if (args.terms.any()) check_terms(args.batch, args.terms.focal);
   with_element_type(args.batch.logits.dtype, [&](auto zero) { count<decltype(zero)>(args); });
+  if (!sums_focal(args)) sum_focal_term(args.batch, args.terms, args.scratch, args.stream);
+  sum_region_term(args.batch, args.terms, args.stream);
 }
 
 }  // namespace veerloss

@@ -128,6 +128,15 @@ inline bool all_fit_registers(const LovaszHistogramCount& args) {
   return fits_registers(args) && args.batch.classes() <= CountPolicy::most_classes;
 }
 
+// Whether the pass that counts sums the focal term of a compound loss.
+inline bool sums_focal(const LovaszHistogramCount& args) {
+  return args.terms.focal_sums && !args.segment_mask && all_fit_registers(args);
+}
+// No pass has more blocks for a group of classes.
+inline int64_t most_count_blocks(const Geometry& g) {
+  return g.images * ceil_div(g.pixels, CountPolicy::threads_of_rows);
+}
+
 void launch_count_softmax(const LovaszHistogramCount& args);
 
 }  // namespace veerloss

@@ -1,6 +1,7 @@
 // Lovász losses on a GPU, method "histogram": count pixels by the bins of their errors in a softmax, with classes in registers.
 // A block has the counts and tables of its classes in shared memory.
 
+#include "../terms.cuh"
 #include "histogram_count.cuh"
 
 namespace veerloss {
@@ -42,10 +43,38 @@ __device__ inline void count_foreground(const BlockCounts& block, const PixelCoo
              one_foreground);
 }
 
-template <class In, class Range, Source source, bool grouped, bool may_be_flat>
+// The focal term of a compound loss: its sums of each thread, in shared memory, for registers are for the classes.
+template <class T, int threads>
+class FocalOfThreads {
+ public:
+  static constexpr int64_t bytes = 2 * threads * static_cast<int64_t>(sizeof(double));
+
+  __device__ explicit FocalOfThreads(void* memory) : losses_(static_cast<double*>(memory)) {
+    losses_[threadIdx.x] = losses_[threads + threadIdx.x] = 0;
+  }
+  __device__ void add(const FocalTerm& term, const Softmax<T>& softmax, T logit, int32_t label) const {
+    FocalTotals<T> pixel;
+    pixel.add(term, softmax, logit, label);
+    losses_[threadIdx.x] += pixel.loss;
+    if (term.class_alpha) losses_[threads + threadIdx.x] += pixel.alpha;
+  }
+  // From all threads. count: of their pixels; bad: whether a label is out of range.
+  __device__ void store(const TermPartials& partials, const FocalTerm& term, int64_t block, int count, bool bad) const {
+    FocalTotals<T> totals;
+    totals.loss = bad ? not_a_number : losses_[threadIdx.x];
+    totals.alpha = losses_[threads + threadIdx.x];
+    totals.valid = count;
+    totals.template store<threads>(partials, term, block, losses_);
+  }
+
+ private:
+  double* losses_;  // then the sums of alpha
+};
+
+template <class In, class Range, Source source, bool grouped, bool may_be_flat, bool focal>
 __global__ void __launch_bounds__(threads_of(source), 1)
     lovasz_count_softmax_kernel(LovaszHistogramCount args, Chunks chunks, Groups groups,
-                                const Softmax<opmath_t<In>>* statistics) {
+                                const Softmax<opmath_t<In>>* statistics, TermPartials partials) {
   using T = opmath_t<In>;
   constexpr int threads = threads_of(source);
   VEERLOSS_DYNAMIC_SHARED(memory);
@@ -54,7 +83,10 @@ __global__ void __launch_bounds__(threads_of(source), 1)
   constexpr int plane = source == Source::stored ? static_cast<int>(plane_of(CountPolicy::most_classes + 1))
                                                  : static_cast<int>(plane_of(Range::most));
   const auto [first_image, part, group] = image_part(chunks.chunks, groups.groups);
-  const BlockCounts block = block_counts(args, memory, b.per_image ? first_image : 0, static_cast<int>(group), groups);
+  using Focal = FocalOfThreads<T, threads>;
+  const BlockCounts block =
+      block_counts(args, memory + (focal ? Focal::bytes : 0), b.per_image ? first_image : 0, static_cast<int>(group), groups);
+  std::conditional_t<focal, Focal, void*> focal_sums(memory);
   if (!begin_block<threads>(args, block)) return;
   __syncthreads();
 
@@ -88,6 +120,8 @@ __global__ void __launch_bounds__(threads_of(source), 1)
     totals.nan |= sumexp_excl_max != sumexp_excl_max;
     const PixelCoordinates<T> coordinates(sumexp_excl_max);
     count_background<Range, grouped>(block, first, count, coordinates, below, label, plane);
+    if constexpr (focal)
+      if (!grouped || group == 0) focal_sums.add(args.terms.focal, {max_logit, sumexp_excl_max}, from.load(label), label);
     // The label's class, whose logit is in L1 or in shared memory.
     if (label < classes && (source != Source::stored && !grouped || (label >= block.first_class && label < block.end_class)))
       count_foreground(block, coordinates, below_largest(from.load(label), max_logit), label, plane);
@@ -121,6 +155,9 @@ __global__ void __launch_bounds__(threads_of(source), 1)
       count_pixel(image, static_cast<uint32_t>(pixel), label, NearClasses<In>(b.logits, image, static_cast<uint32_t>(pixel)));
     }
   }
+  if constexpr (focal)
+    if (!grouped || group == 0)
+      focal_sums.store(partials, args.terms.focal, blockIdx.x / groups.groups, totals.valid + totals.bad, totals.bad);
   end_block<threads>(args, block, totals);
 }
 
@@ -134,6 +171,7 @@ void launch_source(const LovaszHistogramCount& args, const Groups& groups, int64
                      .threads = threads_of(source),
                      .stream = args.stream,
                      .shared_bytes = groups.classes * class_bytes(b.classes()) + other_bytes};
+  const TermPartials partials(args.scratch, sums_focal(args) ? chunks.images * chunks.chunks : 0);
   with_flag(source != Source::stored && groups.groups > 1, [&](auto is_grouped) {
     constexpr bool grouped = decltype(is_grouped)::value;
     // Of the most frequent way one kernel is for pixels that are not flat.
@@ -141,9 +179,15 @@ void launch_source(const LovaszHistogramCount& args, const Groups& groups, int64
       constexpr bool flat = decltype(may_be_flat)::value;
       constexpr bool exists = flat ? source != Source::stored || !grouped : source == Source::memory && !grouped;
       if constexpr (exists)
-        launch(lovasz_count_softmax_kernel<In, Range, source, grouped, flat>, shape, args, chunks, groups, statistics);
+        with_flag(source != Source::stored && sums_focal(args), [&](auto with_focal) {
+          constexpr bool focal = decltype(with_focal)::value;
+          if constexpr (!focal || source != Source::stored)
+            launch(lovasz_count_softmax_kernel<In, Range, source, grouped, flat, focal>, shape, args, chunks, groups,
+                   statistics, partials);
+        });
     });
   });
+  if (sums_focal(args)) finish_terms(partials, args.terms.focal_sums, args.stream);
 }
 
 // Calls f with the range of the classes of a group of many.
@@ -175,9 +219,14 @@ void launch_all(const LovaszHistogramCount& args) {
   with_class_range<In>(b.classes(), [&](auto range) {
     using Range = decltype(range);
     if constexpr (Range::most > 0 && Range::most <= most) {
-      if (!in_rows(args)) return launch_source<In, Range, Source::memory>(args, groups_of(b, most), 0);
-      const int64_t bytes = shared_rows_bytes(CountPolicy::threads_of_rows, b.classes(), sizeof(opmath_t<In>));
-      launch_source<In, Range, Source::rows>(args, groups_of(b, most, bytes), bytes);
+      const auto launch_with = [&](auto of_source, int64_t rows_bytes) {
+        constexpr Source source = decltype(of_source)::value;
+        const int64_t bytes = rows_bytes + (sums_focal(args) ? FocalOfThreads<float, threads_of(source)>::bytes : 0);
+        launch_source<In, Range, source>(args, groups_of(b, most, bytes), bytes);
+      };
+      if (!in_rows(args)) return launch_with(std::integral_constant<Source, Source::memory>{}, 0);
+      launch_with(std::integral_constant<Source, Source::rows>{},
+                  shared_rows_bytes(CountPolicy::threads_of_rows, b.classes(), sizeof(opmath_t<In>)));
     }
   });
 }

@@ -8,6 +8,7 @@
 //
 // All are integers or one value for each element: the results are the same bits in every run.
 
+#include "../../math/log1p.h"
 #include "../gradient.cuh"
 #include "../rows.cuh"
 #include "coordinates.cuh"
@@ -23,9 +24,14 @@ using Policy = Tuning::HistogramGradient;
 // the classes of a pixel are neighbours (rows.cuh).
 enum class Pixels { of_image, of_images, in_rows };
 
-// The tensors of a pixel.
+constexpr int threads_of(Pixels pixels, bool focal) {
+  return pixels == Pixels::in_rows && focal ? Policy::threads_of_focal_rows : Policy::threads;
+}
+
+// The tensors of a pixel; and gamma of a focal term, as the float that is computed with.
 struct Tensors {
   NearView logits, target, grad;
+  float gamma;
 };
 
 // Where a pixel has its elements.
@@ -47,7 +53,7 @@ template <class In>
 Tensors tensors_of(const LovaszHistogramBackward& args) {
   const View& target = args.batch.target;
   return {near_view(args.batch.logits, sizeof(In)), near_view(target, size_of(target.dtype)),
-          near_view(args.out.grad_logits, sizeof(In))};
+          near_view(args.out.grad_logits, sizeof(In)), static_cast<float>(args.terms.focal.gamma)};
 }
 
 // A rule that always has a value to ignore and one that is background: in place of none one that is no class. A gradient does
@@ -60,20 +66,20 @@ TargetRule without_none(TargetRule rule) {
   return rule;
 }
 
-// What the weight of foreground of a class takes.
+// What the weight of foreground of a class takes; and what a focal term's slope is multiplied by.
 struct alignas(16) LabelClass {
   const float* weights;
-  float factor;
+  float factor, focal;
 };
 
 __device__ inline float weight_of(const float* weights, uint32_t bin_offset) {
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(weights) + bin_offset);
 }
 
-// The classes of a block, in shared memory.
-template <class Range>
+// The classes of a block, in shared memory. `focal`: with a focal term.
+template <class Range, bool focal, int threads>
 class BlockClasses {
-  static constexpr int bins = BinLayout::bins(Range::most), table = BinLayout::table, threads = Policy::threads;
+  static constexpr int bins = BinLayout::bins(Range::most), table = BinLayout::table;
 
  public:
   // From all threads; `segment` is that of class 0. A barrier has to follow.
@@ -86,8 +92,9 @@ class BlockClasses {
         label_classes_(label_classes) {
     const float* weights = static_cast<const float*>(args.weights) + segment * 2 * bins;
     if (threadIdx.x < Range::most && static_cast<int>(threadIdx.x) < classes_)
-      label_classes[threadIdx.x] = {weights + (2 * threadIdx.x + 1) * bins,
-                                    SegmentFactor<float>(args.out)(segment + threadIdx.x)};
+      label_classes[threadIdx.x] = {
+          weights + (2 * threadIdx.x + 1) * bins, SegmentFactor<float>(args.out)(segment + threadIdx.x),
+          focal ? FocalSlopes<float>(args.terms, args.out).factor(static_cast<int32_t>(threadIdx.x)) : 0.0f};
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < classes_ * table; i += threads)
       tables_[i] = args.table[segment * table + i];
@@ -101,13 +108,14 @@ class BlockClasses {
   __device__ int count() const { return classes_; }
   // As Range::has, of one bit: a comparison for each class would take more predicates than there are.
   __device__ bool has(int c) const { return c < Range::least || (present_ & (1u << c)) != 0; }
-  // A class to look up where there is no label, or background for a label: that takes no branch.
-  __device__ int label_class(int32_t label) const { return label < classes_ ? label : 0; }
+  // A class to look up where the label is background, which compound losses do not know: that takes no branch.
+  __device__ int label_class(int32_t label) const { return focal || label < classes_ ? label : 0; }
 
-  // Turns the logits of a pixel into their gradients. `label` >= 0; label_logit: that of label_class.
-  __device__ void gradients(float (&g)[Range::most], float label_logit, int32_t label) const {
+  // Turns the logits of a pixel into their gradients. `label` >= 0; label_logit: that of label_class. With a focal term
+  // returns the gradient of the label's class, which has to take the place of the one in g (see SoftmaxGradient).
+  __device__ float gradients(float (&g)[Range::most], float label_logit, int32_t label, float gamma) const {
     const int label_class = this->label_class(label);
-    const uint32_t labels = label < classes_ ? 1u << label : 0;
+    const uint32_t labels = focal || label < classes_ ? 1u << label : 0;
     float exps[Range::most];
     const float max_logit = max_of(g);
     SumExclMax<float> sum;
@@ -120,7 +128,16 @@ class BlockClasses {
     const PixelCoordinates<float> coordinates(sum.sum);
     const float inv_sumexp = reciprocal_of(1.0f + sum.sum);
     const float label_below = below_largest(label_logit, max_logit);
-    const auto [foreground_weights, foreground_factor] = label_classes_[label_class];
+    const auto [foreground_weights, foreground_factor, focal_factor] = label_classes_[label_class];
+    const float label_exp = exp2_of(label_below);
+    FocalSlope<float> slope;
+    if constexpr (focal) {
+      constexpr auto ln2 = static_cast<float>(ln_2);
+      // Of what is at hand: log1p would take as many instructions as all else but the powers.
+      const float log_sumexp = sum.sum <= 1.0f ? log1p_unit(sum.sum) : (1.0f - coordinates.shared) * ln2;
+      const float q = LabelTerm<float>::q_of(sum.sum, inv_sumexp, label_exp, label_below == 0.0f);
+      slope = FocalSlope<float>::of(focal_factor, gamma, fma_rn(label_below, ln2, -log_sumexp), q);
+    }
     const uint32_t foreground_bin = bin_offset_of(-coordinates.of(label_below), tables_ + label_class * table);
     const float foreground = weight_of(foreground_weights, foreground_bin) * foreground_factor;
     // As SoftmaxGradient, in two steps: the weight of a most probable class is the pivot, and all others are relative to it. A
@@ -133,7 +150,7 @@ class BlockClasses {
       g[c] = weight_of(background_ + known * bins, bin_offset_of(coordinates.of(g[c]), tables_ + known * table));
       pivot = top ? g[c] : pivot;
     }
-    pivot = labels != 0 && label_below == 0.0f ? foreground : pivot;
+    pivot = (focal || labels != 0) && label_below == 0.0f ? foreground : pivot;
     float mean = 0.0f;
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) {
@@ -141,8 +158,14 @@ class BlockClasses {
       mean = fma_rn(exps[c], g[c], mean);
     }
     mean *= inv_sumexp * inv_sumexp;
+    float own = 0.0f;
+    if constexpr (focal) {
+      own = fma_rn(label_exp, fma_rn(foreground - pivot, inv_sumexp, -mean), slope.own);
+      mean = fma_rn(slope.others, inv_sumexp, mean);
+    }
 #pragma unroll
     for (int c = 0; c < Range::most; ++c) g[c] = exps[c] * fma_rn(g[c], inv_sumexp, -mean);
+    return own;
   }
 
  private:
@@ -155,15 +178,15 @@ class BlockClasses {
 
 // strip: so many of a block's pixels go through shared memory together (in_rows). One block at the least, else ptxas takes less
 // registers than there are, and spills some.
-template <class In, class Range, Pixels kind>
-__global__ void __launch_bounds__(Policy::threads, 1)
+template <class In, class Range, Pixels kind, bool focal>
+__global__ void __launch_bounds__(threads_of(kind, focal), 1)
     lovasz_gradient_kernel(LovaszHistogramBackward args, Chunks chunks, Tensors tensors, int strip) {
-  constexpr int threads = Policy::threads;
+  constexpr int threads = threads_of(kind, focal);
   VEERLOSS_DYNAMIC_SHARED(memory);
   __shared__ LabelClass label_classes[Range::most];
   const SegmentBatch& b = args.batch;
   const auto [first_image, part, none] = image_part(chunks.chunks);
-  const BlockClasses<Range> classes(args, b.segment(b.per_image ? first_image : 0, 0), memory, label_classes);
+  const BlockClasses<Range, focal, threads> classes(args, b.segment(b.per_image ? first_image : 0, 0), memory, label_classes);
   __syncthreads();
   TargetRule rule = b.rule;
   rule.has_ignore = rule.has_background = true;  // see without_none
@@ -181,7 +204,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
         const char* target = tensors.target.at(static_cast<uint32_t>(image), static_cast<uint32_t>(pixel));
         label = label_of(load_integer(target, b.target.dtype, 0), rule);
       }
-      float label_logit = 0.0f;
+      float label_logit = 0.0f, own = 0.0f;
       const auto for_each_strip = [&](const auto& f) {
         VEERLOSS_NO_UNROLL
         for (int from = 0; from < tile; from += strip) {
@@ -202,7 +225,7 @@ __global__ void __launch_bounds__(Policy::threads, 1)
         load_classes<Range>(g, row, classes.count());
       });
       if (label >= 0) {
-        classes.gradients(g, label_logit, label);
+        own = classes.gradients(g, label_logit, label, tensors.gamma);
       } else {
 #pragma unroll
         for (float& value : g) value = 0.0f;
@@ -210,8 +233,9 @@ __global__ void __launch_bounds__(Policy::threads, 1)
       for_each_strip([&](const PixelRun& run, bool mine, SharedRow<float> row) {
         if (mine) {
 #pragma unroll
-          for (int c = 0; c < Range::most; ++c, ++row)
-            if (classes.has(c)) row.store(g[c]);
+          for (int c = 0; c < Range::most; ++c)
+            if (classes.has(c)) row.store(g[c], c);
+          if (focal && label >= 0) row.store(own, label);
         }
         __syncthreads();
         rows.template store<at_once>(args.out.grad_logits, run);
@@ -241,10 +265,11 @@ __global__ void __launch_bounds__(Policy::threads, 1)
 #pragma unroll
       for (int c = 0; c < Range::most; ++c) g[c] = classes.has(c) ? logits.load(c) : -std::numeric_limits<float>::infinity();
       const float label_logit = logits.load(classes.label_class(label));  // in L1
-      classes.gradients(g, label_logit, label);
+      const float own = classes.gradients(g, label_logit, label, tensors.gamma);
 #pragma unroll
       for (int c = 0; c < Range::most; ++c)
         if (classes.has(c)) out.store(c, g[c]);
+      if (focal) out.store(label, own);
     }
   }
 }
@@ -292,6 +317,9 @@ struct BinWeights : FactorTerm<T> {
   const T* weights;
   int64_t bins;
 };
+
+template <class T>
+using BinWeightsWithFocal = WithFocal<BinWeights<T>>;
 
 // ---- sum
 
@@ -348,32 +376,36 @@ void lovasz_histogram_sum(const LovaszHistogramSum& args) {
 void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
   const SegmentBatch& b = args.batch;
   const View &logits = b.logits, &grad = args.out.grad_logits;
+  if (args.terms.any()) check_terms(b, args.terms.focal);
   const int64_t shared = b.classes() * class_bytes(b.classes()),
                 left = max_shared_bytes_of_block() - Policy::static_bytes - shared;
   if (b.errors != Errors::softmax || logits.dtype == DType::f64 || b.classes() > Policy::most_classes ||
       !is_integer(b.target.dtype) || !are_near(logits) || !are_near(grad) || !is_near(b.target, sizeof(int64_t)) || left < 0)
-    return launch_gradient<BinWeights>(args);
+    return args.terms.any() ? launch_gradient_with_terms<BinWeightsWithFocal>(args) : launch_gradient<BinWeights>(args);
   with_element_type(logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     with_class_range<In>(b.classes(), [&](auto range) {
       using Range = decltype(range);
       if constexpr (!std::is_same_v<In, double> && Range::most > 0 && Range::most <= Policy::most_classes) {
-        constexpr int threads = Policy::threads;
-        const Chunks chunks = chunks_of(b, threads, int64_t{1} << 40, multiprocessors(), 1, false);
+        const Chunks chunks = chunks_of(b, Policy::threads, int64_t{1} << 40, multiprocessors(), 1, false);
         // Pixels of a strip: of a block, or as many warps of them as fit.
         const int64_t fit = left / shared_rows_bytes(32, b.classes(), sizeof(float)) * 32;
         const bool in_rows = fit > 0 && has_rows(logits, b.geometry, chunks.flat) && has_rows(grad, b.geometry, chunks.flat);
-        const int64_t strip = !in_rows ? 0 : fit < threads ? fit : threads;
         LovaszHistogramBackward with_rule = args;
         with_rule.batch.rule = without_none(b.rule);
-        launch(in_rows       ? lovasz_gradient_kernel<In, Range, Pixels::in_rows>
-               : chunks.flat ? lovasz_gradient_kernel<In, Range, Pixels::of_images>
-                             : lovasz_gradient_kernel<In, Range, Pixels::of_image>,
-               {.blocks = chunks.images * chunks.chunks,
-                .threads = threads,
-                .stream = args.stream,
-                .shared_bytes = shared + shared_rows_bytes(strip, b.classes(), sizeof(float))},
-               with_rule, chunks, tensors_of<In>(args), static_cast<int>(strip));
+        with_flag(args.terms.focal_scale != nullptr, [&](auto with_focal) {
+          constexpr bool focal = decltype(with_focal)::value;
+          const int threads = threads_of(in_rows ? Pixels::in_rows : Pixels::of_image, focal);
+          const int64_t strip = !in_rows ? 0 : fit < threads ? fit : threads;
+          launch(in_rows       ? lovasz_gradient_kernel<In, Range, Pixels::in_rows, focal>
+                 : chunks.flat ? lovasz_gradient_kernel<In, Range, Pixels::of_images, focal>
+                               : lovasz_gradient_kernel<In, Range, Pixels::of_image, focal>,
+                 {.blocks = chunks.images * chunks.chunks,
+                  .threads = threads,
+                  .stream = args.stream,
+                  .shared_bytes = shared + shared_rows_bytes(strip, b.classes(), sizeof(float))},
+                 with_rule, chunks, tensors_of<In>(args), static_cast<int>(strip));
+        });
       }
     });
   });
