@@ -90,7 +90,8 @@ def compound_loss(
         process_group: the loss of the batches of all its ranks, as if concatenated, as for :func:`lovasz_softmax_loss`:
             Lovász and region terms with the bits of one process, the sum of focal or cross-entropy rounded in float64.
         backend: "auto", "native" or "reference", which adds up the references of the terms; so, with the kernels that there
-            are, does "auto" where no kernel has them in one pass. An explicit name never falls back.
+            are, does "auto" where no kernel has them in one pass: on a GPU of "sigmoid", or with label smoothing. An explicit
+            name never falls back.
 
     Returns:
         A tensor of the type of ``logits``, float32 under autocast; and with ``return_parts`` a dict of float32 ones, of float64
