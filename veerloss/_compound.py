@@ -52,9 +52,11 @@ def forward(
     upcast_loss,
     ranks=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, scale, focal_scale, region_weights, table, weights, parts): what compound_backward takes, and the terms, [3].
+    """(loss, scale, focal_scale, region_weights, table, weights, parts): what compound_backward takes, and the terms that there
+    are, focal, Lovász, region.
 
-    `ops`: the operators of a backend. `ranks`: of the batches of all of them.
+    `ops`: the operators of a backend. `ranks`: of the batches of all of them. Operations on numbers are few: each is a launch
+    on a GPU.
     """
     n, c, _ = logits.shape
     rows, dtype = n if per_image else 1, opmath_dtype(logits)
@@ -65,8 +67,8 @@ def forward(
     options = {"alpha": alpha, "class_alpha": class_alpha, "gamma": gamma, "label_smoothing": label_smoothing}
     batch = {"logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index}
     table, weights = logits.new_empty((0,), dtype=torch.float32), logits.new_empty((0,), dtype=dtype)
-    scale = logits.new_ones(per_segment_shape(logits, errors, per_image), dtype=dtype)
-    parts = [logits.new_zeros((), dtype=torch.float64) for _ in range(3)]
+    focal_scale, region_weights = torch.empty_like(weights), torch.empty_like(weights)  # where there is no such term
+    parts = []
 
     if lovasz is None:
 
@@ -85,19 +87,17 @@ def forward(
         value, of_segments, weights = ops.compound_exact(
             **sums, **options, **batch, selected=selected, present=present, valid_pixels=valid_pixels, keep_weights=keep_weights
         )
-    if lovasz is not None:
-        parts[1] = value.double()
-        scale = of_segments * lovasz
-
-    focal_scale = logits.new_zeros((), dtype=dtype)
     if focal is not None:
         totals = sums["focal_sums"] if ranks is None else ranks.all_reduce(sums["focal_sums"], "sum")
         divisor = totals[2 if weighted_mean else 1]
-        divided = torch.where(divisor > 0, 1 / divisor, 0.0)
-        parts[0] = torch.where(totals[1] > 0, totals[0] * divided, 0.0)
-        focal_scale = (divided * focal).to(dtype)
-
-    region_weights = logits.new_zeros((0,), dtype=dtype)
+        of_pixel = torch.where(divisor > 0, 1 / divisor, 0.0)
+        parts.append(totals[0] * of_pixel)
+        focal_scale = (of_pixel * focal).to(dtype)
+    if lovasz is None:
+        scale = logits.new_ones(per_segment_shape(logits, errors, per_image), dtype=dtype)
+    else:
+        parts.append(value)
+        scale = of_segments * lovasz
     if region is not None:
         found = sums["region_sums"]
         if ranks is not None:
@@ -107,16 +107,17 @@ def forward(
             class_weight=None, alpha=region_alpha, beta=region_beta, smooth_numerator=smooth_numerator,
             smooth_denominator=smooth_denominator, form=form, exponent=exponent, reduction=Reduction.MEAN, upcast_loss=True,
         )  # fmt: skip
-        parts[2] = value.double()
+        parts.append(value)
         # dL/dp of foreground and background
         pairs = torch.stack([coefficients.sum(-1), coefficients[..., 1]], -1)
         region_weights = (pairs * (of_segments.double() * region).view(rows, c, 1)).to(dtype)
     if lovasz is not None and histogram and errors == Errors.SOFTMAX:
-        weights = weights * scale.view(rows, c, 1, 1)
+        weights *= scale.view(rows, c, 1, 1)
         if region is not None:
             weights += region_weights.flip(-1)[..., None]
         scale = torch.ones_like(scale)
 
-    loss = sum(weight * part for weight, part in zip((focal, lovasz, region), parts, strict=True) if weight is not None)
-    kind = dtype if upcast_loss else logits.dtype
-    return loss.to(kind), scale, focal_scale, region_weights, table, weights, torch.stack(parts).to(dtype)
+    given = [weight for weight in (focal, lovasz, region) if weight is not None]
+    loss = sum(weight * part.double() for weight, part in zip(given, parts, strict=True))
+    parts = torch.stack([part.to(dtype) for part in parts])
+    return loss.to(dtype if upcast_loss else logits.dtype), scale, focal_scale, region_weights, table, weights, parts

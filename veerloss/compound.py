@@ -257,7 +257,8 @@ def _fused(logits, target, found, options, backend, valid_pixels, ranks) -> tupl
         histogram=histogram, per_image=per_image, ignore_index=options["ignore_index"], valid_pixels=valid_pixels, ranks=ranks,
         backend=backend,
     )  # fmt: skip
-    return loss, {name: parts[i].detach() for name in terms for i, kind in enumerate((focal, "lovasz", region)) if name == kind}
+    names = [name for name in (focal, "lovasz", region) if name in terms]
+    return loss, dict(zip(names, parts.detach(), strict=True))
 
 
 def _sum_of_parts(logits, target, found, options, backend) -> tuple[Tensor, dict[str, Tensor]]:

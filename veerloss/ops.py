@@ -318,7 +318,7 @@ def _(logits, per_image, reduction, upcast_loss, **_):
 
 
 def compound(logits, target, *, ranks, backend, **options) -> tuple[Tensor, Tensor]:
-    """(loss, parts): the terms [3], focal, Lovász, region."""
+    """(loss, parts): the terms that there are, focal, Lovász, region."""
     arguments = {
         "logits": logits, "target": target, "keep_weights": _is_differentiated(logits), "upcast_loss": _upcasts(logits),
         **options,
@@ -341,11 +341,11 @@ def _(logits, focal, lovasz, region, errors, histogram, per_image, valid_pixels,
         weights = (c, n, p) if valid_pixels is None else (c, valid_pixels)
     return (
         *_fake_loss_and_scale(logits, errors, per_image, Reduction.MEAN, upcast_loss),
-        logits.new_empty((), dtype=dtype),
+        logits.new_empty((0,) if focal is None else (), dtype=dtype),
         logits.new_empty((0,) if region is None else (rows, c, 2), dtype=dtype),
         logits.new_empty(table, dtype=torch.float32),
         logits.new_empty(weights, dtype=dtype),
-        logits.new_empty((3,), dtype=dtype),
+        logits.new_empty((sum(term is not None for term in (focal, lovasz, region)),), dtype=dtype),
     )
 
 
