@@ -262,7 +262,8 @@ def test_a_focal_term_costs_a_seventh_at_most(step):
 CODE_BYTES = 128 * 1024
 
 
-@pytest.mark.parametrize("arch", sass.PTX)
+# (Of sm_89 ptxas makes what it makes of sm_86: the same registers in each of 896 kernels.)
+@pytest.mark.parametrize("arch", [arch for arch in sass.PTX if arch != 89])
 @pytest.mark.parametrize("source", sorted(CUDA.rglob("*.cu")), ids=lambda path: path.name)
 def test_nothing_spills_and_code_fits_the_cache(source, arch):
     found = sass.kernels(source, arch, listed=False)
