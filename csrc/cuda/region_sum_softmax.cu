@@ -80,7 +80,7 @@ struct RegionExchange {
 };
 
 template <class In, class Range, Source source, bool squared>
-__global__ void __launch_bounds__(threads_of(source), Policy::min_blocks<Range>(threads_of(source)))
+__global__ void __launch_bounds__(threads_of(source), Policy::min_blocks<In, Range>(threads_of(source)))
     region_sum_softmax_kernel(SegmentBatch b, int64_t* sums, Chunks chunks) {
   using T = opmath_t<In>;
   constexpr int threads = threads_of(source), lanes = lanes_of(source), words = RegionLayout::words;
@@ -206,8 +206,9 @@ bool launch_region_sum_softmax(const RegionSums& args) {
     using In = decltype(zero);
     const auto launch_source = [&](auto range, auto of_source, int64_t rows_bytes) {
       constexpr Source source = decltype(of_source)::value;
-      const Chunks chunks = chunks_of(b, lanes_of(source), Policy::most_tiles,
-                                      multiprocessors() * Policy::min_blocks<decltype(range)>(threads_of(source)), 1, false);
+      const Chunks chunks =
+          chunks_of(b, lanes_of(source), Policy::most_tiles,
+                    multiprocessors() * Policy::min_blocks<In, decltype(range)>(threads_of(source)), 1, false);
       with_flag(in.squared, [&](auto squared) {
         launch(region_sum_softmax_kernel<In, decltype(range), source, decltype(squared)::value>,
                {.blocks = chunks.images * chunks.chunks,

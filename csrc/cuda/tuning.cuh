@@ -84,9 +84,11 @@ struct Sm80 {
     // Half as many as usual, as a word of shared memory for each thread and class lets more classes fit.
     static constexpr int threads = 128;
     // Blocks on a multiprocessor: 80 registers, 96 for more than 16 classes, which spilled 16 bytes, and 128 for more than 20.
-    // A sum takes two. Where several threads have a pixel, at most 128: of 80 they spilled 56 bytes.
-    template <class Range>
+    // A sum takes two. Where several threads have a pixel, at most 128: of 80 they spilled 56 bytes. On sm_100 and sm_120 more
+    // than 4 classes in float64 spilled up to 48 bytes with 80, more than 24 classes 8 bytes with 128.
+    template <class In, class Range>
     static constexpr int min_blocks(int threads_of_block) {
+      if (threads_of_block == threads && (sizeof(In) == 8 ? Range::most > 4 : Range::most > 24)) return 3;
       return (Range::most <= 16 ? 6 : Range::most <= 20 ? 5 : 4) * threads / threads_of_block;
     }
     // Pixels of a thread, at most: the words of the label's class hold so many.
