@@ -222,6 +222,18 @@ def as_int(value: object) -> int | None:
         return None
 
 
+def check_process_group(process_group: object, per_image: bool, method: str = "histogram") -> None:
+    """The options that a loss of all ranks needs."""
+    if process_group is None:
+        return
+    if method == "exact":
+        raise ValueError("process_group needs method='histogram' or 'auto', got method='exact': only counts can be added up")
+    if per_image:
+        raise ValueError(
+            "process_group needs per_image=False, got per_image=True: the losses of images do not depend on other ranks"
+        )
+
+
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")

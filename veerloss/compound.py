@@ -14,7 +14,7 @@ from ._layout import Errors
 from ._module import LossModule
 from .focal import as_class_alpha, check_alpha, sigmoid_focal_loss, softmax_focal_loss
 from .lovasz import METHODS, check_mask, choose_method, lovasz_hinge_loss, lovasz_softmax_loss, mask_shape, prepare
-from .region import FORMS, Smooth, as_smooth, tversky_loss
+from .region import FORMS, Smooth, as_exponent, as_smooth, tversky_loss
 
 #: alpha and beta of the index, and of what numerator and denominator are smoothed by beside I.
 REGIONS = {"dice": (0.5, 0.5, 0.5), "tversky": (None, None, 1.0), "jaccard": (1.0, 1.0, 1.0)}
@@ -144,24 +144,13 @@ def compound_loss(
             raise TypeError(f"alpha must be a number with activation='sigmoid', got a Tensor {list(alpha.shape)}")
         found["alpha"] = check_alpha(alpha, logits, shape[1], 1 if activation == "sigmoid" else torch.inf)
         arguments.check_choice("method", method, METHODS)
-        arguments.check_choice("form", form, tuple(FORMS))
-        power = arguments.as_number("exponent", exponent, 0, open_low=True)
-        if form == "log_cosh" and power != 1:
-            raise ValueError(f"exponent must be 1 with form='log_cosh', got {arguments.shown(exponent)}")
+        power = as_exponent(exponent, form)
         alphas = [arguments.as_number(name, given[name], 0) for name in ("tversky_alpha", "tversky_beta")]
         found["region"] = (*alphas, as_smooth(smooth), form, power)
         x = logits if activation == "softmax" else logits.reshape(shape)
         found["classes"] = [arguments.check_classes(given[f"{kind}_classes"], x) for kind in ("lovasz", "region")]
         ignored = arguments.as_ignore_index(ignore_index)
-        if process_group is not None:
-            if method == "exact":
-                raise ValueError(
-                    "process_group needs method='histogram' or 'auto', got method='exact': only counts can be added up"
-                )
-            if per_image:
-                raise ValueError(
-                    "process_group needs per_image=False, got per_image=True: the losses of images do not depend on other ranks"
-                )
+        arguments.check_process_group(process_group, per_image, method)
         factors = found["alpha"]
         factors = factors.tolist() if isinstance(factors, Tensor) and process_group is not None else None
         same = (*(found[name] for name in ("terms", "gamma", "label_smoothing", "region", "classes")), factors, activation,

@@ -276,15 +276,7 @@ def _check_common(reduction, method, per_image, return_certificate, process_grou
     arguments.check_flag("return_certificate", return_certificate)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_choice("method", method, METHODS)
-    if process_group is not None:
-        if method == "exact":
-            raise ValueError(
-                "process_group needs method='histogram' or 'auto', got method='exact': only counts can be added up"
-            )
-        if per_image:
-            raise ValueError(
-                "process_group needs per_image=False, got per_image=True: the losses of images do not depend on other ranks"
-            )
+    arguments.check_process_group(process_group, per_image, method)
 
 
 def prepare(check, check_values, logits, target, method, process_group, backend, loss=None):

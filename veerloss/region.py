@@ -201,7 +201,6 @@ def _region_loss(
         ids = arguments.check_classes(classes, logits)
         for name, value in (("present_only", present_only), ("per_image", per_image), ("squared", squared)):
             arguments.check_flag(name, value)
-        arguments.check_choice("form", form, tuple(FORMS))
         arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
         ignored = arguments.as_ignore_index(ignore_index)
         if dense and ignored is not None and activation == "softmax":
@@ -219,13 +218,8 @@ def _region_loss(
             if not isinstance(class_weight, Tensor):
                 raise TypeError(f"class_weight must be a Tensor or None, got {type(class_weight).__name__}")
             arguments.check_per_class("class_weight", class_weight, logits, logits.size(1))
-        power = arguments.as_number("exponent", exponent, 0, open_low=True)
-        if form == "log_cosh" and power != 1:
-            raise ValueError(f"exponent must be 1 with form='log_cosh', got {arguments.shown(exponent)}")
-        if process_group is not None and per_image:
-            raise ValueError(
-                "process_group needs per_image=False, got per_image=True: the losses of images do not depend on other ranks"
-            )
+        power = as_exponent(exponent, form)
+        arguments.check_process_group(process_group, per_image)
         options.update(
             alpha=arguments.as_number("alpha", alpha, 0), beta=arguments.as_number("beta", beta, 0),
             smooth=[smooth_scale * value for value in as_smooth(smooth)], squared=squared, form=FORMS[form], exponent=power,
@@ -279,6 +273,15 @@ def _is_dense(target: Tensor, logits: Tensor) -> bool:
 def _is_mask(logits: Tensor, activation: str, background_index: object) -> bool:
     """Whether class indices are the labels of a binary mask: 1 is the class of the only channel, 0 is background."""
     return logits.size(1) == 1 and activation != "softmax" and background_index is None
+
+
+def as_exponent(exponent: object, form: object) -> float:
+    """The power of a form, both checked."""
+    arguments.check_choice("form", form, tuple(FORMS))
+    power = arguments.as_number("exponent", exponent, 0, open_low=True)
+    if form == "log_cosh" and power != 1:
+        raise ValueError(f"exponent must be 1 with form='log_cosh', got {arguments.shown(exponent)}")
+    return power
 
 
 def as_smooth(smooth: object) -> tuple[float, float]:
