@@ -58,8 +58,12 @@ def cases(quick: bool) -> list[Case]:
     first = [("lovasz_softmax", CITY), *((task, CITY) for task in FOCAL), ("sigmoid_focal", DETECTION), ("lovasz_hinge", HINGE)]
     small = [("lovasz_softmax", SMALL), ("lovasz_hinge", SMALL_HINGE), ("softmax_focal", SMALL), ("sigmoid_focal", SMALL)]
     wide = [("lovasz_softmax", WIDE), ("softmax_focal", WIDE), ("sigmoid_focal_index", WIDE)]
+    regions = [(task, CITY) for task in gpu_report.REGION]
     tall = [("sigmoid_focal", BINARY), ("lovasz_softmax", TALL), ("softmax_focal", TALL)]
-    order = ((first, F32), (small, F32), (first, BF16), (wide, F32), (wide, BF16), (tall, F32), (tall, BF16))
+    order = (
+        (first, F32), (regions, F32), (small, F32), (first, BF16), (regions, BF16), (wide, F32), (wide, BF16), (tall, F32),
+        (tall, BF16),
+    )  # fmt: skip
     found = [
         case(task, shape, dtype, (False, True) if task in FOCAL else (False,))
         for listed, dtype in order
@@ -72,7 +76,9 @@ def cases(quick: bool) -> list[Case]:
 
 def contestants(task: str, device: torch.device) -> dict[str, peers.Loss]:
     """Ours on each of the device's backends, then the peers, each as it is and, but for another loss, under torch.compile."""
-    kind = "lovasz" if task not in FOCAL else "softmax focal" if task == "softmax_focal" else "sigmoid focal"
+    kind = {"softmax_focal": "softmax focal", "dice": "region", "dice_cross_entropy": "compound", "compound": "compound"}.get(
+        task, "sigmoid focal" if task in FOCAL else "lovasz"
+    )
     # The first is the one that backend="auto" takes.
     backends = ("native",) if device.type == "cpu" else ("native", "triton")
 
@@ -84,8 +90,10 @@ def contestants(task: str, device: torch.device) -> dict[str, peers.Loss]:
 
     found = {}
     for name, loss in peers.TASKS[task]().items():
-        if name.startswith(OURS):
-            ours = ("native",) if name == HISTOGRAM else backends  # of which Triton has no kernels
+        if name in (peers.ONE_BY_ONE, peers.LOVASZ_ALONE):
+            found[name] = loss
+        elif name.startswith(OURS):
+            ours = ("native",) if name == HISTOGRAM or task in gpu_report.REGION else backends  # of which Triton has no kernels
             found |= {f"{name}, {b}": peers.Lazy(functools.partial(load, b, loss)) for b in ours}
         else:
             found[name] = loss
@@ -131,7 +139,7 @@ def measure(case: Case, run: Run) -> list[dict]:
     losses, copied = set(timed), 1 << 20 if run.quick else COPIED
     if case.small:
         clock, copied = functools.partial(timing.wall, min_seconds=0.0 if run.quick else SECONDS_SMALL), 0
-    elif inputs.task not in FOCAL:
+    elif inputs.task in gpu_report.LOVASZ:
         sort = functools.cache(lambda: gpu_timing.sort_step(run.nvcc, logits.numel(), run.device))
         timed[SORT] = lambda: sort()()
 
@@ -156,7 +164,7 @@ def measure(case: Case, run: Run) -> list[dict]:
         if row["contestant"] in extra:
             nbytes = extra[row["contestant"]]
             row |= {"extra_mb": nbytes / 1e6, "extra_ratio": nbytes / logits.nbytes}
-    for family in (OURS,) if inputs.task in FOCAL else (HISTOGRAM, EXACT):
+    for family in (HISTOGRAM, EXACT) if inputs.task in gpu_report.LOVASZ else (OURS,):
         auto = next((row for row in rows if row["contestant"].startswith(family) and row["status"] == "ok"), None)
         if auto:
             auto["auto"] = family

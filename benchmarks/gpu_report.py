@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from . import report
 from .model import CITY, SORT
-from .peers import BERMAN, CROSS_ENTROPY, EXACT, HISTOGRAM, OURS, SMP
+from .peers import BERMAN, CROSS_ENTROPY, EXACT, HISTOGRAM, LOVASZ_ALONE, ONE_BY_ONE, OURS, SMP
 
 FOCAL, LOVASZ = ("sigmoid_focal", "softmax_focal", "sigmoid_focal_index"), ("lovasz_softmax", "lovasz_hinge")
+REGION = ("dice", "dice_cross_entropy", "compound")
 SMALL = (2, 4, 64, 64)
 
 Value = Callable[[dict], float | None]  # what a bar reads from a row; None where it does not speak of the row
@@ -45,6 +46,10 @@ BARS = [
     ("Lovász histogram: at most 1.5x the time of cross_entropy", LOVASZ, over(HISTOGRAM, CROSS_ENTROPY.__eq__), 1.5, "{:.2f}x"),
     *((f"{p}, {list(CITY)}: at least 50x the time of histogram", LOVASZ, slower(p), 50.0, "{:.2f}x") for p in (SMP, BERMAN)),
     ("Lovász exact: at most 1.5x the time of one radix sort", LOVASZ, over(EXACT, SORT.__eq__), 1.5, "{:.2f}x"),
+    ("dice: at least 85% of the floor", ("dice",), own(OURS, "floor_share"), 0.85, "{:.0%}"),
+    ("compound: at most 1.2x the time of Lovász alone", ("compound",), over(OURS, LOVASZ_ALONE.__eq__), 1.2, "{:.2f}x"),
+    ("compound: at most 0.6x the time of one by one", ("compound",), over(OURS, ONE_BY_ONE.__eq__), 0.6, "{:.2f}x"),
+    ("region and compound: extra memory at most 0.05x the logits", REGION, own(OURS, "extra_ratio"), 0.05, "{:.3f}x"),
     ("focal: extra memory at most 0.05x the logits", FOCAL, own(OURS, "extra_ratio"), 0.05, "{:.3f}x"),
     ("Lovász histogram: extra memory at most 0.05x the logits", LOVASZ, own(HISTOGRAM, "extra_ratio"), 0.05, "{:.3f}x"),
     ("Lovász exact: extra memory at most 4x the logits", LOVASZ, own(EXACT, "extra_ratio"), 4.0, "{:.3f}x"),

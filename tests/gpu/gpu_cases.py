@@ -1,8 +1,8 @@
 """What the tests of this folder have in common.
 
-`make gpu` runs them in parts, told apart by words in their names and ids (not to be used in names of files): the losses (focal,
-lovasz, region), the backends (native, triton), the methods (exact, histogram), past_2_31 and sanitizer. It runs them without
-conftest.py, which needs packages that a machine with a GPU need not have.
+Cases are told apart by words in their names: the losses (focal, lovasz, region, compound), the backends (native, triton), the
+methods (exact, histogram). `make gpu` runs everything without conftest.py, which needs packages that a machine with a GPU need
+not have; and the tests that have past_2_31 or sanitizer in their names by themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from grid import DTYPES, METHODS, SHAPES, labels, logits
 from torch import Tensor
 
 from veerloss import (
+    compound_loss,
     dice_loss,
     jaccard_loss,
     lovasz_hinge_loss,
@@ -51,6 +52,7 @@ over_focal_backends = pytest.mark.parametrize("backend", [of_backend(b, "softmax
 over_lovasz = pytest.mark.parametrize(("backend", "method"), [of_backend(b, "lovasz", b, m) for b, m in LOVASZ])
 over_histogram_backends = pytest.mark.parametrize("backend", [of_backend("native", "lovasz histogram", "native")])
 over_region_backends = pytest.mark.parametrize("backend", [of_backend("native", "region", "native")])
+over_compound_backends = pytest.mark.parametrize("backend", [of_backend("native", "compound", "native")])
 
 
 # ---- one function (logits [N, C, *], labels [N, *]) for each loss, backend and method
@@ -76,10 +78,16 @@ for _backend, _method in LOVASZ:
         CASES[f"lovasz-{_name}-{_backend}-{_method}"] = functools.partial(_loss, backend=_backend, method=_method)
 CASES["region-dice-native"] = functools.partial(dice_loss, backend="native")
 CASES["region-jaccard-squared-native"] = functools.partial(jaccard_loss, squared=True, backend="native")
+TERMS = {"focal": 0.7, "lovasz": 1.0, "dice": 0.5}
+CASES["compound-native-histogram"] = functools.partial(compound_loss, **TERMS, method="histogram", backend="native")
+CASES["compound-native-exact"] = functools.partial(compound_loss, **TERMS, method="exact", backend="native")
+CASES["compound-native-without"] = functools.partial(compound_loss, cross_entropy=1.0, dice=1.0, backend="native")
 
 
 def loss_of(name: str) -> str:
     """What choose_backend calls the loss of a case or an operator."""
+    if "compound" in name:
+        return "compound"
     if "region" in name:
         return "region"
     return "lovasz" if "lovasz" in name else "softmax focal" if "softmax" in name else "sigmoid focal"

@@ -10,6 +10,7 @@ from gpu_cases import (
     LARGE,
     LOVASZ,
     SMALL,
+    TERMS,
     TRITON_GRID,
     assert_near,
     check,
@@ -19,6 +20,7 @@ from gpu_cases import (
     needs_gpu,
     of_backend,
     over_cases,
+    over_compound_backends,
     over_focal_backends,
     over_lovasz,
     over_region_backends,
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from benchmarks import suite
 from veerloss import (
+    compound_loss,
     dice_loss,
     lovasz_hinge_loss,
     lovasz_softmax_loss,
@@ -241,6 +244,18 @@ def test_region_grid(shape, dtype, activation, backend):
     for values in dense_targets(shape) if shape in SHAPES[3:6] else []:
         for squared in (False, True):
             check(dice_loss, layouts(x), values, squared=squared, **options)
+
+
+@over_compound_backends
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_compound_grid(shape, dtype, method, backend):
+    target = labels(shape, shape[1], ignore_index=255).cuda()
+    common = {"ignore_index": 255, "method": method, "slack": SLACK[method], "backend": backend}
+    check(compound_loss, layouts(logits(shape, dtype).cuda()), target, **TERMS, **common)
+    per_class = torch.linspace(0.5, 1.5, shape[1]).cuda()
+    check(compound_loss, logits(shape, dtype).cuda(), target, cross_entropy=1.0, lovasz=0.5, alpha=per_class, **common)
 
 
 @over_cases()

@@ -20,7 +20,7 @@ def test_nan_and_infinity_give_nan(case, bad):
     assert evaluate(case, x, y)[0].isnan()
 
 
-@over_cases()
+@over_cases(but="compound")
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_all_ignored_is_zero_with_zero_gradient(case, reduction):
     x, y = inputs(SMALL)
@@ -35,6 +35,14 @@ def test_all_ignored_is_zero_with_zero_gradient(case, reduction):
         loss = CASES[case](x, torch.full_like(y, value), ignore_index=ignored, reduction=reduction)
     assert (loss == 0).all()
     assert (torch.autograd.grad(loss.sum(), x)[0] == 0).all()
+
+
+@over_cases("compound")
+def test_all_ignored_is_zero_with_zero_gradient_of_compound_losses(case):
+    x, y = inputs(SMALL)
+    x[0, 0, 0, 0] = math.nan
+    loss, gradient = evaluate(case, x, torch.full_like(y, 255), ignore_index=255)
+    assert loss == 0 and (gradient == 0).all()
 
 
 @over_cases()

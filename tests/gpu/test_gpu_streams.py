@@ -107,12 +107,13 @@ SAMPLES = {
     "lovasz_hinge": ("lovasz_exact", HINGE),
     "lovasz_histogram": ("lovasz_histogram", 1),
     "region": ("region", 1),
+    "compound": ("compound", 0),
 }
 OPERATORS = [
     of_backend(backend, loss_of(name), namespace, name)
     for backend, namespace in NAMESPACES.items()
     for name in SAMPLES
-    if backend != "triton" or name not in ("lovasz_histogram", "region")
+    if backend != "triton" or name not in ("lovasz_histogram", "region", "compound")
 ]
 
 
