@@ -6,12 +6,20 @@
 
 #include "layout.h"
 #include "math/region.h"
+#include "math/upsample.h"
 #include "views.h"
 
 namespace veerloss {
 
 // A CUDA stream.
 using Stream = void*;
+
+// Logits, and their gradient, are of low resolution, [N, C, low.pixels] in rows: a loss is that of the logits which
+// torch.nn.functional.interpolate makes of them, of the size of the target. The geometry of a batch is that of the target.
+struct Upsample {
+  UpsampleAxis axes[3];  // depth, height, width; 1 to 1 where there are less
+  Geometry low;
+};
 
 // ---- focal losses
 
@@ -24,6 +32,7 @@ struct SigmoidFocalInput {
   std::optional<double> alpha;
   const void* class_alpha;  // [C] opmath type, or null
   double gamma;
+  std::optional<Upsample> upsample = {};
 };
 
 struct SoftmaxFocalInput {
@@ -34,6 +43,7 @@ struct SoftmaxFocalInput {
   double alpha;
   const void* class_alpha;  // [C] opmath type, or null
   double gamma, label_smoothing;
+  std::optional<Upsample> upsample = {};
 };
 
 // loss = scale * sum of the elements' losses, where scale is 1 / valid elements for "mean", else factor / normalizer.
@@ -51,6 +61,7 @@ struct FocalGradient {
   View grad;   // shaped as the loss
   View scale;  // of the forward pass; unused without reduction
   View grad_logits;
+  void* scratch = nullptr;  // softmax_focal_backward_scratch_bytes()
 };
 
 namespace kernels {
@@ -59,6 +70,7 @@ void sigmoid_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out,
 void sigmoid_focal_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream stream);
 int64_t softmax_focal_scratch_bytes(const SoftmaxFocalInput& input);
 void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream stream);
+int64_t softmax_focal_backward_scratch_bytes(const SoftmaxFocalInput& input);
 void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream);
 }  // namespace kernels
 
@@ -73,6 +85,7 @@ struct SegmentBatch {
   Errors errors;  // of a region loss softmax or probabilities
   bool mask;      // class indices are of a binary mask: label 1 is foreground to the only channel
   bool per_image;
+  std::optional<Upsample> upsample = {};
 
   VEERLOSS_HD int64_t rows() const { return per_image ? geometry.images : 1; }
   VEERLOSS_HD int64_t classes() const { return geometry.channels; }

@@ -15,6 +15,10 @@ enum class Errors : int64_t { softmax = 0, probabilities = 1, hinge = 2 };
 enum class Activation : int64_t { softmax = 0, sigmoid = 1, none = 2 };
 enum class Form : int64_t { linear = 0, log = 1, log_cosh = 2 };
 
+// How logits of low resolution become those of the target's: the modes of torch.nn.functional.interpolate, linear_aligned with
+// align_corners.
+enum class Interpolation : int64_t { nearest = 0, linear = 1, linear_aligned = 2 };
+
 // Pixels are binned by a coordinate of their error, math/bins.h: a monotone function of it under which errors near 0 and near 1
 // are as far apart as those between. A segment has a window of coordinates, which cells divide evenly, and its bins are
 // distributed over the cells. Its table, [1 + cells] pairs of float32, finds the bin of a coordinate:

@@ -39,6 +39,14 @@ class Form(enum.IntEnum):
     LOG_COSH = 2
 
 
+class Interpolation(enum.IntEnum):
+    """How logits of low resolution become those of the target's: the modes of torch.nn.functional.interpolate."""
+
+    NEAREST = 0
+    LINEAR = 1
+    LINEAR_ALIGNED = 2  # align_corners
+
+
 #: Cells of a segment's window; its table has a (scale, offset) for the window and one for each cell, float32.
 CELLS = 128
 TABLE = 1 + CELLS

@@ -24,6 +24,8 @@ _SIGMOID = (
     "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int? ignore_index, int? background_index, int reduction"
 )
 _SOFTMAX = "float alpha, Tensor? class_alpha, float gamma, float label_smoothing, int? ignore_index, int reduction"
+# One of _layout.Interpolation: then logits are of low resolution, and they and the target have their spatial dimensions.
+_UPSAMPLE = "int? upsample=None"
 _FOCAL_RESULT = "float factor, Tensor? normalizer, bool upcast_loss) -> (Tensor loss, Tensor scale)"
 # A class takes part if `selected`, [C] bool, has it (None: every class) and, with `present`, if it has foreground. `errors` is
 # one of _layout.Errors; scale has one value per segment.
@@ -34,8 +36,9 @@ _LOVASZ = (
 _SCHEMAS = {
     "sigmoid_focal_forward": f"(Tensor logits, Tensor target, {_SIGMOID}, {_FOCAL_RESULT}",
     "sigmoid_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SIGMOID}, Tensor scale) -> Tensor",
-    "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, {_FOCAL_RESULT}",
-    "softmax_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SOFTMAX}, Tensor scale) -> Tensor",
+    "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, "
+    f"{_FOCAL_RESULT.replace(')', f', {_UPSAMPLE})', 1)}",
+    "softmax_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SOFTMAX}, Tensor scale, {_UPSAMPLE}) -> Tensor",
     # valid_pixels: how many pixels are not ignored, where that is known.
     # weights: the signed weights of the errors, [C, N, P], or [0] without `keep_weights`; with valid_pixels, which only kernels
     # of the CPU take, [C, valid_pixels].
@@ -188,9 +191,9 @@ def _(logits, reduction, upcast_loss, **_):
 
 
 @_fake("softmax_focal_forward")
-def _(logits, reduction, upcast_loss, **_):
-    n, _, p = logits.shape
-    loss = logits.new_empty((n, p) if reduction == Reduction.NONE else (), dtype=loss_dtype_of(logits, upcast_loss))
+def _(logits, target, reduction, upcast_loss, **_):
+    shape = target.shape[:1] + target.shape[target.dim() - logits.dim() + 2 :] if reduction == Reduction.NONE else ()
+    loss = logits.new_empty(shape, dtype=loss_dtype_of(logits, upcast_loss))
     return loss, logits.new_empty((), dtype=opmath_dtype(logits))
 
 

@@ -187,6 +187,10 @@ class SoftmaxFocal {
 
 }  // namespace
 
+int64_t kernels::softmax_focal_backward_scratch_bytes(const SoftmaxFocalInput&) {
+  return 0;
+}
+
 int64_t kernels::softmax_focal_scratch_bytes(const SoftmaxFocalInput&) {
   return 0;
 }

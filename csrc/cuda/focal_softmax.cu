@@ -180,7 +180,11 @@ int64_t softmax_focal_scratch_bytes(const SoftmaxFocalInput& input) {
 void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream stream) {
   FocalTiles tiles = focal_tiles<Tuning::ClassParts::pixels>(input.geometry);
   FocalPartials partials(out.scratch, tiles.blocks);
-  if (!launch_shared_forward(input, out, tiles, partials, stream)) {
+  if (input.upsample) {
+    tiles = focal_tiles<Policy::threads>(input.geometry);
+    partials = FocalPartials(out.scratch, tiles.blocks);
+    launch_low_forward(input, out, tiles, partials, stream);
+  } else if (!launch_shared_forward(input, out, tiles, partials, stream)) {
     tiles = focal_tiles<Policy::threads>(input.geometry);
     partials = FocalPartials(out.scratch, tiles.blocks);
     const bool rows = has_rows(input.logits, input.geometry, tiles.grid);
@@ -193,7 +197,12 @@ void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out,
   finish_focal_loss(out, tiles.blocks, stream);
 }
 
+int64_t softmax_focal_backward_scratch_bytes(const SoftmaxFocalInput& input) {
+  return input.upsample ? low_backward_scratch_bytes(input) : 0;
+}
+
 void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream) {
+  if (input.upsample) return launch_low_backward(input, out, stream);
   if (launch_shared_backward(input, out, stream)) return;
   const FocalTiles tiles = focal_tiles<Policy::threads>(input.geometry);
   const bool rows = has_rows(input.logits, input.geometry, tiles.grid) && has_rows(out.grad_logits, input.geometry, tiles.grid);

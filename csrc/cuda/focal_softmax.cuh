@@ -173,6 +173,10 @@ constexpr int focal_min_blocks = std::is_same_v<In, double> ? 1
                                  : Range::most > 20         ? 3
                                                             : 4;
 
+// With four loads for each class, whose addresses and weights take registers too.
+template <class In, class Range>
+constexpr int low_focal_min_blocks = Range::most > 20 ? 2 : 3;
+
 // The loss of a pixel as it counts; without reduction it is stored.
 template <class T>
 __device__ inline double counted_loss(const FocalLoss& out, int64_t image, int64_t pixel, int32_t label, T loss) {
@@ -205,5 +209,12 @@ class FocalIncoming {
 bool launch_shared_forward(const SoftmaxFocalInput& input, const FocalLoss& out, const FocalTiles& tiles,
                            const FocalPartials& partials, Stream stream);
 bool launch_shared_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream);
+
+// ---- logits of low resolution: focal_softmax_low.cu
+
+void launch_low_forward(const SoftmaxFocalInput& input, const FocalLoss& out, const FocalTiles& tiles,
+                        const FocalPartials& partials, Stream stream);
+int64_t low_backward_scratch_bytes(const SoftmaxFocalInput& input);
+void launch_low_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream);
 
 }  // namespace veerloss

@@ -21,6 +21,19 @@ struct Sm80 {
     static constexpr int small_image_blocks = 4;
   };
 
+  // Logits of low resolution (upsample.cuh).
+  struct Low {
+    // Of a tile: a warp reads 128 bytes of a row of labels.
+    static constexpr int columns = 32;
+    // Of classes whose gradients are in shared memory together.
+    static constexpr int quads = 2;
+    // Rows of a tile, where nothing else decides: 384 threads. At four times the size a tile adds to 5 x 10 pixels, 13% of its
+    // own; of 8 rows it were 16%.
+    static constexpr int rows = 12;
+    // What adds up the tiles.
+    static constexpr int threads = 128;
+  };
+
   // More classes than 32, up to 32 for each warp: the warps of a block share 32 pixels (class_parts.cuh).
   struct ClassParts {
     static constexpr int threads = 256;

@@ -1,20 +1,26 @@
 // Operators of the softmax focal loss; schemas in veerloss/ops.py.
 
 #include "focal.h"
+#include "upsample.h"
 
 namespace veerloss {
 namespace {
 
 SoftmaxFocalInput softmax_input(const Op& op, const Tensor& logits, const Tensor& target, double alpha,
                                 const std::optional<Tensor>& class_alpha, double gamma, double label_smoothing,
-                                std::optional<int64_t> ignore_index) {
-  op.check_logits(logits);
+                                std::optional<int64_t> ignore_index, std::optional<int64_t> interpolation) {
+  const bool class_probabilities = target.dim() == logits.dim();
+  std::optional<Upsample> upsample;
+  if (interpolation) {
+    upsample = upsample_of(op, logits, target, class_probabilities, *interpolation);
+  } else {
+    op.check_logits(logits);
+    op.check_like("target", target, logits, class_probabilities);
+  }
   op.check(logits.size(1) > 0, "logits", logits, "[N, C, P] with at least one class");
-  const bool class_probabilities = target.dim() == 3;
-  op.check_like("target", target, logits, class_probabilities);
-  const Geometry geometry = geometry_of(logits);
-  return {.logits = view_of(logits),
-          .target = view_of(target),
+  const Geometry geometry = upsample ? geometry_of(*upsample) : geometry_of(logits);
+  return {.logits = upsample ? *view_in_order(logits, true) : view_of(logits),
+          .target = upsample ? *view_in_order(target, class_probabilities) : view_of(target),
           .geometry = geometry,
           .rule = {geometry.channels, ignore_index.has_value(), ignore_index.value_or(0)},
           .class_probabilities = class_probabilities,
@@ -22,28 +28,37 @@ SoftmaxFocalInput softmax_input(const Op& op, const Tensor& logits, const Tensor
           .class_alpha =
               op.data<const void>("class_alpha", class_alpha, geometry.channels, opmath_of(logits), expected_class_alpha),
           .gamma = gamma,
-          .label_smoothing = label_smoothing};
+          .label_smoothing = label_smoothing,
+          .upsample = upsample};
 }
 
 std::tuple<Tensor, Tensor> softmax_focal_forward(const Tensor& logits, const Tensor& target, double alpha,
                                                  std::optional<Tensor> class_alpha, double gamma, double label_smoothing,
                                                  std::optional<int64_t> ignore_index, int64_t reduction, double factor,
-                                                 std::optional<Tensor> normalizer, bool upcast_loss) {
+                                                 std::optional<Tensor> normalizer, bool upcast_loss,
+                                                 std::optional<int64_t> upsample) {
   const Op op("softmax_focal_forward");
-  const auto input = softmax_input(op, logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index);
+  const auto input = softmax_input(op, logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, upsample);
   const ScalarType type = loss_type(logits, upcast_loss);
   const Reduction r = op.reduction(reduction);
-  const Tensor loss = r == Reduction::none ? empty(logits, {logits.size(0), logits.size(2)}, type) : empty(logits, {}, type);
+  std::vector<int64_t> shape;
+  if (r == Reduction::none) {
+    shape = shape_of(target);
+    if (input.class_probabilities) shape.erase(shape.begin() + 1);
+  }
+  const Tensor loss = empty(logits, shape, type);
   return focal_forward(op, kernels::softmax_focal_forward, input, logits, loss, r, factor, normalizer,
                        kernels::softmax_focal_scratch_bytes(input));
 }
 
 Tensor softmax_focal_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, double alpha,
                               std::optional<Tensor> class_alpha, double gamma, double label_smoothing,
-                              std::optional<int64_t> ignore_index, int64_t reduction, const Tensor& scale) {
+                              std::optional<int64_t> ignore_index, int64_t reduction, const Tensor& scale,
+                              std::optional<int64_t> upsample) {
   const Op op("softmax_focal_backward");
-  const auto input = softmax_input(op, logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index);
-  return focal_backward(op, kernels::softmax_focal_backward, input, grad, logits, false, reduction, scale);
+  const auto input = softmax_input(op, logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, upsample);
+  return focal_backward(op, kernels::softmax_focal_backward, input, grad, logits, false, reduction, scale,
+                        kernels::softmax_focal_backward_scratch_bytes(input));
 }
 
 }  // namespace
