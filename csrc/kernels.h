@@ -21,6 +21,11 @@ struct Upsample {
   Geometry low;
 };
 
+namespace kernels {
+// Of a backward pass.
+int64_t upsample_scratch_bytes(const Upsample& upsample);
+}  // namespace kernels
+
 // ---- focal losses
 
 struct SigmoidFocalInput {
@@ -61,7 +66,7 @@ struct FocalGradient {
   View grad;   // shaped as the loss
   View scale;  // of the forward pass; unused without reduction
   View grad_logits;
-  void* scratch = nullptr;  // softmax_focal_backward_scratch_bytes()
+  void* scratch;  // upsample_scratch_bytes(), if there is an upsample
 };
 
 namespace kernels {
@@ -70,7 +75,6 @@ void sigmoid_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out,
 void sigmoid_focal_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream stream);
 int64_t softmax_focal_scratch_bytes(const SoftmaxFocalInput& input);
 void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream stream);
-int64_t softmax_focal_backward_scratch_bytes(const SoftmaxFocalInput& input);
 void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream);
 }  // namespace kernels
 
@@ -124,6 +128,7 @@ struct SegmentGradient {
   DType grad_dtype;
   const void* scale;
   View grad_logits;
+  void* scratch;  // upsample_scratch_bytes(), if there is an upsample
 };
 
 // ---- terms of a compound loss

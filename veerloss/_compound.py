@@ -50,6 +50,7 @@ def forward(
     valid_pixels,
     keep_weights,
     upcast_loss,
+    upsample=None,
     ranks=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, scale, focal_scale, region_weights, table, weights, parts): what compound_backward takes, and the terms that there
@@ -58,7 +59,7 @@ def forward(
     `ops`: the operators of a backend. `ranks`: of the batches of all of them. Operations on numbers are few: each is a launch
     on a GPU.
     """
-    n, c, _ = logits.shape
+    n, c = logits.shape[:2]
     rows, dtype = n if per_image else 1, opmath_dtype(logits)
     sums = {
         "focal_sums": None if focal is None else logits.new_zeros(3, dtype=torch.float64),
@@ -66,6 +67,7 @@ def forward(
     }
     options = {"alpha": alpha, "class_alpha": class_alpha, "gamma": gamma, "label_smoothing": label_smoothing}
     batch = {"logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index}
+    batch["upsample"] = upsample
     table, weights = logits.new_empty((0,), dtype=torch.float32), logits.new_empty((0,), dtype=dtype)
     focal_scale, region_weights = torch.empty_like(weights), torch.empty_like(weights)  # where there is no such term
     parts = []
@@ -103,7 +105,7 @@ def forward(
         if ranks is not None:
             found = ranks.sum_of(lambda: sums["region_sums"], found.shape)
         value, of_segments, coefficients = ops.region_weigh(
-            logits=logits, sums=found, selected=region_selected, present=region_present, per_image=per_image,
+            logits=logits.flatten(2), sums=found, selected=region_selected, present=region_present, per_image=per_image,
             class_weight=None, alpha=region_alpha, beta=region_beta, smooth_numerator=smooth_numerator,
             smooth_denominator=smooth_denominator, form=form, exponent=exponent, reduction=Reduction.MEAN, upcast_loss=True,
         )  # fmt: skip

@@ -15,6 +15,8 @@ depend on the number of threads or ranks.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,7 @@ def forward(
     reduction,
     valid_pixels,
     upcast_loss,
+    upsample=None,
     ranks=None,
     count_all=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -50,7 +53,8 @@ def forward(
     `ops`: the operators of a backend. `ranks`: of the batches of all of them. `count_all`: an operator that counts all pixels,
     and sums for other terms of a compound loss.
     """
-    n, c, p = logits.shape
+    n, c = logits.shape[:2]
+    p = math.prod(target.shape[1:])
     rows, length = (n, p) if per_image else (1, n * p)
     if valid_pixels is not None:
         length = valid_pixels // max(rows, 1)
@@ -59,6 +63,7 @@ def forward(
     image = n if p == 1 and not per_image and ranks is None else p  # a cloud of points is one image
     bins = bin_count(c)
     batch = {"logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index}
+    batch["upsample"] = upsample
     # Counts of the three passes and their largest errors: zeros, by one launch on a GPU.
     sizes = [rows * c * size for size in (2 * COARSE_BINS, 2 * bins, 2 * bins, 1, 1, 1)]
     *all_counts, largest, _largest_of_sample, _largest_again = logits.new_zeros(sum(sizes), dtype=torch.int32).split(sizes)
@@ -84,7 +89,7 @@ def forward(
 
     def weigh(**again):
         return ops.lovasz_histogram_weigh(
-            logits=logits, counts=counts, largest=largest, table=table, selected=selected, present=present,
+            logits=logits.flatten(2), counts=counts, largest=largest, table=table, selected=selected, present=present,
             class_weight=class_weight, errors=errors, per_image=per_image, reduction=reduction, upcast_loss=upcast_loss,
             **again,
         )  # fmt: skip

@@ -5,12 +5,16 @@ Logits are [N, C, P] in any strides; targets are class indices [N, P] or, of the
 the factor between the sum that a kernel computes and the loss that it returns; the backward operators use it again. With
 ``upcast_loss`` the loss is in the opmath type (float32, float64 for float64 logits), whatever the logits are. Arguments that
 mean the same have the same name everywhere, and are passed by it.
+
+Whatever takes logits and a target takes besides ``upsample``, one of _layout.Interpolation: then logits are of low resolution,
+and both have their spatial dimensions, [N, C, h, w] and [N, H, W] or of volumes one more, each with its pixels in order.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,8 +28,6 @@ _SIGMOID = (
     "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int? ignore_index, int? background_index, int reduction"
 )
 _SOFTMAX = "float alpha, Tensor? class_alpha, float gamma, float label_smoothing, int? ignore_index, int reduction"
-# One of _layout.Interpolation: then logits are of low resolution, and they and the target have their spatial dimensions.
-_UPSAMPLE = "int? upsample=None"
 _FOCAL_RESULT = "float factor, Tensor? normalizer, bool upcast_loss) -> (Tensor loss, Tensor scale)"
 # A class takes part if `selected`, [C] bool, has it (None: every class) and, with `present`, if it has foreground. `errors` is
 # one of _layout.Errors; scale has one value per segment.
@@ -36,9 +38,8 @@ _LOVASZ = (
 _SCHEMAS = {
     "sigmoid_focal_forward": f"(Tensor logits, Tensor target, {_SIGMOID}, {_FOCAL_RESULT}",
     "sigmoid_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SIGMOID}, Tensor scale) -> Tensor",
-    "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, "
-    f"{_FOCAL_RESULT.replace(')', f', {_UPSAMPLE})', 1)}",
-    "softmax_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SOFTMAX}, Tensor scale, {_UPSAMPLE}) -> Tensor",
+    "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, {_FOCAL_RESULT}",
+    "softmax_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SOFTMAX}, Tensor scale) -> Tensor",
     # valid_pixels: how many pixels are not ignored, where that is known.
     # weights: the signed weights of the errors, [C, N, P], or [0] without `keep_weights`; with valid_pixels, which only kernels
     # of the CPU take, [C, valid_pixels].
@@ -99,6 +100,10 @@ _SCHEMAS |= {
     "compound_backward": "(Tensor grad, Tensor logits, Tensor target, float? focal, float? lovasz, float? region, "
     f"{_FOCAL_TERM}, {_COMPOUND}, bool histogram, int? valid_pixels, Tensor scale, Tensor focal_scale, Tensor region_weights, "
     "Tensor table, Tensor weights) -> Tensor",
+}
+_SCHEMAS = {
+    name: schema.replace(") ->", ", int? upsample=None) ->") if "Tensor target" in schema else schema
+    for name, schema in _SCHEMAS.items()
 }
 #: Operator families, each with a <stem>_forward and a <stem>_backward; and the module of triton/ that has its kernels, None
 #: where there are none.
@@ -181,10 +186,13 @@ def _divisor(reduction: str, normalizer: float | Tensor | None) -> dict:
 
 
 @_fake("sigmoid_focal_forward")
-def _(logits, reduction, upcast_loss, **_):
+def _(logits, target, reduction, upcast_loss, upsample=None, **_):
     dtype = loss_dtype_of(logits, upcast_loss)
     if reduction != Reduction.NONE:
         loss = logits.new_empty((), dtype=dtype)
+    elif upsample is not None:
+        first = 2 if target.dim() == logits.dim() else 1
+        loss = logits.new_empty((*logits.shape[:2], *target.shape[first:]), dtype=dtype)
     else:
         loss = logits.new_empty(logits.shape, dtype=dtype) if upcast_loss else torch.empty_like(logits)
     return loss, logits.new_empty((), dtype=opmath_dtype(logits))
@@ -259,16 +267,16 @@ def _fake_loss_and_scale(logits, errors, per_image, reduction, upcast_loss) -> t
 
 
 @_fake("lovasz_exact_forward")
-def _(logits, per_image, errors, reduction, valid_pixels, keep_weights, upcast_loss, **_):
-    n, c, p = logits.shape
-    shape = (c, n, p) if valid_pixels is None else (c, valid_pixels)
+def _(logits, target, per_image, errors, reduction, valid_pixels, keep_weights, upcast_loss, **_):
+    n, c = logits.shape[:2]
+    shape = (c, n, math.prod(target.shape[1:])) if valid_pixels is None else (c, valid_pixels)
     weights = logits.new_empty(shape if keep_weights else (0,), dtype=opmath_dtype(logits))
     return *_fake_loss_and_scale(logits, errors, per_image, reduction, upcast_loss), weights
 
 
 @_fake("lovasz_histogram_forward")
 def _(logits, per_image, errors, reduction, upcast_loss, **_):
-    n, c, _ = logits.shape
+    n, c = logits.shape[:2]
     rows, dtype = n if per_image else 1, opmath_dtype(logits)
     return (
         *_fake_loss_and_scale(logits, errors, per_image, reduction, upcast_loss),
@@ -294,23 +302,23 @@ def region(logits, target, *, activation, form, reduction, ranks, backend, **opt
 
 
 def _region_forward(
-    ops, *, logits, target, activation, squared, per_image, ignore_index, background_index, ranks=None, **rule
+    ops, *, logits, target, activation, squared, per_image, ignore_index, background_index, upsample=None, ranks=None, **rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator region_forward by its steps."""
 
     def sums():
         return ops.region_sum(
             logits=logits, target=target, activation=activation, squared=squared, per_image=per_image,
-            ignore_index=ignore_index, background_index=background_index,
+            ignore_index=ignore_index, background_index=background_index, upsample=upsample,
         )  # fmt: skip
 
     found = sums() if ranks is None else ranks.sum_of(sums, (1, logits.size(1), REGION_WORDS))
-    return ops.region_weigh(logits=logits, sums=found, per_image=per_image, **rule)
+    return ops.region_weigh(logits=logits.flatten(2), sums=found, per_image=per_image, **rule)
 
 
 @_fake("region_forward")
 def _(logits, per_image, reduction, upcast_loss, **_):
-    n, c, _ = logits.shape
+    n, c = logits.shape[:2]
     return (
         *_fake_loss_and_scale(logits, Errors.PROBABILITIES, per_image, reduction, upcast_loss),
         logits.new_empty((n if per_image else 1, c, 2), dtype=torch.float64),
@@ -335,13 +343,13 @@ def compound(logits, target, *, ranks, backend, **options) -> tuple[Tensor, Tens
 
 
 @_fake("compound_forward")
-def _(logits, focal, lovasz, region, errors, histogram, per_image, valid_pixels, keep_weights, upcast_loss, **_):
-    n, c, p = logits.shape
+def _(logits, target, focal, lovasz, region, errors, histogram, per_image, valid_pixels, keep_weights, upcast_loss, **_):
+    n, c = logits.shape[:2]
     rows, dtype, table, weights = n if per_image else 1, opmath_dtype(logits), (0,), (0,)
     if lovasz is not None and histogram:
         table, weights = (rows, c, TABLE, 2), (rows, c, 2, bin_count(c))
     elif lovasz is not None and keep_weights:
-        weights = (c, n, p) if valid_pixels is None else (c, valid_pixels)
+        weights = (c, n, math.prod(target.shape[1:])) if valid_pixels is None else (c, valid_pixels)
     return (
         *_fake_loss_and_scale(logits, errors, per_image, Reduction.MEAN, upcast_loss),
         logits.new_empty((0,) if focal is None else (), dtype=dtype),
@@ -386,7 +394,9 @@ def define(namespace: str) -> None:
 def _triton_kernel(stem: str, name: str) -> Callable:
     """The function of the operator's name in the module of its family, which is imported when it is first called."""
 
-    def kernel(**arguments):
+    def kernel(*, upsample=None, **arguments):
+        if upsample is not None:
+            raise RuntimeError(f"veerloss: {name} takes no logits of low resolution in Triton: interpolate them first")
         return getattr(importlib.import_module(f".triton.{FAMILIES[stem]}", __package__), name)(**arguments)
 
     return _autograd.by_name(getattr(operators("triton"), name).default._schema, kernel)

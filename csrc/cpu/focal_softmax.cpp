@@ -187,7 +187,7 @@ class SoftmaxFocal {
 
 }  // namespace
 
-int64_t kernels::softmax_focal_backward_scratch_bytes(const SoftmaxFocalInput&) {
+int64_t kernels::upsample_scratch_bytes(const Upsample&) {
   return 0;
 }
 

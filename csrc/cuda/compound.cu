@@ -10,9 +10,9 @@ using Policy = Tuning::Focal;
 
 // One thread for each pixel, which reads the logits once. (One block at the least: without it ptxas spilled 180 bytes of
 // float64.)
-template <class In>
+template <class In, bool is_low>
 __global__ void __launch_bounds__(Policy::threads, 1)
-    compound_focal_kernel(SegmentBatch b, FocalTerm term, FocalTiles tiles, TermPartials partials) {
+    compound_focal_kernel(SegmentBatch b, LowLogits low, FocalTerm term, FocalTiles tiles, TermPartials partials) {
   using T = opmath_t<In>;
   constexpr int threads = Policy::threads;
   __shared__ double scratch[threads];
@@ -24,7 +24,12 @@ __global__ void __launch_bounds__(Policy::threads, 1)
     const int32_t label = load_label(b.target, b.rule, image, pixel);
     if (label == label_bad) totals.add_bad();
     if (label < 0) continue;
-    const ClassPointer<In> logits(b.logits, image, pixel);
+    const auto logits = [&] {
+      if constexpr (is_low)
+        return BlendedClasses<In>::at(low, image, static_cast<int32_t>(pixel));
+      else
+        return ClassPointer<In>(b.logits, image, pixel);
+    }();
     totals.add(term, softmax_of_many(logits, static_cast<int>(classes)), label_logit(logits, label), label);
   }
   totals.template store<threads>(partials, term, blockIdx.x, scratch);
@@ -79,8 +84,14 @@ void sum_focal_term(const SegmentBatch& b, const TermSums& terms, void* scratch,
   const FocalTiles tiles = focal_tiles<Policy::threads>(b.geometry);
   const TermPartials partials = partials_of(b, scratch);
   with_element_type(b.logits.dtype, [&](auto zero) {
-    launch(compound_focal_kernel<decltype(zero)>, {.blocks = tiles.blocks, .threads = Policy::threads, .stream = stream}, b,
-           terms.focal, tiles, partials);
+    using In = decltype(zero);
+    const Launch shape{.blocks = tiles.blocks, .threads = Policy::threads, .stream = stream};
+    if (!b.upsample)
+      return launch(compound_focal_kernel<In, false>, shape, b, LowLogits{}, terms.focal, tiles, partials);
+    with_low_range<In>(b, [&](auto) {
+      launch(compound_focal_kernel<In, true>, shape, b, LowLogits::of(b.logits, *b.upsample, zero), terms.focal, tiles,
+             partials);
+    });
   });
   finish_terms(partials, terms.focal_sums, stream);
 }

@@ -197,10 +197,6 @@ void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out,
   finish_focal_loss(out, tiles.blocks, stream);
 }
 
-int64_t softmax_focal_backward_scratch_bytes(const SoftmaxFocalInput& input) {
-  return input.upsample ? low_backward_scratch_bytes(input) : 0;
-}
-
 void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream) {
   if (input.upsample) return launch_low_backward(input, out, stream);
   if (launch_shared_backward(input, out, stream)) return;

@@ -214,7 +214,6 @@ bool launch_shared_backward(const SoftmaxFocalInput& input, const FocalGradient&
 
 void launch_low_forward(const SoftmaxFocalInput& input, const FocalLoss& out, const FocalTiles& tiles,
                         const FocalPartials& partials, Stream stream);
-int64_t low_backward_scratch_bytes(const SoftmaxFocalInput& input);
 void launch_low_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream);
 
 }  // namespace veerloss

@@ -7,7 +7,6 @@ namespace veerloss {
 namespace {
 
 using Policy = Tuning::Focal;
-using Tile = LowTile<LowPolicy::rows, LowPolicy::quads>;
 
 template <class In, class Range>
 __global__ void __launch_bounds__(Policy::threads, low_focal_min_blocks<In, Range>)
@@ -36,7 +35,7 @@ __global__ void __launch_bounds__(Policy::threads, low_focal_min_blocks<In, Rang
 
 // A block has a tile.
 template <class In, class Range>
-__global__ void __launch_bounds__(LowPolicy::rows* LowPolicy::columns, Range::most > 20 ? 1 : 2)
+__global__ void __launch_bounds__(LowTile::threads, Range::most > 20 ? 1 : 2)
     softmax_focal_low_backward_kernel(SoftmaxFocalInput input, LowLogits low, FocalGradient out, LowTiles tiles,
                                       float* partials) {
   using T = opmath_t<In>;
@@ -45,7 +44,7 @@ __global__ void __launch_bounds__(LowPolicy::rows* LowPolicy::columns, Range::mo
   const auto classes = static_cast<int>(input.geometry.channels);
   const auto of_image = static_cast<uint32_t>(tiles.of_image());
   const uint32_t image = blockIdx.x / of_image;
-  Tile tile(tiles, low, memory);
+  LowTile tile(tiles, low, memory);
   tile.begin(static_cast<int>(blockIdx.x % of_image));
   T values[Range::most] = {};
   if (tile.has_pixel()) {
@@ -95,20 +94,16 @@ void launch_low_forward(const SoftmaxFocalInput& input, const FocalLoss& out, co
   });
 }
 
-int64_t low_backward_scratch_bytes(const SoftmaxFocalInput& input) {
-  return LowTiles(LowLogits::of(input.logits, *input.upsample, float{}), LowPolicy::rows).bytes(input.geometry);
-}
-
 void launch_low_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream) {
   with_kernel(input, [&](auto zero, auto range) {
     const LowLogits low = LowLogits::of(input.logits, *input.upsample, zero);
-    const LowTiles tiles(low, LowPolicy::rows);
+    const LowTiles tiles(low);
     auto* const partials = static_cast<float*>(out.scratch);
     launch(softmax_focal_low_backward_kernel<decltype(zero), decltype(range)>,
            {.blocks = input.geometry.images * tiles.of_image(),
-            .threads = LowPolicy::rows * LowPolicy::columns,
+            .threads = LowTile::threads,
             .stream = stream,
-            .shared_bytes = Tile::shared_bytes(tiles)},
+            .shared_bytes = LowTile::shared_bytes(tiles)},
            input, low, out, tiles, partials);
     add_up_tiles(input.geometry, *input.upsample, out.grad_logits, tiles, partials, stream);
   });

@@ -16,8 +16,45 @@
 #pragma once
 
 #include "gradient_parts.cuh"
+#include "upsample.cuh"
 
 namespace veerloss {
+
+// The gradient of each class of a pixel, g, from its logits in registers, -infinity where a class is missing. `logits`: the
+// same, of any class; terms: of the classes.
+template <class Range, class Weights, class Pointer, class T>
+__device__ inline void gradients_in_place(T (&g)[Range::most], const Weights& weights, const typename Weights::Term* terms,
+                                          const SegmentBatch& batch, int64_t image, int64_t pixel, int32_t label,
+                                          const Pointer& logits) {
+  const auto classes = static_cast<int>(batch.classes());
+  T exps[Range::most];
+  Softmax<T> softmax{max_of(g), T(0)};
+  SumExclMax<T> sum;
+#pragma unroll
+  for (int c = 0; c < Range::most; ++c) {
+    exps[c] = Weights::Exp::of(g[c], softmax.max_logit);
+    sum.add(exps[c]);
+  }
+  softmax.sumexp_excl_max = sum.sum;
+  const T inv_sumexp = softmax.inv_sumexp();
+  const auto weigh = weights.of_pixel(batch, image, pixel, 0, label, softmax);
+  SoftmaxGradient<T> gradient{};
+#pragma unroll
+  for (int c = 0; c < Range::most; ++c) {
+    if (!Range::has(c, classes)) continue;
+    g[c] = weigh(c, g[c], terms[c]);
+    gradient.add(exps[c], g[c]);
+  }
+  gradient.end(softmax.sumexp_excl_max, inv_sumexp);
+  if constexpr (has_focal<Weights>) {
+    const FocalSlope<T> focal = weights.focal(softmax, inv_sumexp, logits, label);
+#pragma unroll
+    for (int c = 0; c < Range::most; ++c) g[c] = gradient(exps[c], g[c], inv_sumexp, focal, c == label);
+  } else {
+#pragma unroll
+    for (int c = 0; c < Range::most; ++c) g[c] = gradient(exps[c], g[c], inv_sumexp);
+  }
+}
 
 // One thread for each pixel, its classes in registers, or for ManyClasses read four times, all but the first from the caches.
 // (One block at the least: without it ptxas holds the last to 32 registers, and spills some.)
@@ -35,46 +72,30 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads, 1)
   if (pixel < 0) return;
   int32_t label = label_ignored;
   if constexpr (Weights::reads_label) label = load_label(batch.target, batch.rule, image, pixel);
-  SoftmaxGradient<T> gradient{};
-  const auto focal_of = [&](const Softmax<T>& softmax, T inv_sumexp) {
-    if constexpr (has_focal<Weights>)
-      return weights.focal(softmax, inv_sumexp, ClassPointer<In>(batch.logits, image, pixel), label);
-    else
-      return nullptr;
-  };
-  const auto gradient_of = [&](int c, T exp, T g, T inv_sumexp, const auto& focal) {
-    if constexpr (has_focal<Weights>)
-      return gradient(exp, g, inv_sumexp, focal, c == label);
-    else
-      return gradient(exp, g, inv_sumexp);
-  };
   if constexpr (Range::most > 0) {
     const auto count = static_cast<int>(classes);
-    T g[Range::most], exps[Range::most];
-    load_classes<Range>(g, ClassPointer<In>(batch.logits, image, pixel), count);
-    Softmax<T> softmax{max_of(g), T(0)};
-    SumExclMax<T> sum;
-#pragma unroll
-    for (int c = 0; c < Range::most; ++c) {
-      exps[c] = Weights::Exp::of(g[c], softmax.max_logit);
-      sum.add(exps[c]);
-    }
-    softmax.sumexp_excl_max = sum.sum;
-    const T inv_sumexp = softmax.inv_sumexp();
-    const auto weigh = weights.of_pixel(batch, image, pixel, 0, label, softmax);
-#pragma unroll
-    for (int c = 0; c < Range::most; ++c) {
-      if (!Range::has(c, count)) continue;
-      g[c] = weigh(c, g[c], terms[c]);
-      gradient.add(exps[c], g[c]);
-    }
-    gradient.end(softmax.sumexp_excl_max, inv_sumexp);
+    const ClassPointer<In> logits(batch.logits, image, pixel);
+    T g[Range::most];
+    load_classes<Range>(g, logits, count);
+    gradients_in_place<Range>(g, weights, terms, batch, image, pixel, label, logits);
     ClassPointer<In> to(out.grad_logits, image, pixel);
-    const auto focal = focal_of(softmax, inv_sumexp);
 #pragma unroll
     for (int c = 0; c < Range::most; ++c, ++to)
-      if (Range::has(c, count)) to.store(gradient_of(c, exps[c], g[c], inv_sumexp, focal));
+      if (Range::has(c, count)) to.store(g[c]);
   } else {
+    SoftmaxGradient<T> gradient{};
+    const auto focal_of = [&](const Softmax<T>& softmax, T inv_sumexp) {
+      if constexpr (has_focal<Weights>)
+        return weights.focal(softmax, inv_sumexp, ClassPointer<In>(batch.logits, image, pixel), label);
+      else
+        return nullptr;
+    };
+    const auto gradient_of = [&](int c, T exp, T g, T inv_sumexp, const auto& focal) {
+      if constexpr (has_focal<Weights>)
+        return gradient(exp, g, inv_sumexp, focal, c == label);
+      else
+        return gradient(exp, g, inv_sumexp);
+    };
     const Softmax<T> softmax = statistics_of_pixel<In, typename Weights::Exp>(batch.logits, classes, image, pixel);
     const T inv_sumexp = softmax.inv_sumexp();
     const auto weight = weights.of_pixel(batch, image, pixel, 0, label, softmax);
@@ -126,6 +147,50 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads)
   }
 }
 
+// Logits of low resolution: a block has a tile of pixels, and leaves what it adds to those of low resolution. (Of up to 20
+// classes, two blocks on a multiprocessor.)
+template <class In, class Range, class Weights>
+__global__ void __launch_bounds__(LowTile::threads, Range::most > 20 ? 1 : 2)
+    low_gradient_kernel(SegmentBatch batch, LowLogits low, Weights weights, SegmentGradient out, LowTiles tiles) {
+  using T = opmath_t<In>;
+  VEERLOSS_DYNAMIC_SHARED(memory);
+  __shared__ typename Weights::Term terms[Range::most];
+  const auto classes = static_cast<int>(batch.classes());
+  const auto of_image = static_cast<uint32_t>(tiles.of_image());
+  const uint32_t image = blockIdx.x / of_image;
+  load_terms<LowTile::threads>(terms, weights, out, batch.segment(image, 0), classes);
+  __syncthreads();
+  LowTile tile(tiles, low, memory);
+  tile.begin(static_cast<int>(blockIdx.x % of_image));
+  T g[Range::most] = {};
+  if (tile.has_pixel()) {
+    const int64_t pixel = tile.pixel();
+    int32_t label = label_ignored;
+    if constexpr (Weights::reads_label) label = load_label(batch.target, batch.rule, image, pixel);
+    if (!Weights::reads_label || label >= 0) {
+      const auto logits = tile.template logits<In>(image);
+      load_near<Range>(g, logits, 0, classes);
+      gradients_in_place<Range>(g, weights, terms, batch, image, pixel, label, logits);
+    }
+  }
+  tile.reduce(g, classes, static_cast<float*>(out.scratch) + static_cast<int64_t>(blockIdx.x) * classes * tiles.lows());
+}
+
+template <class In, class Weights>
+void launch_low_gradient(const SegmentBatch& batch, const Weights& weights, const SegmentGradient& out, Stream stream) {
+  with_low_range<In>(batch, [&](auto range) {
+    const LowLogits low = LowLogits::of(batch.logits, *batch.upsample, In{});
+    const LowTiles tiles(low);
+    launch(low_gradient_kernel<In, decltype(range), Weights>,
+           {.blocks = batch.geometry.images * tiles.of_image(),
+            .threads = LowTile::threads,
+            .stream = stream,
+            .shared_bytes = LowTile::shared_bytes(tiles)},
+           batch, low, weights, out, tiles);
+    add_up_tiles(batch.geometry, *batch.upsample, out.grad_logits, tiles, static_cast<const float*>(out.scratch), stream);
+  });
+}
+
 // Of a softmax of any number of classes, class by class.
 template <class In, class Weights>
 void launch_gradient_of_many(const SegmentBatch& batch, const Weights& weights, const SegmentGradient& out, Stream stream) {
@@ -139,6 +204,7 @@ template <class In, class Weights>
 void launch_softmax_gradient(const SegmentBatch& batch, const Weights& weights, const SegmentGradient& out, Stream stream) {
   constexpr int threads = Tuning::Gradient::threads;
   const auto [images, classes, pixels] = batch.geometry;
+  if (batch.upsample) return launch_low_gradient<In>(batch, weights, out, stream);
   if (launch_gradient_in_parts<In>(batch, weights, out, stream)) return;
   with_class_range<In>(classes, [&](auto range) {
     if constexpr (decltype(range)::most == 0) return launch_gradient_of_many<In>(batch, weights, out, stream);
@@ -178,6 +244,7 @@ void launch_gradient_with_terms(const Args& args) {
   with_element_type(batch.logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     const Weights<opmath_t<In>> weights(args);
+    if (batch.upsample) return launch_low_gradient<In>(batch, weights, args.out, args.stream);
     if (!launch_gradient_in_parts<In>(batch, weights, args.out, args.stream))
       launch_gradient_of_many<In>(batch, weights, args.out, args.stream);
   });

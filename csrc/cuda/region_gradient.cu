@@ -89,6 +89,8 @@ __global__ void __launch_bounds__(Policy::threads) region_gradient_classes_kerne
 void kernels::region_backward(const RegionBackward& args) {
   const RegionInput& in = args.input;
   const SegmentBatch& b = in.batch;
+  if (b.upsample && (in.activation != Activation::softmax || in.dense || in.squared))
+    throw std::runtime_error("veerloss: on a GPU upsample of a region loss is for a softmax, class indices and no squares");
   with_element_type(b.logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     using T = opmath_t<In>;

@@ -116,7 +116,7 @@ bool launch_region_gradient_softmax(const RegionBackward& args) {
   const RegionInput& in = args.input;
   const SegmentBatch& b = in.batch;
   const View &logits = b.logits, &grad = args.out.grad_logits;
-  if (!is_integer(b.target.dtype) || !are_near(logits) || !are_near(grad)) return false;
+  if (b.upsample || !is_integer(b.target.dtype) || !are_near(logits) || !are_near(grad)) return false;
   bool launched = false;
   with_element_type(logits.dtype, [&](auto zero) {
     using In = decltype(zero);

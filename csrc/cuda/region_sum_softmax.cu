@@ -4,6 +4,7 @@
 
 #include "class_parts.cuh"
 #include "region.cuh"
+#include "upsample.cuh"
 
 namespace veerloss {
 namespace {
@@ -11,8 +12,8 @@ namespace {
 using Policy = Tuning::RegionSumSoftmax;
 
 // Where logits come from: memory, or by way of shared memory, where the classes of a pixel are neighbours (rows.cuh); of pixels
-// that have a thread each, or several.
-enum class Source { memory, rows, parts, parts_in_rows };
+// that have a thread each, or several. Those of low resolution are blended (upsample.cuh).
+enum class Source { memory, rows, parts, parts_in_rows, low };
 
 constexpr bool are_parts(Source source) {
   return source == Source::parts || source == Source::parts_in_rows;
@@ -81,7 +82,7 @@ struct RegionExchange {
 
 template <class In, class Range, Source source, bool squared>
 __global__ void __launch_bounds__(threads_of(source), Policy::min_blocks<In, Range>(threads_of(source)))
-    region_sum_softmax_kernel(SegmentBatch b, int64_t* sums, Chunks chunks) {
+    region_sum_softmax_kernel(SegmentBatch b, LowLogits low, int64_t* sums, Chunks chunks) {
   using T = opmath_t<In>;
   constexpr int threads = threads_of(source), lanes = lanes_of(source), words = RegionLayout::words;
   VEERLOSS_DYNAMIC_SHARED(memory);
@@ -134,6 +135,8 @@ __global__ void __launch_bounds__(threads_of(source), Policy::min_blocks<In, Ran
     const auto logits = [&] {
       if constexpr (are_rows(source))
         return rows.row(has_pixel ? lane : 0);
+      else if constexpr (source == Source::low)
+        return BlendedClasses<In>::at(low, image, static_cast<int32_t>(pixel));
       else
         return NearClasses<In>(b.logits, image, pixel);
     }();
@@ -215,7 +218,7 @@ bool launch_region_sum_softmax(const RegionSums& args) {
                 .threads = threads_of(source),
                 .stream = args.stream,
                 .shared_bytes = shared_bytes(classes, lanes_of(source)) + rows_bytes},
-               b, args.sums, chunks);
+               b, source == Source::low ? LowLogits::of(b.logits, *b.upsample, zero) : LowLogits{}, args.sums, chunks);
       });
       launched = true;
     };
@@ -232,12 +235,14 @@ bool launch_region_sum_softmax(const RegionSums& args) {
         launch_source(range, plain, 0);
     };
     if constexpr (!std::is_same_v<In, double>) {
-      if (are_in_parts(classes, b.logits.dtype))
+      if (!b.upsample && are_in_parts(classes, b.logits.dtype))
         return with_part_range(classes, [&](auto range) {
           launch_either(range, std::integral_constant<Source, Source::parts>{},
                         std::integral_constant<Source, Source::parts_in_rows>{});
         });
     }
+    if (b.upsample)
+      return with_low_range<In>(b, [&](auto range) { launch_source(range, std::integral_constant<Source, Source::low>{}, 0); });
     with_class_range<In>(classes, [&](auto range) {
       if constexpr (decltype(range)::most > 0)
         launch_either(range, std::integral_constant<Source, Source::memory>{}, std::integral_constant<Source, Source::rows>{});

@@ -45,6 +45,8 @@ void with_class_range(int64_t classes, const F& f) {
 template <class In>
 class ClassPointer {
  public:
+  using Element = In;
+
   __device__ ClassPointer(const View& view, int64_t image, int64_t pixel)
       : at_(view.data + ptr_offset(view, image, 0, pixel) * static_cast<int64_t>(sizeof(In))),
         step_(view.stride_channel * static_cast<int64_t>(sizeof(In))) {}
@@ -220,8 +222,9 @@ struct SoftmaxOfParts {
 };
 
 // The softmax of any number of classes, in one read.
-template <class In, class Exp = FastExp>
-__device__ inline Softmax<opmath_t<In>> softmax_of_many(ClassPointer<In> pixel, int classes, const Exp& exp = {}) {
+template <class Pointer, class Exp = FastExp>
+__device__ inline auto softmax_of_many(Pointer pixel, int classes, const Exp& exp = {}) {
+  using In = typename Pointer::Element;
   constexpr int most = SomeClasses<In>::most;
   SoftmaxOfParts<opmath_t<In>> parts;
   for (int left = classes; left > 0; left -= most, pixel.skip(most)) {

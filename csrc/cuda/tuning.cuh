@@ -25,11 +25,10 @@ struct Sm80 {
   struct Low {
     // Of a tile: a warp reads 128 bytes of a row of labels.
     static constexpr int columns = 32;
-    // Of classes whose gradients are in shared memory together.
-    static constexpr int quads = 2;
-    // Rows of a tile, where nothing else decides: 384 threads. At four times the size a tile adds to 5 x 10 pixels, 13% of its
-    // own; of 8 rows it were 16%.
+    // 384 threads. At four times the size a tile adds to 5 x 10 pixels, 13% of its own; of 8 rows it were 16%.
     static constexpr int rows = 12;
+    // Of classes whose gradients are in shared memory together: 12 KB, and as many sums at the most.
+    static constexpr int quads = 2;
     // What adds up the tiles.
     static constexpr int threads = 128;
   };
@@ -194,6 +193,8 @@ struct Sm80 {
     static constexpr int threads = 1024;  // 64 registers each; one block on a multiprocessor, whose shared memory it fills
     // By way of shared memory: the rows of so many pixels, 40 KB of 19 classes, fit beside the counts.
     static constexpr int threads_of_rows = 512;
+    // Of low resolution: 128 registers, for what blends the classes of a pixel takes some too.
+    static constexpr int threads_of_low = 512;
     // Tiles of one pixel for each thread to a chunk, at most: counts have 16 bits.
     static constexpr int64_t most_tiles = 63;
     // Static shared memory, and what the driver reserves.

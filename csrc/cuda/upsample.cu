@@ -28,12 +28,12 @@ __global__ void __launch_bounds__(LowPolicy::threads)
   const auto [image, pixel, none] = thread_pixel<LowPolicy::threads>(grid, of_low.images, of_low.pixels);
   if (pixel < 0) return;
   const int width = low.x.axis.low, y = static_cast<int>(pixel) / width, x = static_cast<int>(pixel) % width;
-  const TileRange down(low.y, y, tiles.rows), across(low.x, x, LowPolicy::columns);
+  const TileRange down(low.y, y, LowPolicy::rows), across(low.x, x, LowPolicy::columns);
   const int lows_x = tiles.firsts_x + 1, lows_y = tiles.firsts_y + 1;
   for (int c = 0; c < classes; ++c) {
     float sum = 0;
     for (int v = down.first; v <= down.last; ++v) {
-      const int row = y - low.y.blend(v * tiles.rows).first;
+      const int row = y - low.y.blend(v * LowPolicy::rows).first;
       if (row < 0 || row >= lows_y) continue;
       for (int h = across.first; h <= across.last; ++h) {
         const int column = x - low.x.blend(h * LowPolicy::columns).first;
@@ -47,6 +47,12 @@ __global__ void __launch_bounds__(LowPolicy::threads)
 }
 
 }  // namespace
+
+int64_t kernels::upsample_scratch_bytes(const Upsample& upsample) {
+  const LowTiles tiles(LowLogits::of(View{}, upsample, float{}));
+  const Geometry& low = upsample.low;
+  return low.images * tiles.of_image() * low.channels * tiles.lows() * static_cast<int64_t>(sizeof(float));
+}
 
 void add_up_tiles(const Geometry& g, const Upsample& upsample, const View& grad_logits, const LowTiles& tiles,
                   const float* partials, Stream stream) {

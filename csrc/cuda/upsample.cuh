@@ -92,12 +92,27 @@ inline bool is_low(const View& logits, const Upsample& upsample) {
          are_near(logits);
 }
 
+// Calls f with the range of the classes of a softmax, of class indices.
+template <class In, class F>
+void with_low_range(const SegmentBatch& batch, const F& f) {
+  if (batch.errors != Errors::softmax || !is_low(batch.logits, *batch.upsample))
+    throw std::runtime_error("veerloss: on a GPU upsample is for a softmax of images, to a larger size");
+  with_class_range<In>(batch.classes(), [&](auto range) {
+    if constexpr (range.most > 0 && !std::is_same_v<In, double>)
+      f(range);
+    else
+      throw std::runtime_error("veerloss: on a GPU upsample is for 32 classes at most, not of float64");
+  });
+}
+
 // The classes of a pixel, as NearClasses and ClassPointer have those in memory.
 template <class In>
 class BlendedClasses {
   using T = opmath_t<In>;
 
  public:
+  using Element = In;
+
   __device__ BlendedClasses(const LowLogits& logits, int64_t image, const LowBlend& y, const LowBlend& x)
       : upper_(near(logits.data + image * logits.image + static_cast<int64_t>(x.first) * static_cast<int64_t>(sizeof(In)),
                     static_cast<uint32_t>(y.first), logits.row)),
@@ -148,28 +163,22 @@ class BlendedClasses {
 
 // ---- tiles of full resolution, of which blocks have the gradients
 
-// The tiles of all images, of `rows` rows.
+// The tiles of all images.
 struct LowTiles {
-  int rows;
   int across, down;        // of an image
   int firsts_x, firsts_y;  // LowAxis::firsts of a tile
 
-  LowTiles(const LowLogits& logits, int rows)
-      : rows(rows),
-        across(static_cast<int>(ceil_div(logits.x.axis.full, LowPolicy::columns))),
-        down(static_cast<int>(ceil_div(logits.y.axis.full, rows))),
+  explicit LowTiles(const LowLogits& logits)
+      : across(static_cast<int>(ceil_div(logits.x.axis.full, LowPolicy::columns))),
+        down(static_cast<int>(ceil_div(logits.y.axis.full, LowPolicy::rows))),
         firsts_x(logits.x.firsts(LowPolicy::columns)),
-        firsts_y(logits.y.firsts(rows)) {}
+        firsts_y(logits.y.firsts(LowPolicy::rows)) {}
 
   VEERLOSS_HD int64_t of_image() const { return static_cast<int64_t>(across) * down; }
   // Pixels of low resolution that a tile adds to.
   VEERLOSS_HD int lows_x() const { return firsts_x + 1; }
   VEERLOSS_HD int lows_y() const { return firsts_y + 1; }
   VEERLOSS_HD int lows() const { return lows_x() * lows_y(); }
-  // Of partial sums, float.
-  int64_t bytes(const Geometry& g) const {
-    return g.images * of_image() * g.channels * lows() * static_cast<int64_t>(sizeof(float));
-  }
 };
 
 // What a pixel adds to the two of an axis, and by how many its first differs from that of the next in the tile.
@@ -188,13 +197,14 @@ struct alignas(16) LowQuad {
   }
 };
 
-// One tile; a thread of the block has one of its pixels. All functions are for all threads. quads: of classes whose gradients
-// are in shared memory together.
-template <int rows, int quads>
+// One tile; a thread of the block has one of its pixels. All functions are for all threads.
 class LowTile {
-  static constexpr int columns = LowPolicy::columns, threads = rows * columns, classes_at_once = 4 * quads;
+  static constexpr int rows = LowPolicy::rows, columns = LowPolicy::columns;
+  static constexpr int quads = LowPolicy::quads, classes_at_once = 4 * quads;
 
  public:
+  static constexpr int threads = rows * columns;
+
   static int64_t shared_bytes(const LowTiles& tiles) {
     return (columns + rows) * static_cast<int64_t>(sizeof(LowShares)) +
            quads * columns * (rows + tiles.lows_y()) * static_cast<int64_t>(sizeof(LowQuad)) +
@@ -202,27 +212,19 @@ class LowTile {
   }
 
   __device__ LowTile(const LowTiles& tiles, const LowLogits& logits, unsigned char* memory)
-      : tiles_(tiles),
-        logits_(logits),
-        shares_x_(reinterpret_cast<LowShares*>(memory)),
-        shares_y_(shares_x_ + columns),
-        gradients_(reinterpret_cast<LowQuad*>(shares_y_ + rows)),
-        sums_(gradients_ + quads * threads),
-        starts_x_(reinterpret_cast<int*>(sums_ + quads * tiles.lows_y() * columns)) {}
+      : tiles_(tiles), logits_(logits), memory_(memory) {}
 
-  // Goes to tile `index` of an image. A barrier stands in reduce.
+  // Goes to tile `index` of an image.
   __device__ void begin(int index) {
     const int down = index / tiles_.across;
     first_row_ = down * rows;
     first_column_ = (index - down * tiles_.across) * columns;
-    y_ = logits_.y.blend(row());
-    x_ = logits_.x.blend(column());
   }
   __device__ bool has_pixel() const { return row() < logits_.y.axis.full && column() < logits_.x.axis.full; }
   __device__ int64_t pixel() const { return static_cast<int64_t>(row()) * logits_.x.axis.full + column(); }
   template <class In>
   __device__ BlendedClasses<In> logits(int64_t image) const {
-    return BlendedClasses<In>(logits_, image, y_, x_);
+    return BlendedClasses<In>(logits_, image, row(), column());
   }
 
   // What the tile adds to pixels of low resolution, `to` [classes][lows], from the gradients of each thread's pixel; 0 of one
@@ -240,7 +242,7 @@ class LowTile {
 #pragma unroll
         for (int k = 0; k < 4; ++k)
           if (first + 4 * q + k < most) quad.of[k] = g[first + 4 * q + k];
-        gradients_[q * threads + thread()] = quad;
+        gradients()[q * threads + thread()] = quad;
       }
       __syncthreads();
       sum_rows();
@@ -258,21 +260,23 @@ class LowTile {
   __device__ void begin_shares() const {
     if (thread() < columns) {
       const int i = thread(), valid = valid_of(logits_.x, first_column_, columns);
-      const int origin = logits_.x.blend(first_column_).first, steps = put_shares(shares_x_, logits_.x, x_, column(), i, valid);
+      const int origin = logits_.x.blend(first_column_).first, own = logits_.x.blend(column()).first - origin;
+      const int steps = put_shares(shares_x(), logits_.x, column(), i, valid);
       // Where in the tile the pixels of each first start.
-      if (i == 0) starts_x_[0] = 0;
-      for (int k = 0; k < steps; ++k) starts_x_[x_.first - origin + 1 + k] = i + 1;
+      if (i == 0) starts_x()[0] = 0;
+      for (int k = 0; k < steps; ++k) starts_x()[own + 1 + k] = i + 1;
       if (i == valid - 1)
-        for (int k = x_.first - origin + 1; k <= tiles_.firsts_x; ++k) starts_x_[k] = valid;
+        for (int k = own + 1; k <= tiles_.firsts_x; ++k) starts_x()[k] = valid;
     }
     if (thread() % columns == 0)
-      put_shares(shares_y_, logits_.y, y_, row(), thread() / columns, valid_of(logits_.y, first_row_, rows));
+      put_shares(shares_y(), logits_.y, row(), thread() / columns, valid_of(logits_.y, first_row_, rows));
   }
   __device__ static int valid_of(const LowAxis& axis, int first, int count) {
     return axis.axis.full - first < count ? axis.axis.full - first : count;
   }
   // Pixels of no image have no share.
-  __device__ static int put_shares(LowShares* shares, const LowAxis& axis, const LowBlend& blend, int pixel, int i, int valid) {
+  __device__ static int put_shares(LowShares* shares, const LowAxis& axis, int pixel, int i, int valid) {
+    const LowBlend blend = axis.blend(pixel);
     const int steps = i < valid - 1 ? axis.blend(pixel + 1).first - blend.first : 0;
     shares[i] = {i < valid ? 1.0f - blend.second_weight : 0.0f, i < valid ? blend.second_weight : 0.0f, steps};
     return steps;
@@ -282,9 +286,9 @@ class LowTile {
   __device__ void sum_rows() const {
     if (thread() >= quads * columns) return;
     const int q = thread() / columns, lows = tiles_.lows_y();
-    const LowQuad* g = gradients_ + q * threads + thread() % columns;
+    const LowQuad* g = gradients() + q * threads + thread() % columns;
     LowQuad first{}, second{};
-    LowQuad* to = sums_ + q * lows * columns + thread() % columns;
+    LowQuad* to = sums() + q * lows * columns + thread() % columns;
     const LowQuad* const end = to + lows * columns;
     const auto next_row = [&] {
       *to = first;
@@ -294,7 +298,7 @@ class LowTile {
     };
 #pragma unroll 4
     for (int r = 0; r < rows; ++r) {
-      const LowShares share = shares_y_[r];
+      const LowShares share = shares_y()[r];
       const LowQuad values = g[r * columns];
       first.add(share.first, values);
       second.add(share.second, values);
@@ -310,14 +314,14 @@ class LowTile {
     VEERLOSS_NO_UNROLL
     for (int i = thread(); i < lows; i += threads) {
       const int y = i / lows_x, x = i - y * lows_x;
-      const int begin = starts_x_[x > 0 ? x - 1 : 0], own = x < lows_x - 1 ? starts_x_[x] : columns;
-      const int end = starts_x_[x < lows_x - 1 ? x + 1 : x];
+      const int begin = starts_x()[x > 0 ? x - 1 : 0], own = x < lows_x - 1 ? starts_x()[x] : columns;
+      const int end = starts_x()[x < lows_x - 1 ? x + 1 : x];
       LowQuad found[quads] = {};
       VEERLOSS_NO_UNROLL
       for (int c = begin; c < end; ++c) {
-        const float share = c < own ? shares_x_[c].second : shares_x_[c].first;
+        const float share = c < own ? shares_x()[c].second : shares_x()[c].first;
 #pragma unroll
-        for (int q = 0; q < quads; ++q) found[q].add(share, sums_[(q * lows_y + y) * columns + c]);
+        for (int q = 0; q < quads; ++q) found[q].add(share, sums()[(q * lows_y + y) * columns + c]);
       }
       float* at = to + i;
 #pragma unroll
@@ -326,14 +330,17 @@ class LowTile {
     }
   }
 
+  // The shared memory, of which no address is kept where registers are for the classes.
+  __device__ LowShares* shares_x() const { return reinterpret_cast<LowShares*>(memory_); }
+  __device__ LowShares* shares_y() const { return shares_x() + columns; }
+  __device__ LowQuad* gradients() const { return reinterpret_cast<LowQuad*>(shares_y() + rows); }  // [quads][rows][columns]
+  __device__ LowQuad* sums() const { return gradients() + quads * threads; }                       // [quads][lows_y][columns]
+  __device__ int* starts_x() const { return reinterpret_cast<int*>(sums() + quads * tiles_.lows_y() * columns); }
+
   const LowTiles& tiles_;
   const LowLogits& logits_;
-  LowShares *shares_x_, *shares_y_;
-  LowQuad* gradients_;  // [quads][rows][columns]
-  LowQuad* sums_;       // [quads][lows_y][columns]
-  int* starts_x_;       // [firsts_x + 1]
+  unsigned char* memory_;
   int first_row_ = 0, first_column_ = 0;
-  LowBlend y_{}, x_{};
 };
 
 // The gradient of the logits from the partial sums of all tiles, [images][tiles][classes][lows].

@@ -29,9 +29,10 @@ TermSums term_sums(const Op& op, const SegmentBatch& b, const FocalTerm& focal, 
 void compound_count(Tensor counts, Tensor largest, std::optional<Tensor> focal_sums, std::optional<Tensor> region_sums,
                     const Tensor& logits, const Tensor& target, const Tensor& table, std::optional<Tensor> segment_mask,
                     std::optional<double> alpha, std::optional<Tensor> class_alpha, double gamma, double label_smoothing,
-                    int64_t errors, bool per_image, std::optional<int64_t> ignore_index, bool find_largest) {
+                    int64_t errors, bool per_image, std::optional<int64_t> ignore_index, bool find_largest,
+                    std::optional<int64_t> upsample) {
   const Op op("compound_count");
-  const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
+  const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt, upsample);
   const FocalTerm focal = focal_term(op, b, alpha, class_alpha, gamma, label_smoothing);
   const Device device(logits);
   const int64_t bins = bins_of(op, counts), segments = b.segments();
@@ -57,13 +58,13 @@ std::tuple<Tensor, Tensor, Tensor> compound_exact(std::optional<Tensor> focal_su
                                                   bool present, std::optional<double> alpha, std::optional<Tensor> class_alpha,
                                                   double gamma, double label_smoothing, int64_t errors, bool per_image,
                                                   std::optional<int64_t> ignore_index, std::optional<int64_t> valid_pixels,
-                                                  bool keep_weights) {
+                                                  bool keep_weights, std::optional<int64_t> upsample) {
   const Op op("compound_exact");
-  const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
+  const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt, upsample);
   const FocalTerm focal = focal_term(op, b, alpha, class_alpha, gamma, label_smoothing);
   const Device device(logits);
   const SegmentLossTensors out(logits, b, Reduction::mean, true);
-  const Tensor keys = exact_keys(op, logits, valid_pixels);
+  const Tensor keys = exact_keys(op, b, logits, valid_pixels);
   const Tensor scratch = scratch_memory(logits, kernels::lovasz_exact_scratch_bytes(b));
   kernels::lovasz_exact_forward({.batch = b,
                                  .selection = segment_selection(op, b, selected, present),
@@ -79,9 +80,9 @@ std::tuple<Tensor, Tensor, Tensor> compound_exact(std::optional<Tensor> focal_su
 
 void compound_sum(std::optional<Tensor> focal_sums, std::optional<Tensor> region_sums, const Tensor& logits,
                   const Tensor& target, std::optional<double> alpha, std::optional<Tensor> class_alpha, double gamma,
-                  double label_smoothing, int64_t errors, bool per_image, std::optional<int64_t> ignore_index) {
+                  double label_smoothing, int64_t errors, bool per_image, std::optional<int64_t> ignore_index, std::optional<int64_t> upsample) {
   const Op op("compound_sum");
-  const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
+  const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt, upsample);
   const FocalTerm focal = focal_term(op, b, alpha, class_alpha, gamma, label_smoothing);
   const Device device(logits);
   const Tensor scratch = scratch_memory(logits, kernels::compound_sum_scratch_bytes(b));
@@ -96,13 +97,14 @@ Tensor compound_backward(const Tensor& grad, const Tensor& logits, const Tensor&
                          std::optional<Tensor> class_alpha, double gamma, double label_smoothing, int64_t errors,
                          bool per_image, std::optional<int64_t> ignore_index, bool histogram,
                          std::optional<int64_t> valid_pixels, const Tensor& scale, const Tensor& focal_scale,
-                         const Tensor& region_weights, const Tensor& table, const Tensor& weights) {
+                         const Tensor& region_weights, const Tensor& table, const Tensor& weights,
+                         std::optional<int64_t> upsample) {
   const Op op("compound_backward");
-  const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
+  const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt, upsample);
   const Device device(logits);
   // The weights of the bins of a softmax have those of the region loss.
   const bool in_bins = lovasz && histogram && b.errors == Errors::softmax;
-  const SegmentGradientTensors out(grad, logits);
+  const SegmentGradientTensors out(grad, logits, b);
   TermGradients terms{.focal = focal_term(op, b, alpha, class_alpha, gamma, label_smoothing)};
   if (focal) terms.focal_scale = op.data<const void>("focal_scale", focal_scale, 1, opmath_of(b), "that of the forward pass");
   if (region && !in_bins)

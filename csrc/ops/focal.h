@@ -44,8 +44,7 @@ std::tuple<Tensor, Tensor> focal_forward(const Op& op, void (*kernel)(const Inpu
 // The gradient of the logits. `channels`: without reduction the loss is [N, C, P], else [N, P].
 template <class Input>
 Tensor focal_backward(const Op& op, void (*kernel)(const Input&, const FocalGradient&, Stream), const Input& input,
-                      const Tensor& grad, const Tensor& logits, bool channels, int64_t reduction, const Tensor& scale,
-                      int64_t scratch_bytes = 0) {
+                      const Tensor& grad, const Tensor& logits, bool channels, int64_t reduction, const Tensor& scale) {
   const bool none = op.reduction(reduction) == Reduction::none;
   if (none && input.upsample)
     op.check(on_device(grad) && grad.numel() == input.geometry.images * input.geometry.pixels * (channels ? input.geometry.channels : 1) &&
@@ -58,7 +57,7 @@ Tensor focal_backward(const Op& op, void (*kernel)(const Input&, const FocalGrad
   op.check(on_device(scale) && scale.numel() == 1 && dtype_of(scale).has_value(), "scale", scale,
            "the scale of the forward pass");
   const Device device(logits);
-  const Tensor grad_logits = write_once(empty_as(logits)), scratch = scratch_memory(logits, scratch_bytes);
+  const Tensor grad_logits = write_once(empty_as(logits)), scratch = upsample_scratch(logits, input.upsample);
   kernel(input,
          {.reduction = static_cast<Reduction>(reduction),
           .grad = none ? loss_view_of(grad, input, channels) : element_view(grad),

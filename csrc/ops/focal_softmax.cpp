@@ -57,8 +57,7 @@ Tensor softmax_focal_backward(const Tensor& grad, const Tensor& logits, const Te
                               std::optional<int64_t> upsample) {
   const Op op("softmax_focal_backward");
   const auto input = softmax_input(op, logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, upsample);
-  return focal_backward(op, kernels::softmax_focal_backward, input, grad, logits, false, reduction, scale,
-                        kernels::softmax_focal_backward_scratch_bytes(input));
+  return focal_backward(op, kernels::softmax_focal_backward, input, grad, logits, false, reduction, scale);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "device.h"
+#include "upsample.h"
 
 namespace veerloss {
 
@@ -22,11 +23,32 @@ inline SegmentBatch segment_batch(const Op& op, const Tensor& logits, int64_t er
   return b;
 }
 
+// `values`: the target has values in place of class indices, which are not of the batch.
+inline SegmentBatch segment_batch_of_low(const Op& op, const Tensor& logits, const Tensor& target, bool values, int64_t errors,
+                                         bool per_image, int64_t interpolation) {
+  const Upsample upsample = upsample_of(op, logits, target, values, interpolation);
+  op.check(logits.size(1) > 0, "logits", logits, "[N, C, *] with at least one class");
+  const Errors kind = op.errors(errors);
+  SegmentBatch b{*view_in_order(logits, true), View{}, geometry_of(upsample), TargetRule{}, kind, kind == Errors::hinge, per_image};
+  b.upsample = upsample;
+  op.check(kind != Errors::hinge || logits.size(1) == 1, "logits", logits, "[N, 1, *] for a hinge");
+  op.check(b.length() < max_segment, "target", target,
+           "of less than 2^31 pixels in a segment (the batch, or an image with per_image)");
+  return b;
+}
+
 inline SegmentBatch segment_batch(const Op& op, const Tensor& logits, const Tensor& target, int64_t errors, bool per_image,
-                                  std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
-  SegmentBatch b = segment_batch(op, logits, errors, per_image);
-  op.check_like("target", target, logits, false);
-  b.target = view_of(target);
+                                  std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+                                  std::optional<int64_t> interpolation) {
+  SegmentBatch b;
+  if (interpolation) {
+    b = segment_batch_of_low(op, logits, target, false, errors, per_image, *interpolation);
+    b.target = *view_in_order(target, false);
+  } else {
+    b = segment_batch(op, logits, errors, per_image);
+    op.check_like("target", target, logits, false);
+    b.target = view_of(target);
+  }
   b.rule = {b.errors == Errors::hinge ? 2 : b.classes(), ignore_index.has_value(), ignore_index.value_or(0),
             background_index.has_value(), background_index.value_or(0)};
   return b;
@@ -38,9 +60,9 @@ inline SegmentSelection segment_selection(const Op& op, const SegmentBatch& b, c
 }
 
 // Of method "exact".
-inline void check_valid_pixels(const Op& op, const Tensor& logits, std::optional<int64_t> valid_pixels) {
+inline void check_valid_pixels(const Op& op, const SegmentBatch& b, const Tensor& logits, std::optional<int64_t> valid_pixels) {
   if (!valid_pixels) return;
-  const int64_t all = logits.size(0) * logits.size(2);
+  const int64_t all = b.geometry.images * b.geometry.pixels;
   op.check(logits.is_cpu() && *valid_pixels >= 0 && *valid_pixels <= all, "valid_pixels", *valid_pixels,
            "the number of pixels that are not ignored, or on a GPU None");
 }
@@ -51,18 +73,20 @@ inline DType opmath_of(const SegmentBatch& b) {
 }
 
 // The keys of method "exact", which become weights; and these, of a forward pass.
-inline Tensor exact_keys(const Op& op, const Tensor& logits, std::optional<int64_t> valid_pixels) {
-  check_valid_pixels(op, logits, valid_pixels);
+inline Tensor exact_keys(const Op& op, const SegmentBatch& b, const Tensor& logits, std::optional<int64_t> valid_pixels) {
+  check_valid_pixels(op, b, logits, valid_pixels);
   const ScalarType type = opmath_type_of(logits);
-  return write_once(valid_pixels ? empty(logits, {logits.size(1), *valid_pixels}, type)
-                                 : empty(logits, {logits.size(1), logits.size(0), logits.size(2)}, type));
+  const int64_t classes = b.classes(), images = logits.size(0), pixels = images > 0 ? b.geometry.images * b.geometry.pixels / images : 0;
+  return write_once(valid_pixels ? empty(logits, {classes, *valid_pixels}, type)
+                                 : empty(logits, {classes, images, pixels}, type));
 }
 
 inline const void* exact_weights(const Op& op, const SegmentBatch& b, const Tensor& logits, const Tensor& weights,
                                  std::optional<int64_t> valid_pixels) {
-  check_valid_pixels(op, logits, valid_pixels);
+  check_valid_pixels(op, b, logits, valid_pixels);
   return op.data<const void>(
-      "weights", weights, valid_pixels ? logits.size(1) * *valid_pixels : logits.numel(), opmath_of(b),
+      "weights", weights,
+      b.classes() * (valid_pixels ? *valid_pixels : b.geometry.images * b.geometry.pixels), opmath_of(b),
       "the weights of a forward pass that kept them: of logits that required a gradient, also where it was traced");
 }
 
@@ -95,10 +119,12 @@ struct SegmentLossTensors {
 
 // The incoming gradient, contiguous, and the gradient of the logits.
 struct SegmentGradientTensors {
-  Tensor grad, grad_logits;
+  Tensor grad, grad_logits, scratch;
 
-  SegmentGradientTensors(const Tensor& grad_, const Tensor& logits)
-      : grad(torch::stable::contiguous(grad_)), grad_logits(write_once(empty_as(logits))) {}
+  SegmentGradientTensors(const Tensor& grad_, const Tensor& logits, const SegmentBatch& b)
+      : grad(torch::stable::contiguous(grad_)),
+        grad_logits(write_once(empty_as(logits))),
+        scratch(upsample_scratch(logits, b.upsample)) {}
 
   SegmentGradient output(const Op& op, const SegmentBatch& b, const Tensor& scale, int64_t reduction) const {
     const Reduction r = op.reduction(reduction);
@@ -106,7 +132,7 @@ struct SegmentGradientTensors {
              grad, "of the shape of the loss");
     return {r, grad.data_ptr(), *dtype_of(grad),
             op.data<const void>("scale", scale, b.segments(), opmath_of(b), "the scale of the forward pass"),
-            view_of(grad_logits)};
+            b.upsample ? *view_in_order(grad_logits, true) : view_of(grad_logits), scratch.data_ptr()};
   }
 };
 

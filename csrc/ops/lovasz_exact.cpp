@@ -12,12 +12,12 @@ std::tuple<Tensor, Tensor, Tensor> lovasz_exact_forward(const Tensor& logits, co
                                                         std::optional<Tensor> class_weight, std::optional<int64_t> ignore_index,
                                                         std::optional<int64_t> background_index, int64_t errors,
                                                         int64_t reduction, std::optional<int64_t> valid_pixels,
-                                                        bool keep_weights, bool upcast_loss) {
+                                                        bool keep_weights, bool upcast_loss, std::optional<int64_t> upsample) {
   const Op op("lovasz_exact_forward");
-  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index);
+  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index, upsample);
   const Device device(logits);
   const SegmentLossTensors out(logits, batch, op.reduction(reduction), upcast_loss);
-  const Tensor keys = exact_keys(op, logits, valid_pixels);
+  const Tensor keys = exact_keys(op, batch, logits, valid_pixels);
   const Tensor scratch = scratch_memory(logits, kernels::lovasz_exact_scratch_bytes(batch));
   kernels::lovasz_exact_forward({.batch = batch,
                                  .selection = segment_selection(op, batch, selected, present),
@@ -33,12 +33,12 @@ std::tuple<Tensor, Tensor, Tensor> lovasz_exact_forward(const Tensor& logits, co
 
 Tensor lovasz_exact_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& weights,
                              const Tensor& scale, int64_t errors, bool per_image, std::optional<int64_t> ignore_index,
-                             std::optional<int64_t> valid_pixels, int64_t reduction) {
+                             std::optional<int64_t> valid_pixels, int64_t reduction, std::optional<int64_t> upsample) {
   const Op op("lovasz_exact_backward");
   // That a label is background has no part in which pixels count.
-  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt);
+  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt, upsample);
   const Device device(logits);
-  const SegmentGradientTensors out(grad, logits);
+  const SegmentGradientTensors out(grad, logits, batch);
   kernels::lovasz_exact_backward({.batch = batch,
                                   .weights = exact_weights(op, batch, logits, weights, valid_pixels),
                                   .valid_pixels = valid_pixels,

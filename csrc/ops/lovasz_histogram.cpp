@@ -11,9 +11,9 @@ namespace {
 void lovasz_histogram_count(Tensor counts, Tensor largest, const Tensor& logits, const Tensor& target,
                             std::optional<Tensor> table, std::optional<Tensor> segment_mask, int64_t errors, bool per_image,
                             std::optional<int64_t> ignore_index, std::optional<int64_t> background_index, bool sampled,
-                            bool find_largest) {
+                            bool find_largest, std::optional<int64_t> upsample) {
   const Op op("lovasz_histogram_count");
-  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index);
+  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index, upsample);
   const Device device(logits);
   const int64_t bins = bins_of(op, counts), segments = batch.segments();
   op.check(table || bins == BinLayout::coarse_bins, "counts", counts,
@@ -102,9 +102,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lovasz_histogram_weig
 
 Tensor lovasz_histogram_sum(const Tensor& logits, const Tensor& target, const Tensor& table, const Tensor& weights,
                             const Tensor& units, int64_t errors, bool per_image, std::optional<int64_t> ignore_index,
-                            std::optional<int64_t> background_index) {
+                            std::optional<int64_t> background_index, std::optional<int64_t> upsample) {
   const Op op("lovasz_histogram_sum");
-  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index);
+  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index, upsample);
   const Device device(logits);
   const int64_t bins = BinLayout::bins(batch.classes());
   op.check(batch.errors != Errors::softmax, "errors", errors,
@@ -124,12 +124,12 @@ Tensor lovasz_histogram_sum(const Tensor& logits, const Tensor& target, const Te
 Tensor lovasz_histogram_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& table,
                                  const Tensor& weights, const Tensor& scale, int64_t errors, bool per_image,
                                  std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
-                                 int64_t reduction) {
+                                 int64_t reduction, std::optional<int64_t> upsample) {
   const Op op("lovasz_histogram_backward");
-  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index);
+  const SegmentBatch batch = segment_batch(op, logits, target, errors, per_image, ignore_index, background_index, upsample);
   const Device device(logits);
   const int64_t bins = BinLayout::bins(batch.classes());
-  const SegmentGradientTensors out(grad, logits);
+  const SegmentGradientTensors out(grad, logits, batch);
   kernels::lovasz_histogram_backward({.batch = batch,
                                       .bins = bins,
                                       .table = table_data(op, "table", table, batch.segments(), bins),

@@ -13,25 +13,32 @@ Activation activation_of(const Op& op, int64_t value) {
 }
 
 RegionInput region_input(const Op& op, const Tensor& logits, const Tensor& target, int64_t activation, bool squared,
-                         bool per_image, std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
+                         bool per_image, std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+                         std::optional<int64_t> interpolation) {
   const Activation kind = activation_of(op, activation);
   const Errors errors = kind == Activation::softmax ? Errors::softmax : Errors::probabilities;
-  const bool dense = target.dim() == 3;
-  RegionInput in{.batch = segment_batch(op, logits, static_cast<int64_t>(errors), per_image),
+  const bool dense = target.dim() == logits.dim();
+  const auto batch = [&] {
+    const auto code = static_cast<int64_t>(errors);
+    return interpolation ? segment_batch_of_low(op, logits, target, dense, code, per_image, *interpolation)
+                         : segment_batch(op, logits, code, per_image);
+  };
+  RegionInput in{.batch = batch(),
                  .activation = kind,
                  .dense = dense,
                  .values = {},
                  .ignored_value = {},
                  .squared = squared};
   SegmentBatch& b = in.batch;
-  op.check_like("target", target, logits, dense);
+  if (!interpolation) op.check_like("target", target, logits, dense);
+  const View of_target = interpolation ? *view_in_order(target, dense) : view_of(target);
   if (dense) {
-    in.values = view_of(target);
+    in.values = of_target;
     if (ignore_index) in.ignored_value = static_cast<double>(*ignore_index);
     return in;
   }
   b.mask = b.classes() == 1 && kind != Activation::softmax && !background_index;
-  b.target = view_of(target);
+  b.target = of_target;
   b.rule = {b.mask ? 2 : b.classes(), ignore_index.has_value(), ignore_index.value_or(0), background_index.has_value(),
             background_index.value_or(0)};
   return in;
@@ -43,9 +50,10 @@ const int64_t* sums_data(const Op& op, const Tensor& sums, const SegmentBatch& b
 }
 
 Tensor region_sum(const Tensor& logits, const Tensor& target, int64_t activation, bool squared, bool per_image,
-                  std::optional<int64_t> ignore_index, std::optional<int64_t> background_index) {
+                  std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+                  std::optional<int64_t> upsample) {
   const Op op("region_sum");
-  const RegionInput in = region_input(op, logits, target, activation, squared, per_image, ignore_index, background_index);
+  const RegionInput in = region_input(op, logits, target, activation, squared, per_image, ignore_index, background_index, upsample);
   const Device device(logits);
   const Tensor sums = zeros(logits, {in.batch.rows(), in.batch.classes(), RegionLayout::words}, ScalarType::Long);
   kernels::region_sum({.input = in, .sums = static_cast<int64_t*>(sums.data_ptr()), .stream = device.stream()});
@@ -74,11 +82,12 @@ std::tuple<Tensor, Tensor, Tensor> region_weigh(const Tensor& logits, const Tens
 
 Tensor region_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, int64_t activation, bool squared,
                        bool per_image, std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
-                       int64_t reduction, const Tensor& scale, const Tensor& coefficients) {
+                       int64_t reduction, const Tensor& scale, const Tensor& coefficients,
+                       std::optional<int64_t> upsample) {
   const Op op("region_backward");
-  const RegionInput in = region_input(op, logits, target, activation, squared, per_image, ignore_index, background_index);
+  const RegionInput in = region_input(op, logits, target, activation, squared, per_image, ignore_index, background_index, upsample);
   const Device device(logits);
-  const SegmentGradientTensors out(grad, logits);
+  const SegmentGradientTensors out(grad, logits, in.batch);
   kernels::region_backward({.input = in,
                             .coefficients = op.data<const double>("coefficients", coefficients, 2 * in.batch.segments(),
                                                                   DType::f64, "the coefficients of the forward pass"),

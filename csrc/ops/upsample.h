@@ -2,8 +2,9 @@
 // [N, H, W], or of volumes one more.
 #pragma once
 
-#include "../kernels.h"
-#include "checks.h"
+#include <vector>
+
+#include "device.h"
 
 namespace veerloss {
 
@@ -46,6 +47,18 @@ inline Upsample upsample_of(const Op& op, const Tensor& logits, const Tensor& ta
     found.low.pixels *= low;
   }
   return found;
+}
+
+// [N, C, *] of the pixels of a target that has channels, or not.
+inline std::vector<int64_t> full_shape(const Tensor& logits, const Tensor& target) {
+  std::vector<int64_t> shape = shape_of(target);
+  if (target.dim() != logits.dim()) shape.insert(shape.begin() + 1, logits.size(1));
+  return shape;
+}
+
+// Memory for a backward pass.
+inline Tensor upsample_scratch(const Tensor& logits, const std::optional<Upsample>& upsample) {
+  return scratch_memory(logits, upsample ? kernels::upsample_scratch_bytes(*upsample) : 0);
 }
 
 // The geometry of the target.

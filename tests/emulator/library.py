@@ -30,6 +30,7 @@ SOURCES = (
         )
     ),
     CSRC / "cuda/compound.cu",
+    CSRC / "cuda/upsample.cu",
     *sorted((CSRC / "cuda").glob("region_*.cu")),
     *sorted((CSRC / "cuda").glob("focal_*.cu")),
     *sorted(path for stem in ("compound", "focal", "lovasz", "region") for path in (CSRC / "ops").glob(f"{stem}*.cpp")),

@@ -148,11 +148,6 @@ def check_grad(grad: Tensor, logits: Tensor, reduction: int, *, channels: bool) 
         check(grad.dim() == 0 and grad.device == logits.device, "grad", grad, "[], as the loss")
 
 
-def check_not_low(upsample: int | None) -> None:
-    if upsample is not None:
-        raise RuntimeError("veerloss: no Triton kernel takes logits of low resolution; interpolate them first")
-
-
 def sigmoid_focal_forward(*, logits, reduction, factor, normalizer, upcast_loss, **inputs) -> tuple[Tensor, Tensor]:
     dtype = loss_dtype_of(logits, upcast_loss)
     if reduction != Reduction.NONE:
@@ -169,16 +164,14 @@ def sigmoid_focal_backward(*, grad, logits, reduction, scale, **inputs) -> Tenso
     return backward(sigmoid_focal_backward_kernel, *launch, scale, reduction)
 
 
-def softmax_focal_forward(*, logits, reduction, factor, normalizer, upcast_loss, upsample, **inputs) -> tuple[Tensor, Tensor]:
-    check_not_low(upsample)
+def softmax_focal_forward(*, logits, reduction, factor, normalizer, upcast_loss, **inputs) -> tuple[Tensor, Tensor]:
     shape = (logits.size(0), logits.size(-1)) if reduction == Reduction.NONE else ()
     loss = logits.new_empty(shape, dtype=loss_dtype_of(logits, upcast_loss))
     launch = softmax_launch(logits=logits, out=loss if reduction == Reduction.NONE else None, **inputs)
     return forward(softmax_focal_forward_kernel, *launch, loss, factor, normalizer, reduction)
 
 
-def softmax_focal_backward(*, grad, logits, reduction, scale, upsample, **inputs) -> Tensor:
-    check_not_low(upsample)
+def softmax_focal_backward(*, grad, logits, reduction, scale, **inputs) -> Tensor:
     check_grad(grad, logits, reduction, channels=False)
     launch = softmax_launch(logits=logits, grad=grad, out=torch.empty_like(logits), **inputs)
     return backward(softmax_focal_backward_kernel, *launch, scale, reduction)

@@ -175,6 +175,7 @@ int64_t lovasz_exact_scratch_bytes(const SegmentBatch& batch) {
 }
 
 void lovasz_exact_forward(const LovaszExactForward& args) {
+  if (args.batch.upsample) throw std::runtime_error("veerloss: on a GPU upsample of a Lovasz loss is for method 'histogram'");
   with_element_type(args.batch.logits.dtype, [&](auto zero) {
     with_errors(args.batch.errors, [&](auto errors) { forward<decltype(zero), decltype(errors)::value>(args); });
   });

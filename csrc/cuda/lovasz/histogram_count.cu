@@ -197,6 +197,8 @@ int64_t kernels::lovasz_histogram_scratch_bytes(const LovaszHistogramCount& args
 }
 
 void kernels::lovasz_histogram_count(const LovaszHistogramCount& args) {
+  if (args.batch.upsample && !fits_registers(args))
+    throw std::runtime_error("veerloss: on a GPU upsample of a Lovasz loss is for a softmax, of the classes present");
   if (args.terms.any()) check_terms(args.batch, args.terms.focal);
   with_element_type(args.batch.logits.dtype, [&](auto zero) { count<decltype(zero)>(args); });
   if (!sums_focal(args)) sum_focal_term(args.batch, args.terms, args.scratch, args.stream);

@@ -2,6 +2,7 @@
 // A block has the counts and tables of its classes in shared memory.
 
 #include "../terms.cuh"
+#include "../upsample.cuh"
 #include "histogram_count.cuh"
 
 namespace veerloss {
@@ -12,11 +13,14 @@ enum class Source {
   memory,  // every thread reads the classes of a pixel, and makes the softmax; where not all classes fit a block, blocks of the
            // same pixels share them out, and the logits come from L2
   rows,    // the same by way of shared memory: the classes of a pixel lie next to each other (rows.cuh)
+  low,     // every thread blends those of low resolution (upsample.cuh)
   stored   // every thread reads its block's classes of a pixel; the softmax has been stored
 };
 
 constexpr int threads_of(Source source) {
-  return source == Source::rows ? CountPolicy::threads_of_rows : CountPolicy::threads;
+  return source == Source::rows  ? CountPolicy::threads_of_rows
+         : source == Source::low ? CountPolicy::threads_of_low
+                                 : CountPolicy::threads;
 }
 
 // The classes of a pixel that a thread has are `first` and those after it; `below` is [Range::most] of them.
@@ -73,7 +77,7 @@ class FocalOfThreads {
 
 template <class In, class Range, Source source, bool grouped, bool may_be_flat, bool focal>
 __global__ void __launch_bounds__(threads_of(source), 1)
-    lovasz_count_softmax_kernel(LovaszHistogramCount args, Chunks chunks, Groups groups,
+    lovasz_count_softmax_kernel(LovaszHistogramCount args, LowLogits low, Chunks chunks, Groups groups,
                                 const Softmax<opmath_t<In>>* statistics, TermPartials partials) {
   using T = opmath_t<In>;
   constexpr int threads = threads_of(source);
@@ -152,7 +156,10 @@ __global__ void __launch_bounds__(threads_of(source), 1)
       if (pixel < 0) continue;
       const int32_t label = label_at(image, static_cast<uint32_t>(pixel));
       if (label < 0) continue;
-      count_pixel(image, static_cast<uint32_t>(pixel), label, NearClasses<In>(b.logits, image, static_cast<uint32_t>(pixel)));
+      if constexpr (source == Source::low)
+        count_pixel(image, static_cast<uint32_t>(pixel), label, BlendedClasses<In>::at(low, image, pixel));
+      else
+        count_pixel(image, static_cast<uint32_t>(pixel), label, NearClasses<In>(b.logits, image, static_cast<uint32_t>(pixel)));
     }
   }
   if constexpr (focal)
@@ -177,13 +184,14 @@ void launch_source(const LovaszHistogramCount& args, const Groups& groups, int64
     // Of the most frequent way one kernel is for pixels that are not flat.
     with_flag(chunks.flat || grouped || source != Source::memory, [&](auto may_be_flat) {
       constexpr bool flat = decltype(may_be_flat)::value;
-      constexpr bool exists = flat ? source != Source::stored || !grouped : source == Source::memory && !grouped;
+      constexpr bool exists = flat || source == Source::low ? source != Source::stored || !grouped : source == Source::memory && !grouped;
       if constexpr (exists)
         with_flag(source != Source::stored && sums_focal(args), [&](auto with_focal) {
           constexpr bool focal = decltype(with_focal)::value;
           if constexpr (!focal || source != Source::stored)
-            launch(lovasz_count_softmax_kernel<In, Range, source, grouped, flat, focal>, shape, args, chunks, groups,
-                   statistics, partials);
+            launch(lovasz_count_softmax_kernel<In, Range, source, grouped, flat, focal>, shape, args,
+                   source == Source::low ? LowLogits::of(b.logits, *b.upsample, In{}) : LowLogits{}, chunks, groups, statistics,
+                   partials);
         });
     });
   });
@@ -208,6 +216,8 @@ template <class In>
 void launch_all(const LovaszHistogramCount& args) {
   const SegmentBatch& b = args.batch;
   constexpr int64_t most = CountPolicy::most_classes;
+  if (b.upsample && (b.classes() > most || !is_low(b.logits, *b.upsample)))
+    throw std::runtime_error("veerloss: on a GPU upsample of a Lovasz loss is for up to 24 classes of images, to a larger size");
   if (b.classes() > most) {
     const Groups groups = groups_of(b, CountPolicy::most_stored_classes);
     return with_group_range<In>(groups.classes, [&](auto range) {
@@ -224,6 +234,7 @@ void launch_all(const LovaszHistogramCount& args) {
         const int64_t bytes = rows_bytes + (sums_focal(args) ? FocalOfThreads<float, threads_of(source)>::bytes : 0);
         launch_source<In, Range, source>(args, groups_of(b, most, bytes), bytes);
       };
+      if (b.upsample) return launch_with(std::integral_constant<Source, Source::low>{}, 0);
       if (!in_rows(args)) return launch_with(std::integral_constant<Source, Source::memory>{}, 0);
       launch_with(std::integral_constant<Source, Source::rows>{},
                   shared_rows_bytes(CountPolicy::threads_of_rows, b.classes(), sizeof(opmath_t<In>)));

@@ -379,7 +379,7 @@ void lovasz_histogram_backward(const LovaszHistogramBackward& args) {
   if (args.terms.any()) check_terms(b, args.terms.focal);
   const int64_t shared = b.classes() * class_bytes(b.classes()),
                 left = max_shared_bytes_of_block() - Policy::static_bytes - shared;
-  if (b.errors != Errors::softmax || logits.dtype == DType::f64 || b.classes() > Policy::most_classes ||
+  if (b.upsample || b.errors != Errors::softmax || logits.dtype == DType::f64 || b.classes() > Policy::most_classes ||
       !is_integer(b.target.dtype) || !are_near(logits) || !are_near(grad) || !is_near(b.target, sizeof(int64_t)) || left < 0)
     return args.terms.any() ? launch_gradient_with_terms<BinWeightsWithFocal>(args) : launch_gradient<BinWeights>(args);
   with_element_type(logits.dtype, [&](auto zero) {
