@@ -107,7 +107,7 @@ def check_index_target(target: Tensor, logits: Tensor) -> None:
     if target.shape != expected:
         raise ValueError(
             f"target must have the shape {list(expected)} (class indices for logits {list(logits.shape)}), "
-            f"got {list(target.shape)}"
+            f"got {list(target.shape)}{upsample_hint(target, logits)}"
         )
     if target.dtype not in _INTEGERS:
         raise TypeError(f"target must hold class indices as uint8, int8, int16, int32 or int64, got {target.dtype}")
@@ -120,9 +120,17 @@ def check_class_probabilities(target: Tensor, logits: Tensor) -> None:
     if target.shape != logits.shape:
         raise ValueError(
             f"target must have the shape of logits, {list(logits.shape)}, where it holds class probabilities ({target.dtype}), "
-            f"got {list(target.shape)}"
+            f"got {list(target.shape)}{upsample_hint(target, logits)}"
         )
     check_has_classes(logits)
+
+
+def upsample_hint(target: Tensor, logits: Tensor) -> str:
+    """For an error about their shapes: what takes logits of another resolution."""
+    spatial = logits.dim() - 2
+    mode = {2: "bilinear", 3: "trilinear"}.get(spatial)
+    fits = mode and target.dim() in (spatial + 1, spatial + 2) and target.size(0) == logits.size(0)
+    return f"; logits of another resolution than the target need upsample={mode!r}" if fits else ""
 
 
 def check_classes(classes: str | Sequence[int], logits: Tensor) -> str | list[int]:
@@ -329,8 +337,8 @@ def as_pixels(logits: Tensor) -> Tensor:
 
 
 def per_segment_shape(logits: Tensor, errors: int, per_image: bool) -> tuple[int, ...]:
-    """Of one value per segment of [N, C, P]: [], [C], [N] or [N, C]."""
-    n, c, _ = logits.shape
+    """Of one value per segment of [N, C, \\*]: [], [C], [N] or [N, C]."""
+    n, c = logits.shape[:2]
     return ((n,) if per_image else ()) + (() if errors == Errors.HINGE else (c,))
 
 

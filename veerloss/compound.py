@@ -12,6 +12,7 @@ from . import _arguments as arguments
 from . import ops
 from ._layout import Errors
 from ._module import LossModule
+from ._upsample import LowLogits, option
 from .focal import as_class_alpha, check_alpha, sigmoid_focal_loss, softmax_focal_loss
 from .lovasz import METHODS, check_mask, choose_method, lovasz_hinge_loss, lovasz_softmax_loss, mask_shape, prepare
 from .region import FORMS, Smooth, as_exponent, as_smooth, tversky_loss
@@ -28,6 +29,20 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def _takes_low(low: LowLogits, target: Tensor, device: str, options: dict) -> bool:
+    """On a GPU of a softmax without smoothing, and of method "histogram", which keeps nothing for each pixel."""
+    if device != "cuda":
+        return True
+    if options.get("activation", "softmax") != "softmax" or options.get("label_smoothing", 0.0) or not low.fits_gpu(24):
+        return False
+    if options.get("lovasz") is None:
+        return True
+    if options.get("method", "auto") == "auto":
+        options["method"] = "histogram"
+    return options["method"] == "histogram" and options.get("lovasz_classes", "present") == "present"
+
+
+@option(loss="compound", fused=_takes_low, mask=lambda options: options.get("activation") == "sigmoid")
 def compound_loss(
     logits: Tensor,
     target: Tensor,
@@ -54,6 +69,8 @@ def compound_loss(
     ignore_index: int | None = None,
     return_parts: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""A weighted sum of losses on one softmax: what training scripts add up, by one pass forward and one backward.
@@ -89,6 +106,9 @@ def compound_loss(
         return_parts: return (loss, parts): the terms by name, before their weights, detached, at no extra pass.
         process_group: the loss of the batches of all its ranks, as if concatenated, as for :func:`lovasz_softmax_loss`:
             Lovász and region terms with the bits of one process, the sum of focal or cross-entropy rounded in float64.
+        upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
+            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+        align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native" or "reference", which adds up the references of the terms; so, with the kernels that there
             are, does "auto" where no kernel has them in one pass: on a GPU of "sigmoid", or with label smoothing. An explicit
             name never falls back.
@@ -175,7 +195,7 @@ def compound_loss(
     if chosen == "reference":
         loss, parts = _sum_of_parts(logits, target, found, options, backend)
     else:
-        loss, parts = _fused(logits, target, found, options, chosen, valid_pixels, ranks)
+        loss, parts = _fused(logits, target, found, options, chosen, valid_pixels, ranks, upsample)
     return (loss, parts) if return_parts else loss
 
 
@@ -223,7 +243,7 @@ def not_fused(device: torch.device, activation: str, label_smoothing: float) -> 
     )
 
 
-def _fused(logits, target, found, options, backend, valid_pixels, ranks) -> tuple[Tensor, dict[str, Tensor]]:
+def _fused(logits, target, found, options, backend, valid_pixels, ranks, upsample) -> tuple[Tensor, dict[str, Tensor]]:
     """By the operators of a backend."""
     terms, mask = found["terms"], options["activation"] == "sigmoid"
     focal = next((name for name in ("focal", "cross_entropy") if name in terms), None)
@@ -235,8 +255,12 @@ def _fused(logits, target, found, options, backend, valid_pixels, ranks) -> tupl
     alpha = found["alpha"]
     of_class = as_class_alpha(alpha, logits)
     (lovasz_classes, region_classes), smooth = found["classes"], index.pop("smooth")
+    y, low = target.reshape(n, p), {}
+    if upsample is not None:
+        x, y = upsample.inputs(target, mask)
+        low = {"upsample": upsample.interpolation}
     loss, parts = ops.compound(
-        x, target.reshape(n, p), focal=terms.get(focal), lovasz=terms.get("lovasz"), region=terms.get(region),
+        x, y, focal=terms.get(focal), lovasz=terms.get("lovasz"), region=terms.get(region),
         alpha=None if of_class is not None else alpha, class_alpha=of_class, gamma=found["gamma"],
         label_smoothing=found["label_smoothing"], weighted_mean=focal == "cross_entropy" and not mask,
         selected=arguments.selected_classes(lovasz_classes, x), present=lovasz_classes == "present" and not mask,
@@ -244,7 +268,7 @@ def _fused(logits, target, found, options, backend, valid_pixels, ranks) -> tupl
         region_alpha=index["alpha"], region_beta=index["beta"], smooth_numerator=smooth[0], smooth_denominator=smooth[1],
         form=int(FORMS[index["form"]]), exponent=index["exponent"], errors=int(Errors.HINGE if mask else Errors.SOFTMAX),
         histogram=histogram, per_image=per_image, ignore_index=options["ignore_index"], valid_pixels=valid_pixels, ranks=ranks,
-        backend=backend,
+        backend=backend, **low,
     )  # fmt: skip
     names = [name for name in (focal, "lovasz", region) if name in terms]
     return loss, dict(zip(names, parts.detach(), strict=True))

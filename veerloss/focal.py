@@ -11,8 +11,10 @@ from torch import Tensor
 from . import _arguments as arguments
 from . import ops, reference
 from ._module import LossModule
+from ._upsample import LowLogits, option
 
 
+@option(loss="sigmoid focal", fused=lambda *_: False, mask=lambda _: False)
 def sigmoid_focal_loss(
     logits: Tensor,
     target: Tensor,
@@ -24,6 +26,8 @@ def sigmoid_focal_loss(
     background_index: int | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     r"""Binary focal loss of every logit: multilabel, one-vs-rest, or dense detection.
@@ -46,6 +50,9 @@ def sigmoid_focal_loss(
         reduction: "none" (the shape of ``logits``), "mean" over the valid elements, or "sum".
         normalizer: divisor of "mean" instead of the number of valid elements, such as the number of positives: a number > 0 or
             a tensor of one element.
+        upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
+            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+        align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
     Returns:
@@ -70,7 +77,7 @@ def sigmoid_focal_loss(
         if logits.dim() < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
             raise ValueError(
                 f"target must have the shape of logits, {list(logits.shape)}, or hold class indices [N, *] for logits "
-                f"[N, C, *], got {list(target.shape)}"
+                f"[N, C, *], got {list(target.shape)}{arguments.upsample_hint(target, logits)}"
             )
         if logits.size(1) == 1 and background_index is None:
             raise ValueError(
@@ -114,6 +121,16 @@ def sigmoid_focal_loss(
     return restore(loss) if reduction == "none" else loss
 
 
+def _takes_low(low: LowLogits, target: Tensor, device: str, options: dict) -> bool:
+    """Of softmax_focal_loss: one class a pixel. On a CPU the forward pass makes the gradient, which one of each pixel's loss
+    cannot scale."""
+    hard = target.dim() == low.logits.dim() - 1 and options.get("label_smoothing", 0.0) == 0 and options.get("weight") is None
+    if device == "cuda":
+        return hard and low.fits_gpu(32)
+    return hard and options.get("reduction", "mean") != "none"
+
+
+@option(loss="softmax focal", fused=_takes_low, mask=lambda _: False)
 def softmax_focal_loss(
     logits: Tensor,
     target: Tensor,
@@ -125,6 +142,8 @@ def softmax_focal_loss(
     ignore_index: int | None = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     r"""Multiclass focal loss of every pixel.
@@ -148,6 +167,9 @@ def softmax_focal_loss(
         ignore_index: class index that takes no part; None for none. Class probabilities have none: it does not matter there.
         reduction: "none" (the shape [N, \*]), "mean" over the valid pixels (not weighted by alpha or weight), or "sum".
         normalizer: divisor of "mean" instead of the number of valid pixels: a number > 0 or a tensor of one element.
+        upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
+            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+        align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
     Returns:
@@ -192,12 +214,16 @@ def softmax_focal_loss(
             logits, target, alpha=alpha, gamma=gamma, weight=weight, label_smoothing=label_smoothing,
             ignore_index=ignore_index, reduction=reduction, normalizer=normalizer,
         )  # fmt: skip
-    x = arguments.as_pixels(logits)
     class_alpha = as_class_alpha(alpha, logits)
     options = {
         "alpha": 1.0 if alpha is None or class_alpha is not None else alpha, "class_alpha": class_alpha, "gamma": gamma,
         "label_smoothing": label_smoothing, "ignore_index": ignore_index, "backend": backend,
     }  # fmt: skip
+    if upsample is not None:
+        x, y = upsample.inputs(target)
+        options["upsample"] = upsample.interpolation
+        return ops.softmax_focal(x, y, reduction=reduction, normalizer=normalizer, **options)
+    x = arguments.as_pixels(logits)
     y = arguments.as_pixels(target) if probabilities else target.reshape(x.size(0), x.size(2))
     if weight is None:
         loss = ops.softmax_focal(x, y, reduction=reduction, normalizer=normalizer, **options)

@@ -13,6 +13,7 @@ from . import ops, reference
 from ._distributed import join
 from ._layout import Errors
 from ._module import LossModule
+from ._upsample import LowLogits, option
 from ._version import __version__
 
 METHODS = ("auto", "exact", "histogram")
@@ -23,6 +24,18 @@ METHODS = ("auto", "exact", "histogram")
 AUTO_HISTOGRAM_FROM = 1 << 19
 
 
+def _takes_low(low: LowLogits, target: Tensor, device: str, options: dict) -> bool:
+    """Of lovasz_softmax_loss: on a GPU of method "histogram", which keeps nothing for each pixel, and so is "auto" here."""
+    if device != "cuda":
+        return True
+    if not options.get("from_logits", True) or options.get("classes", "present") != "present" or not low.fits_gpu(24):
+        return False
+    if options.get("method", "auto") == "auto":
+        options["method"] = "histogram"
+    return options["method"] == "histogram"
+
+
+@option(loss="lovasz", fused=_takes_low, mask=lambda _: False)
 def lovasz_softmax_loss(
     logits: Tensor,
     target: Tensor,
@@ -38,6 +51,8 @@ def lovasz_softmax_loss(
     method: str = "auto",
     return_certificate: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Lovász-Softmax: the convex surrogate of the mean Jaccard loss (1 - IoU).
@@ -78,6 +93,9 @@ def lovasz_softmax_loss(
             same loss and, in backward, its own pixels' part of that loss's gradient. DistributedDataParallel takes the mean of
             gradients over ranks where the sum is right: multiply the loss by the number of ranks. Method "histogram" only,
             not with ``per_image`` (there, the mean of the ranks' losses is the loss of all), and not inside torch.compile.
+        upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
+            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+        align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
     Returns:
@@ -123,9 +141,7 @@ def lovasz_softmax_loss(
     backend, valid_pixels, ranks = prepare(check, check_values, logits, target, method, process_group, backend)
     ignore_index = arguments.as_ignore_index(ignore_index)
     background_index = arguments.as_background_index(background_index, logits.size(1), ignore_index)
-    x = arguments.as_pixels(logits)
-    n, c, p = x.shape
-    y = target.reshape(n, p)
+    n, c, p = arguments.as_pixels(logits).shape
     method = choose_method(method, n, p, valid_pixels, per_image, ranks, backend)
     if backend == "reference":
         loss, certificate = reference.lovasz_softmax_loss(
@@ -141,6 +157,11 @@ def lovasz_softmax_loss(
         "class_weight": class_weight, "ignore_index": ignore_index, "background_index": background_index,
         "errors": Errors.SOFTMAX if from_logits else Errors.PROBABILITIES, "reduction": reduction, "backend": backend,
     }  # fmt: skip
+    if upsample is None:
+        x, y = arguments.as_pixels(logits), target.reshape(n, p)
+    else:
+        x, y = upsample.inputs(target)
+        options["upsample"] = upsample.interpolation
     if method == "exact":
         loss = ops.lovasz_exact(x, y, valid_pixels=valid_pixels, **options)
         certificate = loss.new_zeros((n, c) if per_image else (c,), dtype=torch.float64)
@@ -150,6 +171,11 @@ def lovasz_softmax_loss(
     return (loss, certificate) if return_certificate else loss
 
 
+@option(
+    loss="lovasz",
+    fused=lambda low, target, device, options: device != "cuda" and not options.get("per_class", False),
+    mask=lambda options: not options.get("per_class", False),
+)
 def lovasz_hinge_loss(
     logits: Tensor,
     target: Tensor,
@@ -161,6 +187,8 @@ def lovasz_hinge_loss(
     method: str = "auto",
     return_certificate: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Lovász hinge: the convex surrogate of the binary Jaccard loss (1 - IoU of the foreground).
@@ -188,6 +216,9 @@ def lovasz_hinge_loss(
             from the counts alone. 0 for "exact".
         process_group: the loss of the batches of all its ranks, as if concatenated, by two sums of counts; as for
             :func:`lovasz_softmax_loss`. Needs ``per_image=False`` and ``per_class=False``.
+        upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
+            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+        align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
     Returns:
@@ -226,18 +257,21 @@ def lovasz_hinge_loss(
     backend, valid_pixels, ranks = prepare(check, check_values, logits, target, method, process_group, backend)
     ignore_index = arguments.as_ignore_index(ignore_index)
     n, _, p = mask_shape(logits)
-    y = target.reshape(n, p)
     method = choose_method(method, n, p, valid_pixels, per_image, ranks, backend)
     if backend == "reference":
         loss, certificate = reference.lovasz_hinge_loss(
             logits, target, ignore_index=ignore_index, method=method, **options, **_of_ranks(ranks)
         )
         return (loss, certificate) if return_certificate else loss
-    x = logits.reshape(n, 1, p)
     options |= {
         "selected": None, "present": False, "class_weight": None, "ignore_index": ignore_index, "background_index": None,
         "errors": Errors.HINGE, "backend": backend,
     }  # fmt: skip
+    if upsample is None:
+        x, y = logits.reshape(n, 1, p), target.reshape(n, p)
+    else:
+        x, y = upsample.inputs(target, mask=True)
+        options["upsample"] = upsample.interpolation
     if method == "exact":
         loss = ops.lovasz_exact(x, y, valid_pixels=valid_pixels, **options)
         certificate = loss.new_zeros((n,) if per_image else (), dtype=torch.float64)
@@ -337,7 +371,7 @@ def check_mask(logits: Tensor, target: Tensor, per_image: bool, of_two_classes: 
         )
     if _without_channel(logits, target) != _without_channel(target, logits):
         expected = f"the shape of logits, {list(logits.shape)}, with or without a channel of 1"
-        message = f"target must have {expected}, got {list(target.shape)}"
+        message = f"target must have {expected}, got {list(target.shape)}{arguments.upsample_hint(target, logits)}"
         if logits.dim() > 1 and logits.size(1) == 2:
             message += (
                 f"; for two-class logits [N, 2, *] use {of_two_classes}, or give this function one logit per pixel: "

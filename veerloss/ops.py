@@ -167,12 +167,12 @@ def sigmoid_focal(
 
 def softmax_focal(
     logits, target, *, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer, backend,
-    upcast_loss=False,
+    upcast_loss=False, upsample=None,
 ) -> Tensor:  # fmt: skip
     return _checked(backend, logits).softmax_focal_forward.default(
         logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=gamma,
         label_smoothing=label_smoothing, ignore_index=ignore_index, **_divisor(reduction, normalizer),
-        upcast_loss=upcast_loss or _upcasts(logits),
+        upcast_loss=upcast_loss or _upcasts(logits), upsample=upsample,
     )[0]  # fmt: skip
 
 
@@ -210,12 +210,12 @@ def _(logits, target, reduction, upcast_loss, **_):
 
 def lovasz_exact(
     logits, target, *, selected, present, per_image, class_weight, ignore_index, background_index, errors, reduction,
-    valid_pixels, backend
+    valid_pixels, backend, upsample=None,
 ) -> Tensor:  # fmt: skip
     return _checked(backend, logits).lovasz_exact_forward.default(
         logits=logits, target=target, selected=selected, present=present, per_image=per_image, class_weight=class_weight,
         ignore_index=ignore_index, background_index=background_index, errors=int(errors), reduction=_REDUCTION[reduction],
-        valid_pixels=valid_pixels, keep_weights=_is_differentiated(logits), upcast_loss=_upcasts(logits),
+        valid_pixels=valid_pixels, keep_weights=_is_differentiated(logits), upcast_loss=_upcasts(logits), upsample=upsample,
     )[0]  # fmt: skip
 
 
@@ -226,14 +226,14 @@ def _is_differentiated(logits: Tensor) -> bool:
 
 def lovasz_histogram(
     logits, target, *, selected, present, per_image, class_weight, ignore_index, background_index, errors, reduction,
-    valid_pixels, ranks, backend,
+    valid_pixels, ranks, backend, upsample=None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss, bounds): the bounds on what binning changed, one per segment [N or 1, C]."""
     arguments = {
         "logits": logits, "target": target, "selected": selected, "present": present, "per_image": per_image,
         "class_weight": class_weight, "ignore_index": ignore_index, "background_index": background_index,
         "errors": int(errors), "reduction": _REDUCTION[reduction], "valid_pixels": valid_pixels,
-        "upcast_loss": _upcasts(logits),
+        "upcast_loss": _upcasts(logits), "upsample": upsample,
     }  # fmt: skip
     namespace = _checked(backend, logits)
     if ranks is not None:
@@ -298,7 +298,7 @@ def region(logits, target, *, activation, form, reduction, ranks, backend, **opt
     if ranks is None:
         return namespace.region_forward.default(**arguments)[0]
     names = [argument.name for argument in namespace.region_forward.default._schema.arguments]
-    return _OfRanks.apply(NAMESPACES[backend], "region", ranks, *(arguments[name] for name in names))[0]
+    return _OfRanks.apply(NAMESPACES[backend], "region", ranks, *(arguments.get(name) for name in names))[0]
 
 
 def _region_forward(
@@ -339,7 +339,7 @@ def compound(logits, target, *, ranks, backend, **options) -> tuple[Tensor, Tens
         loss, *_, parts = namespace.compound_forward.default(**arguments)
         return loss, parts
     names = [argument.name for argument in namespace.compound_forward.default._schema.arguments]
-    return _OfRanks.apply(NAMESPACES[backend], "compound", ranks, *(arguments[name] for name in names))
+    return _OfRanks.apply(NAMESPACES[backend], "compound", ranks, *(arguments.get(name) for name in names))
 
 
 @_fake("compound_forward")

@@ -13,6 +13,7 @@ from . import ops, reference
 from ._distributed import join
 from ._layout import Activation, Form
 from ._module import LossModule
+from ._upsample import LowLogits, option
 from ._version import __version__
 
 ACTIVATIONS = {"softmax": Activation.SOFTMAX, "sigmoid": Activation.SIGMOID, "none": Activation.NONE}
@@ -20,6 +21,18 @@ FORMS = {"linear": Form.LINEAR, "log": Form.LOG, "log_cosh": Form.LOG_COSH}
 Smooth = float | tuple[float, float]
 
 
+def _takes_low(low: LowLogits, target: Tensor, device: str, options: dict) -> bool:
+    """On a GPU only what a softmax's own kernels do."""
+    if device != "cuda":
+        return True
+    hard = target.dim() == low.logits.dim() - 1 and not options.get("squared", False)
+    return hard and options.get("activation", "softmax") == "softmax" and low.fits_gpu(32)
+
+
+_with_upsample = option(loss="region", fused=_takes_low, mask=lambda _: False)
+
+
+@_with_upsample
 def tversky_loss(
     logits: Tensor,
     target: Tensor,
@@ -39,6 +52,8 @@ def tversky_loss(
     background_index: int | None = None,
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     r"""Tversky loss: 1 - TI, the index of a class over its pixels.
@@ -77,6 +92,9 @@ def tversky_loss(
             gradient. DistributedDataParallel takes the mean of gradients over ranks where the sum is right: multiply the loss
             by the number of ranks. Not with ``per_image`` (there, the mean of the ranks' losses is the loss of all), and not
             inside torch.compile.
+        upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
+            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+        align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native" or "reference". An explicit name never falls back.
 
     Returns:
@@ -99,10 +117,11 @@ def tversky_loss(
         logits, target, alpha=alpha, beta=beta, smooth_scale=1.0, activation=activation, classes=classes,
         present_only=present_only, per_image=per_image, squared=squared, smooth=smooth, form=form, exponent=exponent,
         class_weight=class_weight, ignore_index=ignore_index, background_index=background_index, reduction=reduction,
-        process_group=process_group, backend=backend,
+        process_group=process_group, upsample=upsample, backend=backend,
     )  # fmt: skip
 
 
+@_with_upsample
 def dice_loss(
     logits: Tensor,
     target: Tensor,
@@ -120,6 +139,8 @@ def dice_loss(
     background_index: int | None = None,
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     r"""Dice loss: 1 - the soft Dice coefficient of a class over its pixels.
@@ -139,10 +160,11 @@ def dice_loss(
         logits, target, alpha=0.5, beta=0.5, smooth_scale=0.5, activation=activation, classes=classes,
         present_only=present_only, per_image=per_image, squared=squared, smooth=smooth, form=form, exponent=exponent,
         class_weight=class_weight, ignore_index=ignore_index, background_index=background_index, reduction=reduction,
-        process_group=process_group, backend=backend,
+        process_group=process_group, upsample=upsample, backend=backend,
     )  # fmt: skip
 
 
+@_with_upsample
 def jaccard_loss(
     logits: Tensor,
     target: Tensor,
@@ -160,6 +182,8 @@ def jaccard_loss(
     background_index: int | None = None,
     reduction: str = "mean",
     process_group: dist.ProcessGroup | None = None,
+    upsample: str | None = None,
+    align_corners: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     r"""Soft Jaccard loss: 1 - the soft intersection over union of a class over its pixels.
@@ -179,13 +203,13 @@ def jaccard_loss(
         logits, target, alpha=1.0, beta=1.0, smooth_scale=1.0, activation=activation, classes=classes,
         present_only=present_only, per_image=per_image, squared=squared, smooth=smooth, form=form, exponent=exponent,
         class_weight=class_weight, ignore_index=ignore_index, background_index=background_index, reduction=reduction,
-        process_group=process_group, backend=backend,
+        process_group=process_group, upsample=upsample, backend=backend,
     )  # fmt: skip
 
 
 def _region_loss(
     logits, target, *, alpha, beta, smooth_scale, activation, classes, present_only, per_image, squared, smooth, form, exponent,
-    class_weight, ignore_index, background_index, reduction, process_group, backend,
+    class_weight, ignore_index, background_index, reduction, process_group, upsample, backend,
 ) -> Tensor:  # fmt: skip
     """``smooth_scale``: of the user's ``smooth`` beside I; the numerator of Dice has twice it."""
     options: dict = {}
@@ -252,14 +276,17 @@ def _region_loss(
         return reference.tversky_loss(logits, target, classes=classes, class_weight=class_weight, **options, **all_reduce)
     present_only = options.pop("present_only")
     present = classes == "present" or (present_only and classes != "all")
-    x = arguments.as_pixels(logits)
-    n, _, p = x.shape
+    if upsample is None:
+        x = arguments.as_pixels(logits)
+        y = arguments.as_pixels(target) if _is_dense(target, logits) else target.reshape(x.size(0), x.size(2))
+    else:
+        x, y = upsample.inputs(target)
+        options["upsample"] = upsample.interpolation
     if class_weight is not None:
         class_weight = class_weight.to(arguments.opmath_dtype(logits)).contiguous()
     numerator, denominator = options.pop("smooth")
     return ops.region(
-        x, arguments.as_pixels(target) if _is_dense(target, logits) else target.reshape(n, p),
-        selected=arguments.selected_classes(arguments.check_classes(classes, logits), logits), present=present,
+        x, y, selected=arguments.selected_classes(arguments.check_classes(classes, logits), logits), present=present,
         class_weight=class_weight, smooth_numerator=numerator, smooth_denominator=denominator, ranks=ranks, backend=backend,
         **options,
     )  # fmt: skip

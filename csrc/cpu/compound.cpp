@@ -12,8 +12,9 @@ void sum(const CompoundSum& args) {
   BadTarget bad;
   const SegmentTiles tiles(b, false, capacity, bad);
   SharedTermSums shared(b, args.terms, tiles.count());
+  const std::optional<LowLogits<T>> low = low_logits_of<T>(b);
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> rows(b.classes(), capacity, false, true);
+    TileRows<T> rows(b.classes(), capacity, false, true, low);
     TermSummer<T> sum_terms(b, args.terms, capacity, shared);
     for (int64_t k = begin; k < end; ++k) {
       if (tiles[k].loaded() == 0) continue;

@@ -43,17 +43,21 @@ void segment_gradient(const SegmentBatch& b, const SegmentGradient& out, const S
   const bool by_label = Weights::by_error || terms.any();
   const double grad_of_loss = terms.any() ? load_element<double>(gradient_view(out), 0) : 0.0;
   BadTarget bad;  // the forward pass has raised it
-  parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> t(g.channels, capacity, true, by_label);
+  const std::optional<LowLogits<T>> low_logits = low_logits_of<T>(b);
+  std::optional<LowGradient<T>> low_gradient;
+  if (b.upsample) low_gradient.emplace(*b.upsample, out.grad_logits);
+  parallel_for(b.upsample ? tiles.parts() : tiles.count(), [&](int64_t begin, int64_t end) {
+    TileRows<T> t(g.channels, capacity, true, by_label, low_logits);
+    std::optional<UpsampledGradient<T>> low;
+    if (b.upsample) low.emplace(*low_gradient);
     Weights weigh(weights);
     TermGradient<T> added(b, terms, grad_of_loss, capacity);
     FocalOfTile<T>* const focal = added.focal();
     const bool hard = focal && !focal->soft();
-    for (int64_t k = begin; k < end; ++k) {
-      const Tile& tile = tiles[k];
+    const auto differentiate = [&](const Tile& tile) {
       const int64_t n = tile.loaded();
       if (tile.sparse()) clear_run(out.grad_logits, g, tile.span);
-      if (tile.size == 0) continue;
+      if (tile.size == 0) return;
       if (by_label || tile.size < tile.span.count) tiles.load_labels_of(b, tile, t, bad);
       if (by_label || b.errors != Errors::hinge) load_tile(b, tile, capacity, t, !Weights::makes_exponentials(b));
       if (tile.sparse()) pixel_offsets(t.offset.data(), out.grad_logits, g, tile.span.first, t.index.data(), n);
@@ -77,7 +81,7 @@ void segment_gradient(const SegmentBatch& b, const SegmentGradient& out, const S
         if (softmax && !Weights::makes_exponentials(b)) find_label_logit(t, n);
         focal->differentiate(t, n, added.focal_factor());
       }
-      T* const in_place = softmax && !tile.sparse() ? row_in_place<T>(out.grad_logits, g, 0, tile.span) : nullptr;
+      T* const in_place = softmax && !tile.sparse() && !low ? row_in_place<T>(out.grad_logits, g, 0, tile.span) : nullptr;
       T* const to = in_place ? in_place : t.grad;
       const int64_t stride = in_place ? out.grad_logits.stride_channel : capacity;
       const int32_t* const label = t.label.data();
@@ -108,14 +112,25 @@ void segment_gradient(const SegmentBatch& b, const SegmentGradient& out, const S
       }
       for (int64_t c = 0; c < g.channels; ++c) {
         if (softmax && focal && focal->soft()) focal->add_soft(t, n, c, to + c * stride);
-        if (in_place) continue;
+        if (in_place || low) continue;
         if (tile.sparse())
           scatter_row(t.grad + c * capacity, out.grad_logits, c, t.offset.data(), n);
         else
           store_row(t.grad + c * capacity, out.grad_logits, g, c, tile.span);
       }
+      if (low) low->add(tile.span.first / g.pixels, tile.span.first % g.pixels, n, t.grad, capacity);
+    };
+    for (int64_t k = begin; k < end; ++k) {
+      if (!low) {
+        differentiate(tiles[k]);
+        continue;
+      }
+      low->begin_band(k);
+      tiles.for_each_of_part(k, differentiate);
+      low->end_band();
     }
   });
+  if (low_gradient) low_gradient->store();
 }
 
 }  // namespace veerloss

@@ -71,8 +71,9 @@ void sum(const RegionSums& args) {
   BadTarget bad;
   const SegmentTiles tiles(b, false, capacity, bad);
   std::vector<std::atomic<int64_t>> sums(b.segments() * RegionLayout::words);
+  const std::optional<LowLogits<T>> low = low_logits_of<T>(b);
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> rows(b.classes(), capacity, false, false);
+    TileRows<T> rows(b.classes(), capacity, false, false, low);
     RegionRows<T> row_of(in, capacity);
     for (int64_t k = begin; k < end; ++k) {
       const Tile& tile = tiles[k];

@@ -50,8 +50,9 @@ std::vector<SegmentCounts<T>> write_keys(const SegmentBatch& b, const SegmentTil
   std::vector<SegmentCounts<T>> counts(b.segments());
   std::mutex mutex;
   SharedTermSums term_sums(b, terms, tiles.count());
+  const std::optional<LowLogits<T>> low = low_logits_of<T>(b);
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> t(g.channels, capacity, false, terms.any());
+    TileRows<T> t(g.channels, capacity, false, terms.any(), low);
     TermSummer<T> sum_terms(b, terms, capacity, term_sums);
     std::vector<SegmentCounts<T>> thread_counts(b.segments());
     std::vector<typename ErrorKey<T>::Word> of_span(capacity + 16);

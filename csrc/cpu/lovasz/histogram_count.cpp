@@ -87,8 +87,9 @@ void count(const LovaszHistogramCount& args) {
   const int64_t capacity = tile_length(classes, sizeof(T), b.length());  // far below 65535, the capacity of a counter
   const SegmentTiles tiles(b, args.sampled, capacity, bad);
   SharedTermSums term_sums(b, args.terms, tiles.count());
+  const std::optional<LowLogits<T>> low = low_logits_of<T>(b);
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> rows(classes, capacity, false, true);
+    TileRows<T> rows(classes, capacity, false, true, low);
     TileCoordinates<T> coordinates(b, capacity, args.terms.any());
     Counter counter(b, args.bins, capacity, shared);
     TermSummer<T> sum_terms(b, args.terms, capacity, term_sums);

@@ -63,8 +63,9 @@ void sum(const LovaszHistogramSum& args) {
   BadTarget bad;  // the counts have raised it
   const SegmentTiles tiles(b, false, capacity, bad);
   std::vector<std::atomic<int64_t>> sums(b.segments());
+  const std::optional<LowLogits<T>> low = low_logits_of<T>(b);
   parallel_for(tiles.count(), [&](int64_t begin, int64_t end) {
-    TileRows<T> rows(b.classes(), capacity, false, false);
+    TileRows<T> rows(b.classes(), capacity, false, false, low);
     BinWeights<T> weigh(b, args.bins, args.table, args.weights, capacity);
     std::vector<T> weight(capacity);
     std::vector<float> error(capacity);

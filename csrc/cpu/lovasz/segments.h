@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "../parallel.h"
 #include "../simd/vecmath.h"
 #include "../targets.h"
+#include "../upsample.h"
 
 #define VEERLOSS_TILES "softmax_tiles.h"
 #include "../simd/dispatch_isa.h"
@@ -22,13 +24,14 @@ namespace veerloss {
 template <class T>
 struct TileRows {
   // keep_logits: exponentials have rows of their own.
-  TileRows(int64_t classes, int64_t tile, bool gradient, bool keep_logits)
+  TileRows(int64_t classes, int64_t tile, bool gradient, bool keep_logits, const std::optional<LowLogits<T>>& low_logits)
       : label(tile + 1),
         index(tile + 1),
         offset(tile),
         has_weight(gradient ? tile : 0),
         total(classes > classes_per_sum ? tile : 0),
         storage(tile * ((1 + gradient + keep_logits) * classes + (gradient ? 7 : 5))) {
+    if (low_logits) low.emplace(*low_logits);
     T* next = storage.data();
     const auto take = [&](int64_t rows) { return std::exchange(next, next + rows * tile); };
     values = exps = take(classes);
@@ -56,7 +59,15 @@ struct TileRows {
   T* label_logit;                                           // [tile], less the largest; of a focal term
   T* grad = nullptr;                                        // [classes][tile]
   T *pivot = nullptr, *others = nullptr;                    // [tile]: see GradientTiles
+  std::optional<UpsampledRows<T>> low;                      // where logits are of low resolution
 };
+
+// Those of a pass, if they are of low resolution.
+template <class T>
+std::optional<LowLogits<T>> low_logits_of(const SegmentBatch& b) {
+  if (!b.upsample) return std::nullopt;
+  return std::optional<LowLogits<T>>(std::in_place, *b.upsample, b.logits);
+}
 
 // The pixels of a span that are not ignored; of a sample, some of them.
 struct Tile {
@@ -65,10 +76,11 @@ struct Tile {
   int64_t size;    // pixels of the tile
   int64_t before;  // how many of the row, of a sample of the image, are not ignored before the span
   bool sampled;
+  bool dense;      // all are loaded, whatever is ignored
 
   // Whether they are loaded one by one. Of most of a span all are, and the ignored ones computed with them, marked by their
   // label: less work than to leave them out.
-  bool sparse() const { return size < span.count && (sampled || 2 * size <= span.count); }
+  bool sparse() const { return size < span.count && !dense && (sampled || 2 * size <= span.count); }
   // Pixels in the rows of a tile.
   int64_t loaded() const { return sparse() ? size : span.count; }
 };
@@ -82,35 +94,43 @@ class SegmentTiles {
     constexpr int64_t max_span = 16;
     const Geometry& g = b.geometry;
     const int64_t units = sampled ? g.images : b.rows(), length = sampled ? g.pixels : b.length();
-    const int64_t blocks = (length + capacity - 1) / capacity;
-    const auto block_of = [&](int64_t unit, int64_t k) {
-      return Run{unit * length + k * capacity, std::min(capacity, length - k * capacity)};
-    };
+    const std::vector<Run> parts = parts_of(b, units, length);
+    std::vector<Run> blocks;
+    std::vector<int64_t> first_block;  // of each part
+    for (const Run& part : parts) {
+      first_block.push_back(static_cast<int64_t>(blocks.size()));
+      for (int64_t at = 0; at < part.count; at += capacity)
+        blocks.push_back({part.first + at, std::min(capacity, part.count - at)});
+    }
+    first_block.push_back(static_cast<int64_t>(blocks.size()));
     std::vector<int32_t> valid;
     if (b.rule.has_ignore) {
-      valid.resize(units * blocks);
-      parallel_for(units * blocks, [&](int64_t begin, int64_t end) {
+      valid.resize(blocks.size());
+      parallel_for(static_cast<int64_t>(blocks.size()), [&](int64_t begin, int64_t end) {
         std::vector<int32_t> label(capacity);
         for (int64_t k = begin; k < end; ++k) {
-          const Run run = block_of(k / blocks, k % blocks);
-          load_labels(label.data(), b.target, g, b.rule, run, bad);
-          valid[k] = static_cast<int32_t>(count_pixels(label.data(), run.count));
+          load_labels(label.data(), b.target, g, b.rule, blocks[k], bad);
+          valid[k] = static_cast<int32_t>(count_pixels(label.data(), blocks[k].count));
         }
       });
     }
-    for (int64_t unit = 0; unit < units; ++unit) {
-      const int64_t row = sampled && !b.per_image ? 0 : unit;
-      int64_t before = 0;
-      Tile tile{row, {unit * length, 0}, 0, 0, sampled};
+    const bool dense = b.upsample && !sampled;
+    int64_t unit = -1, before = 0;
+    for (size_t part = 0; part < parts.size(); ++part) {
+      if (parts[part].first / length != unit) before = 0;
+      unit = parts[part].first / length;
+      const int64_t row = sampled && !b.per_image ? 0 : unit, before_part = before;
+      Tile tile{row, {parts[part].first, 0}, 0, before, sampled, dense};
       const auto end_tile = [&](int64_t next) {
         if (tile.span.count > 0) tiles_.push_back(tile);
-        tile = {row, {next, 0}, 0, before, sampled};
+        tile = {row, {next, 0}, 0, before, sampled, dense};
       };
-      for (int64_t k = 0; k < blocks; ++k) {
-        const Run run = block_of(unit, k);
-        const int64_t counted = valid.empty() ? run.count : valid[unit * blocks + k];
+      first_tile_.push_back(count());
+      for (int64_t k = first_block[part]; k < first_block[part + 1]; ++k) {
+        const Run run = blocks[k];
+        const int64_t counted = valid.empty() ? run.count : valid[k];
         const int64_t size = sampled ? sampled_before(before + counted) - sampled_before(before) : counted;
-        const bool most = 2 * size > run.count;  // a tile of its own
+        const bool most = dense || 2 * size > run.count;  // a tile of its own
         if (most || tile.size + size > capacity || tile.span.count >= max_span * capacity) end_tile(run.first);
         tile.span.count += run.count;
         tile.size += size;
@@ -118,8 +138,17 @@ class SegmentTiles {
         if (most) end_tile(run.first + run.count);
       }
       end_tile(0);
-      valid_[row] += before;
+      valid_[row] += before - before_part;
     }
+    first_tile_.push_back(count());
+  }
+
+  // Parts of a row whose tiles one thread is to have: of logits of low resolution the bands of upsample.h, of each image. Calls
+  // f(tile) for those of part k.
+  int64_t parts() const { return static_cast<int64_t>(first_tile_.size()) - 1; }
+  template <class F>
+  void for_each_of_part(int64_t k, const F& f) const {
+    for (int64_t i = first_tile_[k]; i < first_tile_[k + 1]; ++i) f(tiles_[i]);
   }
 
   int64_t count() const { return static_cast<int64_t>(tiles_.size()); }
@@ -156,6 +185,19 @@ class SegmentTiles {
   }
 
  private:
+  static std::vector<Run> parts_of(const SegmentBatch& b, int64_t units, int64_t length) {
+    std::vector<Run> parts;
+    if (!b.upsample) {
+      for (int64_t unit = 0; unit < units && length > 0; ++unit) parts.push_back({unit * length, length});
+      return parts;
+    }
+    const int64_t width = b.upsample->axes[2].full;
+    for (int64_t image = 0; image < b.geometry.images && width > 0; ++image)
+      for (const Band& band : bands_of(*b.upsample))
+        parts.push_back({image * b.geometry.pixels + band.begin * width, (band.end - band.begin) * width});
+    return parts;
+  }
+
   // Marks the pixels that are not in the sample as ignored; `before` pixels of the image count before them. Returns how many do
   // after them.
   static int64_t mark_sample(int32_t* label, int64_t n, int64_t before) {
@@ -174,6 +216,7 @@ class SegmentTiles {
 
   const bool sampled_;
   std::vector<Tile> tiles_;
+  std::vector<int64_t> first_tile_;  // of each part
   std::vector<int64_t> valid_;
 };
 
@@ -196,9 +239,14 @@ void load_tile(const SegmentBatch& b, const Tile& tile, int64_t capacity, TileRo
   const Geometry& g = b.geometry;
   const bool softmax = b.errors == Errors::softmax;
   const int64_t n = tile.loaded();
-  const T* in_place = softmax && !tile.sparse() ? row_in_place<T>(b.logits, g, 0, tile.span) : nullptr;
-  if (tile.sparse()) pixel_offsets(rows.offset.data(), b.logits, g, tile.span.first, rows.index.data(), n);
-  for (int64_t c = 0; !in_place && c < g.channels; ++c) {
+  const T* in_place = softmax && !tile.sparse() && !b.upsample ? row_in_place<T>(b.logits, g, 0, tile.span) : nullptr;
+  if (b.upsample && tile.sparse())
+    rows.low->gather(g.pixels, tile.span.first, rows.index.data(), n, rows.values, capacity);
+  else if (b.upsample)
+    rows.low->load(tile.span.first / g.pixels, tile.span.first % g.pixels, n, rows.values, capacity);
+  else if (tile.sparse())
+    pixel_offsets(rows.offset.data(), b.logits, g, tile.span.first, rows.index.data(), n);
+  for (int64_t c = 0; !in_place && !b.upsample && c < g.channels; ++c) {
     if (tile.sparse())
       gather_row(rows.values + c * capacity, b.logits, c, rows.offset.data(), rows.index.data(), n);
     else
