@@ -222,6 +222,9 @@ def softmax_focal_loss(
     if upsample is not None:
         x, y = upsample.inputs(target)
         options["upsample"] = upsample.interpolation
+        if not x.is_cuda:
+            del options["label_smoothing"], options["backend"]
+            return ops.upsampled_focal(x, y, reduction=reduction, normalizer=normalizer, **options)
         return ops.softmax_focal(x, y, reduction=reduction, normalizer=normalizer, **options)
     x = arguments.as_pixels(logits)
     y = arguments.as_pixels(target) if probabilities else target.reshape(x.size(0), x.size(2))

@@ -40,6 +40,11 @@ _SCHEMAS = {
     "sigmoid_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SIGMOID}, Tensor scale) -> Tensor",
     "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, {_FOCAL_RESULT}",
     "softmax_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SOFTMAX}, Tensor scale) -> Tensor",
+    # Of a CPU, and hard labels. gradient: of the sum of the pixels' losses; [0] without `keep_gradient`.
+    "upsampled_focal_forward": "(Tensor logits, Tensor target, float alpha, Tensor? class_alpha, float gamma, "
+    "int? ignore_index, int reduction, float factor, Tensor? normalizer, bool upcast_loss, bool keep_gradient, int upsample) "
+    "-> (Tensor loss, Tensor scale, Tensor gradient)",
+    "upsampled_focal_backward": "(Tensor grad, Tensor logits, Tensor scale, Tensor gradient) -> Tensor",
     # valid_pixels: how many pixels are not ignored, where that is known.
     # weights: the signed weights of the errors, [C, N, P], or [0] without `keep_weights`; with valid_pixels, which only kernels
     # of the CPU take, [C, valid_pixels].
@@ -102,7 +107,9 @@ _SCHEMAS |= {
     "Tensor table, Tensor weights) -> Tensor",
 }
 _SCHEMAS = {
-    name: schema.replace(") ->", ", int? upsample=None) ->") if "Tensor target" in schema else schema
+    name: schema.replace(") ->", ", int? upsample=None) ->")
+    if "Tensor target" in schema and "upsample" not in schema
+    else schema
     for name, schema in _SCHEMAS.items()
 }
 #: Operator families, each with a <stem>_forward and a <stem>_backward; and the module of triton/ that has its kernels, None
@@ -110,6 +117,7 @@ _SCHEMAS = {
 FAMILIES = {
     "sigmoid_focal": "focal",
     "softmax_focal": "focal",
+    "upsampled_focal": None,
     "lovasz_exact": "lovasz_exact",
     "lovasz_histogram": None,
     "region": None,
@@ -176,6 +184,18 @@ def softmax_focal(
     )[0]  # fmt: skip
 
 
+def upsampled_focal(logits, target, *, alpha, class_alpha, gamma, ignore_index, reduction, normalizer, upsample) -> Tensor:
+    return _checked("native", logits).upsampled_focal_forward.default(
+        logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=gamma, ignore_index=ignore_index,
+        **_divisor(reduction, normalizer), upcast_loss=_upcasts(logits), keep_gradient=_is_differentiated(logits),
+        upsample=upsample,
+    )[0]  # fmt: skip
+
+
+def _upsampled_focal_backward(_, *, grad, logits, scale, gradient) -> Tensor:
+    return torch.mul(gradient, grad.to(gradient.dtype) * scale, out=torch.empty_like(logits))
+
+
 def _divisor(reduction: str, normalizer: float | Tensor | None) -> dict:
     """A normaliser turns "mean" into a scaled sum."""
     if normalizer is None:
@@ -203,6 +223,13 @@ def _(logits, target, reduction, upcast_loss, **_):
     shape = target.shape[:1] + target.shape[target.dim() - logits.dim() + 2 :] if reduction == Reduction.NONE else ()
     loss = logits.new_empty(shape, dtype=loss_dtype_of(logits, upcast_loss))
     return loss, logits.new_empty((), dtype=opmath_dtype(logits))
+
+
+@_fake("upsampled_focal_forward")
+def _(logits, upcast_loss, keep_gradient, **_):
+    opmath = opmath_dtype(logits)
+    gradient = logits.new_empty(logits.shape if keep_gradient else (0,), dtype=opmath)
+    return logits.new_empty((), dtype=loss_dtype_of(logits, upcast_loss)), logits.new_empty((), dtype=opmath), gradient
 
 
 # ---- Lovász
@@ -249,7 +276,7 @@ class _OfRanks(torch.autograd.Function):
     def forward(ctx, namespace, stem, ranks, *inputs):
         found = getattr(torch.ops, namespace)
         schema = getattr(found, f"{stem}_forward").default._schema
-        output = _autograd.by_name(schema, functools.partial(_WHOLE[stem], found, ranks=ranks))(*inputs)
+        output = _autograd.by_name(schema, functools.partial(_WHOLE[f"{stem}_forward"], found, ranks=ranks))(*inputs)
         ctx.saved = _autograd.SavedByName(namespace, stem)
         ctx.saved.setup_context(ctx, inputs, output)
         return output[0], output[-1]
@@ -362,8 +389,13 @@ def _(logits, target, focal, lovasz, region, errors, histogram, per_image, valid
 
 # ---- registration
 
-#: Forward operators that are steps put together.
-_WHOLE = {"lovasz_histogram": _histogram.forward, "region": _region_forward, "compound": _compound.forward}
+#: Operators that are others put together.
+_WHOLE = {
+    "lovasz_histogram_forward": _histogram.forward,
+    "region_forward": _region_forward,
+    "compound_forward": _compound.forward,
+    "upsampled_focal_backward": _upsampled_focal_backward,
+}
 
 
 def stems_of(namespace: str) -> tuple[str, ...]:
@@ -385,8 +417,10 @@ def define(namespace: str) -> None:
             schema = getattr(found, name).default._schema
             torch.library.register_fake(f"{namespace}::{name}", _autograd.by_name(schema, fake))
         _autograd.register(namespace, stem)
-    for stem in _WHOLE.keys() & stems:
-        name, whole = f"{stem}_forward", functools.partial(_WHOLE[stem], found)
+    for name in _WHOLE.keys() & _SCHEMAS.keys():
+        if not name.startswith(stems):
+            continue
+        whole = functools.partial(_WHOLE[name], found)
         schema = getattr(found, name).default._schema
         torch.library.impl(f"{namespace}::{name}", ("CPU", "CUDA"))(_autograd.by_name(schema, whole))
 

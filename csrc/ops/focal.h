@@ -21,9 +21,8 @@ View loss_view_of(const Tensor& loss, const Input& input, bool channels) {
 }
 
 // (loss, scale); `loss` is of the shape that the reduction asks for.
-template <class Input>
-std::tuple<Tensor, Tensor> focal_forward(const Op& op, void (*kernel)(const Input&, const FocalLoss&, Stream),
-                                         const Input& input, const Tensor& logits, Tensor loss, Reduction reduction,
+template <class Kernel, class Input>
+std::tuple<Tensor, Tensor> focal_forward(const Op& op, const Kernel& kernel, const Input& input, const Tensor& logits, Tensor loss, Reduction reduction,
                                          double factor, const std::optional<Tensor>& normalizer, int64_t scratch_bytes) {
   if (normalizer)
     op.check(on_device(*normalizer) && normalizer->numel() == 1 && dtype_of(*normalizer).has_value(), "normalizer", *normalizer,
