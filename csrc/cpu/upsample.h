@@ -17,6 +17,26 @@
 #include "../kernels.h"
 #include "rows.h"
 
+namespace veerloss {
+
+// Elements behind a row that is read in vectors.
+constexpr int64_t upsample_padding = 17;
+
+// 16 columns, or the last ones: the first pixel of low resolution that they add to, and the taps of UpsampleMap.
+template <class T>
+struct UpsampleChunk {
+  int64_t first, columns, first_tap, taps;
+};
+// Of each of eight pixels of low resolution one column, and what that adds to the pixel and to the next; in the upper half the
+// same for another row, whose columns come after those of the first.
+template <class T>
+struct UpsampleTap {
+  int32_t column[16];
+  T to_first[16], to_second[16];
+};
+
+}  // namespace veerloss
+
 #define VEERLOSS_TILES "upsample_tiles.h"
 #include "simd/dispatch_isa.h"
 
@@ -88,6 +108,7 @@ class UpsampleMap {
       to_first_[k] = T(1) - second_weight_[i];
       to_second_[k] = second_weight_[i];
     }
+    find_chunks();
   }
 
   int64_t width() const { return x_.full; }
@@ -124,15 +145,60 @@ class UpsampleMap {
     if (is_nearest())
       VEERLOSS_DISPATCH(UpsampleTiles::copy(low, first_.data(), width(), out));
     else
-      VEERLOSS_DISPATCH(UpsampleTiles::expand(low, first_.data(), second_weight_.data(), width(), out));
+      VEERLOSS_DISPATCH(
+          UpsampleTiles::expand(low, first_.data(), second_weight_.data(), width(), x_.low <= x_.full, out));
   }
-  // sum: [2 * (low_width() + 1)]
-  void contract(const T* row, T* sum, T* low) const {
-    VEERLOSS_DISPATCH(UpsampleTiles::contract(row, at_.data(), to_first_.data(), to_second_.data(), longest_, low_width(), sum, low));
+  // Adds the rows of full width of all channels, a width apart, to those of low resolution, row_of(channel). sums: scratch.
+  template <class F>
+  void contract(const T* rows, std::vector<T>& sums, const F& row_of) const {
+    const int64_t stride = low_width() + upsample_padding;
+    sums.resize(2 * stride);
+    int64_t c = 0;
+    for (; !chunks_.empty() && c + 2 <= channels_; c += 2) {
+      const T* const row = rows + c * width();
+      std::fill_n(sums.data(), 2 * stride, T(0));
+      if (!VEERLOSS_DISPATCH(UpsampleTiles::contract_pair(row, row + width(), chunks_.data(),
+                                                          static_cast<int64_t>(chunks_.size()), taps_.data(), sums.data(), stride)))
+        break;
+      for (int64_t k = 0; k < 2; ++k) {
+        T* const to = row_of(c + k);
+        for (int64_t i = 0; i < low_width(); ++i) to[i] += sums[k * stride + i];
+      }
+    }
+    for (; c < channels_; ++c)
+      VEERLOSS_DISPATCH(UpsampleTiles::contract(rows + c * width(), at_.data(), to_first_.data(), to_second_.data(), longest_,
+                                                low_width(), sums.data(), row_of(c)));
   }
 
  private:
   bool in_planes() const { return z_.full > 1 || z_.low > 1; }
+
+  // None where 16 columns lie among more than eight pixels of low resolution.
+  void find_chunks() {
+    for (int64_t at = 0; at < x_.full; at += 16) {
+      const int64_t columns = std::min<int64_t>(16, x_.full - at), first = first_[at];
+      UpsampleChunk<T> chunk{first, columns, static_cast<int64_t>(taps_.size()), 0};
+      std::array<int64_t, 8> taken{};
+      for (int64_t l = 0; l < columns; ++l) {
+        const int64_t x = first_[at + l] - first;
+        if (x < 0 || x > 6) {
+          chunks_.clear();
+          return;
+        }
+        if (taken[x] == chunk.taps) {
+          taps_.push_back({});
+          ++chunk.taps;
+        }
+        UpsampleTap<T>& tap = taps_[chunk.first_tap + taken[x]++];
+        for (int64_t half = 0; half < 2; ++half) {
+          tap.column[8 * half + x] = static_cast<int32_t>(l + 16 * half);
+          tap.to_second[8 * half + x] = second_weight_[at + l];
+          tap.to_first[8 * half + x] = T(1) - second_weight_[at + l];
+        }
+      }
+      chunks_.push_back(chunk);
+    }
+  }
 
   UpsampleAxis z_, y_, x_;
   int64_t images_, channels_;
@@ -142,6 +208,8 @@ class UpsampleMap {
   int64_t longest_ = 0;
   std::vector<int32_t> at_;
   std::vector<T> to_first_, to_second_;
+  std::vector<UpsampleChunk<T>> chunks_;
+  std::vector<UpsampleTap<T>> taps_;
   std::vector<Band> bands_;
 };
 
@@ -206,11 +274,11 @@ class LowLogits {
  public:
   LowLogits(const Upsample& u, const View& logits) : map(u), view_(logits), low_(u.low) {}
 
-  // A row, and a 0 behind it.
+  // A row, and zeros behind it.
   void load(int64_t image, int64_t channel, int64_t row, T* out) const {
     const int64_t width = map.low_width();
     load_row(out, view_, low_, channel, {image * low_.pixels + row * width, width});
-    out[width] = T(0);
+    std::fill_n(out + width, upsample_padding, T(0));
   }
 
   const UpsampleMap<T> map;
@@ -224,7 +292,7 @@ template <class T>
 class UpsampledRows {
  public:
   explicit UpsampledRows(const LowLogits<T>& logits)
-      : logits_(logits), slots_(logits.map), low_(logits.map.low_width() + 1) {}
+      : logits_(logits), slots_(logits.map), low_(logits.map.low_width() + upsample_padding) {}
 
   // The pixels of a run, which lies in one image, of all channels: out [channels][stride].
   void load(int64_t image, int64_t pixel, int64_t count, T* out, int64_t stride) {
@@ -327,7 +395,7 @@ template <class T>
 class UpsampledGradient {
  public:
   explicit UpsampledGradient(LowGradient<T>& low)
-      : low_(low), slots_(low.map), sum_(2 * (low.map.low_width() + 1)) {}
+      : low_(low), slots_(low.map) {}
 
   void begin_band(int64_t k) { band_ = k; }
   // The gradients of a run of the band, [channels][stride].
@@ -351,14 +419,13 @@ class UpsampledGradient {
 
  private:
   void contract(T* slot, int64_t key) {
-    const UpsampleMap<T>& map = low_.map;
-    for (int64_t c = 0; c < map.channels(); ++c)
-      map.contract(slot + c * map.width(), sum_.data(), low_.row(band_, key / map.low_rows(), c, key % map.low_rows()));
+    const int64_t rows = low_.map.low_rows();
+    low_.map.contract(slot, sums_, [&](int64_t c) { return low_.row(band_, key / rows, c, key % rows); });
   }
 
   LowGradient<T>& low_;
   RowSlots<T> slots_;
-  std::vector<T> sum_;
+  std::vector<T> sums_;
   int64_t band_ = 0;
 };
 

@@ -66,9 +66,11 @@ namespace veerloss::baseline {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
+#define VEERLOSS_AVX2  // guards intrinsics, where the compiler does not vectorise well
 namespace veerloss::avx2 {
 #include VEERLOSS_TILES
 }
+#undef VEERLOSS_AVX2
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
@@ -78,7 +80,7 @@ namespace veerloss::avx2 {
 // prefer-vector-width: by default the compiler uses 256 bits, half of what these purely arithmetic loops can use.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 #endif
-#define VEERLOSS_AVX512  // guards intrinsics, where the compiler does not vectorise well
+#define VEERLOSS_AVX512  // likewise
 namespace veerloss::avx512 {
 #include VEERLOSS_TILES
 }
