@@ -121,7 +121,8 @@ def backward_arguments(operators, stem: str, arguments: dict) -> dict:
     forward, backward = (getattr(operators, f"{stem}_{direction}").default for direction in ("forward", "backward"))
     with torch.no_grad():
         results = forward(**arguments)
-    known = arguments | dict(zip(names(forward._schema.returns), results, strict=True)) | {"grad": torch.ones_like(results[0])}
+    known = {"upsample": None} | arguments | dict(zip(names(forward._schema.returns), results, strict=True))
+    known["grad"] = torch.ones_like(results[0])
     return {name: known[name] for name in names(backward._schema.arguments)}
 
 
@@ -134,7 +135,7 @@ def valid(operators, operator: str) -> dict:
     if operator.endswith("_backward"):
         return backward_arguments(operators, stem, arguments)
     if stem == "region":
-        known = arguments.copy()
+        known = {"upsample": None} | arguments
         for step in ("sum", "weigh"):
             name = f"region_{step}"
             of_step = {argument: known[argument] for argument in names(getattr(operators, name).default._schema.arguments)}
@@ -142,11 +143,11 @@ def valid(operators, operator: str) -> dict:
                 return of_step
             known["sums"] = getattr(operators, name)(**of_step)
     if stem == "compound" and operator != "compound_count":
-        known = arguments | sums_of_terms(1, 3)
+        known = {"upsample": None} | arguments | sums_of_terms(1, 3)
         return {argument: known[argument] for argument in names(getattr(operators, operator).default._schema.arguments)}
     x = arguments["logits"]
     segments = (x.size(0) if arguments["per_image"] else 1, x.size(1))
-    known = {"background_index": None, "class_weight": None, "reduction": Reduction.MEAN} | arguments | {
+    known = {"background_index": None, "class_weight": None, "reduction": Reduction.MEAN, "upsample": None} | arguments | {
         "table": None, "counted_table": None, "segment_mask": None, "sampled": False, "find_largest": True,
         "recounted_mask": None, "recounts": None, "recounted_table": None, "bins": bin_count(x.size(1)), "again": False,
     }  # fmt: skip

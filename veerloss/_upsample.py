@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _arguments as arguments
+from . import ops
 from ._layout import Interpolation
 
 #: By mode, the number of spatial dimensions; None for any.
@@ -83,10 +84,15 @@ def _in_order(t: Tensor, first: int) -> Tensor:
     return t
 
 
-def option(*, loss: str, fused: Callable[[LowLogits, Tensor, str, dict], bool], mask: Callable[[dict], bool]) -> Callable:
+def by_cuda_kernels(logits: Tensor) -> bool:
+    """Whether "native" is the kernels of csrc/cuda: on a GPU, or emulated."""
+    return logits.is_cuda or ops.NAMESPACES["native"] != "veerloss"
+
+
+def option(*, loss: str, fused: Callable[[LowLogits, Tensor, bool, dict], bool], mask: Callable[[dict], bool]) -> Callable:
     """Gives a loss function the options ``upsample`` and ``align_corners``.
 
-    The function itself gets a LowLogits as its ``upsample`` where `fused(low, target, device type, options)` says that the
+    The function itself gets a LowLogits as its ``upsample`` where `fused(low, target, by_cuda_kernels, options)` says that the
     native kernels take it, with LowLogits.shaped() as its logits. `loss`: of _arguments.LOSSES; `mask(options)`: whether logits
     may be those of a binary mask, without a channel.
     """
@@ -101,7 +107,7 @@ def option(*, loss: str, fused: Callable[[LowLogits, Tensor, str, dict], bool], 
             low = _checked(logits, target, upsample, align_corners, mask(options))
             backend = options.get("backend", "auto")
             native = backend in ("auto", "native") and arguments.missing_reason("native", logits.device, loss) is None
-            if native and fused(low, target, logits.device.type, options):
+            if native and len(low.size) > 1 and fused(low, target, by_cuda_kernels(logits), options):
                 return function(low.shaped(), target, upsample=low, **options)
             found = function(low.interpolated(), target, **options)
             dtype = arguments.loss_dtype(logits)

@@ -29,9 +29,9 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def _takes_low(low: LowLogits, target: Tensor, device: str, options: dict) -> bool:
+def _takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
     """On a GPU of a softmax without smoothing, and of method "histogram", which keeps nothing for each pixel."""
-    if device != "cuda":
+    if not by_cuda:
         return True
     if options.get("activation", "softmax") != "softmax" or options.get("label_smoothing", 0.0) or not low.fits_gpu(24):
         return False

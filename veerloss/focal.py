@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _arguments as arguments
 from . import ops, reference
 from ._module import LossModule
-from ._upsample import LowLogits, option
+from ._upsample import LowLogits, by_cuda_kernels, option
 
 
 @option(loss="sigmoid focal", fused=lambda *_: False, mask=lambda _: False)
@@ -121,11 +121,11 @@ def sigmoid_focal_loss(
     return restore(loss) if reduction == "none" else loss
 
 
-def _takes_low(low: LowLogits, target: Tensor, device: str, options: dict) -> bool:
+def _takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
     """Of softmax_focal_loss: one class a pixel. On a CPU the forward pass makes the gradient, which one of each pixel's loss
     cannot scale."""
     hard = target.dim() == low.logits.dim() - 1 and options.get("label_smoothing", 0.0) == 0 and options.get("weight") is None
-    if device == "cuda":
+    if by_cuda:
         return hard and low.fits_gpu(32)
     return hard and options.get("reduction", "mean") != "none"
 
@@ -222,7 +222,7 @@ def softmax_focal_loss(
     if upsample is not None:
         x, y = upsample.inputs(target)
         options["upsample"] = upsample.interpolation
-        if not x.is_cuda:
+        if not by_cuda_kernels(x):
             del options["label_smoothing"], options["backend"]
             return ops.upsampled_focal(x, y, reduction=reduction, normalizer=normalizer, **options)
         return ops.softmax_focal(x, y, reduction=reduction, normalizer=normalizer, **options)

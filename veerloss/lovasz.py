@@ -24,9 +24,9 @@ METHODS = ("auto", "exact", "histogram")
 AUTO_HISTOGRAM_FROM = 1 << 19
 
 
-def _takes_low(low: LowLogits, target: Tensor, device: str, options: dict) -> bool:
+def _takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
     """Of lovasz_softmax_loss: on a GPU of method "histogram", which keeps nothing for each pixel, and so is "auto" here."""
-    if device != "cuda":
+    if not by_cuda:
         return True
     if not options.get("from_logits", True) or options.get("classes", "present") != "present" or not low.fits_gpu(24):
         return False
@@ -173,7 +173,7 @@ def lovasz_softmax_loss(
 
 @option(
     loss="lovasz",
-    fused=lambda low, target, device, options: device != "cuda" and not options.get("per_class", False),
+    fused=lambda low, target, by_cuda, options: not by_cuda and not options.get("per_class", False),
     mask=lambda options: not options.get("per_class", False),
 )
 def lovasz_hinge_loss(

@@ -21,9 +21,9 @@ FORMS = {"linear": Form.LINEAR, "log": Form.LOG, "log_cosh": Form.LOG_COSH}
 Smooth = float | tuple[float, float]
 
 
-def _takes_low(low: LowLogits, target: Tensor, device: str, options: dict) -> bool:
+def _takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
     """On a GPU only what a softmax's own kernels do."""
-    if device != "cuda":
+    if not by_cuda:
         return True
     hard = target.dim() == low.logits.dim() - 1 and not options.get("squared", False)
     return hard and options.get("activation", "softmax") == "softmax" and low.fits_gpu(32)
