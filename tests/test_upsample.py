@@ -188,10 +188,12 @@ def test_binary(method, backend):
     common = {"ignore_index": 255, "method": method}
     for options in ({"per_image": False}, {"per_image": True}):
         check(lovasz_hinge_loss, logits((2, 1, 6, 7)), target, "bilinear", False, backend, SLACK[method], **options, **common)
-    mask = {**ALL, "activation": "sigmoid", **common}
-    check(compound_loss, logits((2, 1, 6, 7)), target, "bilinear", True, backend, SLACK[method], **mask)
-    x = logits((2, 1, 6, 7))
-    for loss in (lovasz_hinge_loss, functools.partial(compound_loss, **mask)):
+    x, found = logits((2, 1, 6, 7)), [lovasz_hinge_loss]
+    if veerloss.ops.NAMESPACES["native"] == "veerloss":  # of a mask there is no kernel on a GPU, with upsample or without
+        mask = {**ALL, "activation": "sigmoid", **common}
+        check(compound_loss, x, target, "bilinear", True, backend, SLACK[method], **mask)
+        found.append(functools.partial(compound_loss, **ALL, activation="sigmoid"))
+    for loss in found:
         common = {"upsample": "bilinear", "backend": backend, "ignore_index": 255, "method": method}
         expected = loss(x, target, **common)
         assert torch.equal(loss(x[:, 0], target, **common), expected)

@@ -56,7 +56,9 @@ class LowLogits:
         spatial = len(self.size)
         if mask:
             target = target.reshape(target.size(0), *self.size)
-        return _in_order(self.logits, 2), _in_order(target, target.dim() - spatial)
+        # The CUDA kernels read neighbours in a row at one address.
+        x = self.logits.contiguous() if by_cuda_kernels(self.logits) else _in_order(self.logits, 2)
+        return x, _in_order(target, target.dim() - spatial)
 
     def fits_gpu(self, most_classes: int) -> bool:
         """Whether the CUDA kernels blend these: csrc/cuda/upsample.cuh, is_low."""

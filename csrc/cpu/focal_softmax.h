@@ -14,7 +14,6 @@
 
 namespace veerloss {
 
-
 // The buffers of a thread. `soft`: every class has a share of the target.
 template <class T>
 struct SoftmaxTile {
@@ -92,8 +91,8 @@ class SoftmaxFocal {
       for (int64_t c = 0; c < g.channels; ++c) store_row(result + c * tile, grad_logits, g, c, run);
   }
 
-  // `load` puts the logits of all classes into t.logits, a tile apart. With `gradient` that of the sum of the losses takes their
-  // place: of hard labels.
+  // `load` puts the logits of all classes into t.logits, a tile apart. With `gradient` that of the sum of the losses takes
+  // their place: of hard labels.
   template <bool square, class Load>
   FocalPartial forward_with(Run run, SoftmaxTile<T>& t, const Load& load, bool gradient) {
     const FocalPartial partial = compute<square>(run, t, load);

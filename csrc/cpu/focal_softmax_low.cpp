@@ -1,6 +1,6 @@
-// Softmax focal loss on the CPU of logits of low resolution (upsample.h), with hard labels. The gradient of the logits is small,
-// a sixteenth of the full resolution at four times the size: forward makes it on the way, up to a factor, and backward has but to
-// scale it. So logits are blended, and exponentials taken, once.
+// Softmax focal loss on the CPU of logits of low resolution (upsample.h), with hard labels. The gradient of the logits is
+// small, a sixteenth of the full resolution at four times the size: forward makes it on the way, up to a factor, and backward
+// has but to scale it. So logits are blended, and exponentials taken, once.
 
 #include "focal_softmax.h"
 #include "upsample.h"

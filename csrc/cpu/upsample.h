@@ -1,9 +1,9 @@
 // Logits of low resolution on the CPU, which passes see at the full resolution of the target, tile by tile: see Upsample in
 // kernels.h.
 //
-// A row of full resolution is a blend of rows of low resolution: one, two, or in a volume four. These are kept at full width, so
-// that the pixels between two of them share the work across columns: the pass along the columns of [19, 128, 128] to 512 x 512
-// costs a quarter of what it would pixel by pixel. Backward does the same the other way round.
+// A row of full resolution is a blend of rows of low resolution: one, two, or in a volume four. These are kept at full width,
+// so that the pixels between two of them share the work across columns: the pass along the columns of [19, 128, 128] to 512 x
+// 512 costs a quarter of what it would pixel by pixel. Backward does the same the other way round.
 //
 // A thread has whole bands of rows, which depend on the shape alone. What a band adds to rows of low resolution that are the
 // next band's too is kept apart, and added at the end in the order of bands: the same bits for any number of threads.
@@ -84,8 +84,14 @@ template <class T>
 class UpsampleMap {
  public:
   explicit UpsampleMap(const Upsample& u)
-      : z_(u.axes[0]), y_(u.axes[1]), x_(u.axes[2]), images_(u.low.images), channels_(u.low.channels),
-        first_(x_.full), second_weight_(x_.full), bands_(bands_of(u)) {
+      : z_(u.axes[0]),
+        y_(u.axes[1]),
+        x_(u.axes[2]),
+        images_(u.low.images),
+        channels_(u.low.channels),
+        first_(x_.full),
+        second_weight_(x_.full),
+        bands_(bands_of(u)) {
     std::vector<int64_t> taps_of(x_.low, 0);
     std::vector<int32_t> place(x_.full);
     for (int64_t i = 0; i < x_.full; ++i) {
@@ -145,8 +151,7 @@ class UpsampleMap {
     if (is_nearest())
       VEERLOSS_DISPATCH(UpsampleTiles::copy(low, first_.data(), width(), out));
     else
-      VEERLOSS_DISPATCH(
-          UpsampleTiles::expand(low, first_.data(), second_weight_.data(), width(), x_.low <= x_.full, out));
+      VEERLOSS_DISPATCH(UpsampleTiles::expand(low, first_.data(), second_weight_.data(), width(), x_.low <= x_.full, out));
   }
   // Adds the rows of full width of all channels, a width apart, to those of low resolution, row_of(channel). sums: scratch.
   template <class F>
@@ -157,8 +162,8 @@ class UpsampleMap {
     for (; !chunks_.empty() && c + 2 <= channels_; c += 2) {
       const T* const row = rows + c * width();
       std::fill_n(sums.data(), 2 * stride, T(0));
-      if (!VEERLOSS_DISPATCH(UpsampleTiles::contract_pair(row, row + width(), chunks_.data(),
-                                                          static_cast<int64_t>(chunks_.size()), taps_.data(), sums.data(), stride)))
+      if (!VEERLOSS_DISPATCH(UpsampleTiles::contract_pair(
+              row, row + width(), chunks_.data(), static_cast<int64_t>(chunks_.size()), taps_.data(), sums.data(), stride)))
         break;
       for (int64_t k = 0; k < 2; ++k) {
         T* const to = row_of(c + k);
@@ -394,8 +399,7 @@ class LowGradient {
 template <class T>
 class UpsampledGradient {
  public:
-  explicit UpsampledGradient(LowGradient<T>& low)
-      : low_(low), slots_(low.map) {}
+  explicit UpsampledGradient(LowGradient<T>& low) : low_(low), slots_(low.map) {}
 
   void begin_band(int64_t k) { band_ = k; }
   // The gradients of a run of the band, [channels][stride].

@@ -18,8 +18,7 @@ __global__ void __launch_bounds__(Policy::threads, low_focal_min_blocks<In, Rang
   double sum = 0;
   int32_t count = 0;
   for (int64_t t = blockIdx.x; t < tiles.grid.blocks; t += tiles.blocks) {
-    const auto [image, pixel, none] =
-        thread_pixel<Policy::threads>(tiles.grid, images, pixels, 1, static_cast<uint32_t>(t));
+    const auto [image, pixel, none] = thread_pixel<Policy::threads>(tiles.grid, images, pixels, 1, static_cast<uint32_t>(t));
     if (pixel < 0) continue;
     const int32_t label = load_label(input.target, input.rule, image, pixel), known = label < 0 ? 0 : label;
     const auto logits = BlendedClasses<In>::at(low, image, static_cast<int32_t>(pixel));
@@ -35,7 +34,7 @@ __global__ void __launch_bounds__(Policy::threads, low_focal_min_blocks<In, Rang
 
 // A block has a tile.
 template <class In, class Range>
-__global__ void __launch_bounds__(LowTile::threads, Range::most > 20 ? 1 : 2)
+__global__ void __launch_bounds__(LowTile::threads, Range::most > 20 ? 1 : 2)  // none of which spills
     softmax_focal_low_backward_kernel(SoftmaxFocalInput input, LowLogits low, FocalGradient out, LowTiles tiles,
                                       float* partials) {
   using T = opmath_t<In>;

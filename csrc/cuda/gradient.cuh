@@ -147,10 +147,9 @@ __global__ void __launch_bounds__(Tuning::Gradient::threads)
   }
 }
 
-// Logits of low resolution: a block has a tile of pixels, and leaves what it adds to those of low resolution. (Of up to 20
-// classes, two blocks on a multiprocessor.)
+// Logits of low resolution: a block has a tile of pixels, and leaves what it adds to those of low resolution.
 template <class In, class Range, class Weights>
-__global__ void __launch_bounds__(LowTile::threads, Range::most > 20 ? 1 : 2)
+__global__ void __launch_bounds__(LowTile::threads, LowPolicy::min_blocks<Range>)
     low_gradient_kernel(SegmentBatch batch, LowLogits low, Weights weights, SegmentGradient out, LowTiles tiles) {
   using T = opmath_t<In>;
   VEERLOSS_DYNAMIC_SHARED(memory);

@@ -29,6 +29,10 @@ struct Sm80 {
     static constexpr int rows = 12;
     // Of classes whose gradients are in shared memory together: 12 KB, and as many sums at the most.
     static constexpr int quads = 2;
+    // Blocks on a multiprocessor: 80 registers; of more than 12 classes, which spilled 12 bytes where weights come by bins,
+    // as many as one block may have.
+    template <class Range>
+    static constexpr int min_blocks = Range::most > 12 ? 1 : 2;
     // What adds up the tiles.
     static constexpr int threads = 128;
   };

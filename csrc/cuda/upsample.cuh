@@ -1,9 +1,9 @@
 // Logits of low resolution, whose pixels kernels see at the full resolution of the target: bilinear, or to the nearest one.
 //
-// Forward, a class of a pixel is a blend of four loads, which its neighbours find in L1. Backward, a block has a tile of pixels.
-// The gradients go through shared memory, some classes at a time, where rows and then columns are summed to what the tile adds
-// to pixels of low resolution: an eighth of the tile at four times the size. A second kernel adds up the tiles in their order,
-// so that the bits are the same in every run.
+// Forward, a class of a pixel is a blend of four loads, which its neighbours find in L1. Backward, a block has a tile of
+// pixels. The gradients go through shared memory, some classes at a time, where rows and then columns are summed to what the
+// tile adds to pixels of low resolution: an eighth of the tile at four times the size. A second kernel adds up the tiles in
+// their order, so that the bits are the same in every run.
 #pragma once
 
 #include "../math/upsample.h"
@@ -54,18 +54,16 @@ struct LowAxis {
     return found;
   }
   // Pixels of low resolution that are first of the pairs of so many pixels in a row, at most.
-  int firsts(int count) const {
-    return static_cast<int>(ceil_div(static_cast<int64_t>(count - 1) * axis.step, axis.unit)) + 1;
-  }
+  int firsts(int count) const { return static_cast<int>(ceil_div(static_cast<int64_t>(count - 1) * axis.step, axis.unit)) + 1; }
 };
 
 // Images whose rows and columns are of low resolution; the columns of a class are contiguous.
 struct LowLogits {
   char* data;
-  int64_t image;               // bytes from one image to the next
-  uint32_t channel, row;       // likewise
+  int64_t image;          // bytes from one image to the next
+  uint32_t channel, row;  // likewise
   LowAxis y, x;
-  Divisor columns;             // of full resolution
+  Divisor columns;  // of full resolution
 
   LowLogits() = default;
   template <class In>
@@ -135,8 +133,9 @@ class BlendedClasses {
 
   __device__ T load(int c = 0) const {
     const In *upper = of_class(upper_, c), *lower = of_class(lower_, c);
-    return fma_rn(lower_second_, value(lower + 1),
-                  fma_rn(lower_first_, value(lower), fma_rn(upper_second_, value(upper + 1), mul_rn(upper_first_, value(upper)))));
+    return fma_rn(
+        lower_second_, value(lower + 1),
+        fma_rn(lower_first_, value(lower), fma_rn(upper_second_, value(upper + 1), mul_rn(upper_first_, value(upper)))));
   }
   __device__ void operator++() { skip(1); }
   __device__ void skip(int classes) {

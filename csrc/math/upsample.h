@@ -1,4 +1,5 @@
-// Where pixels of full resolution lie among those of low resolution: the geometry of torch.nn.functional.interpolate with a size.
+// Where pixels of full resolution lie among those of low resolution: the geometry of torch.nn.functional.interpolate with a
+// size.
 //
 // A position is a fraction of integers, so that index and weight are exact to the rounding of one division, for any size: in
 // float32 the position of pixel 2000 would be off by 1e-4 of a pixel, and so would the weights.
@@ -25,8 +26,8 @@ struct UpsampleAxisOf {
   // PyTorch's mode "nearest".
   static UpsampleAxisOf nearest(Int low, Int full) { return {low, full, low, 0, full, true}; }
 
-  // The pixel `first`, and with the weight that is returned first + 1. The last pixel is first of no pair, but second of the one
-  // before; where there is but one the weight is 0, and there is no other to read. quotient(n) = n / unit.
+  // The pixel `first`, and with the weight that is returned first + 1. The last pixel is first of no pair, but second of the
+  // one before; where there is but one the weight is 0, and there is no other to read. quotient(n) = n / unit.
   template <class T, class Quotient>
   VEERLOSS_HD T blend(Int i, Int& first, const Quotient& quotient) const {
     T weight = T(0);

@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> compound_exact(std::optional<Tensor> focal_su
 
 void compound_sum(std::optional<Tensor> focal_sums, std::optional<Tensor> region_sums, const Tensor& logits,
                   const Tensor& target, std::optional<double> alpha, std::optional<Tensor> class_alpha, double gamma,
-                  double label_smoothing, int64_t errors, bool per_image, std::optional<int64_t> ignore_index, std::optional<int64_t> upsample) {
+                  double label_smoothing, int64_t errors, bool per_image, std::optional<int64_t> ignore_index,
+                  std::optional<int64_t> upsample) {
   const Op op("compound_sum");
   const SegmentBatch b = segment_batch(op, logits, target, errors, per_image, ignore_index, std::nullopt, upsample);
   const FocalTerm focal = focal_term(op, b, alpha, class_alpha, gamma, label_smoothing);

@@ -22,8 +22,9 @@ View loss_view_of(const Tensor& loss, const Input& input, bool channels) {
 
 // (loss, scale); `loss` is of the shape that the reduction asks for.
 template <class Kernel, class Input>
-std::tuple<Tensor, Tensor> focal_forward(const Op& op, const Kernel& kernel, const Input& input, const Tensor& logits, Tensor loss, Reduction reduction,
-                                         double factor, const std::optional<Tensor>& normalizer, int64_t scratch_bytes) {
+std::tuple<Tensor, Tensor> focal_forward(const Op& op, const Kernel& kernel, const Input& input, const Tensor& logits,
+                                         Tensor loss, Reduction reduction, double factor,
+                                         const std::optional<Tensor>& normalizer, int64_t scratch_bytes) {
   if (normalizer)
     op.check(on_device(*normalizer) && normalizer->numel() == 1 && dtype_of(*normalizer).has_value(), "normalizer", *normalizer,
              "one element");
@@ -46,7 +47,8 @@ Tensor focal_backward(const Op& op, void (*kernel)(const Input&, const FocalGrad
                       const Tensor& grad, const Tensor& logits, bool channels, int64_t reduction, const Tensor& scale) {
   const bool none = op.reduction(reduction) == Reduction::none;
   if (none && input.upsample)
-    op.check(on_device(grad) && grad.numel() == input.geometry.images * input.geometry.pixels * (channels ? input.geometry.channels : 1) &&
+    op.check(on_device(grad) &&
+                 grad.numel() == input.geometry.images * input.geometry.pixels * (channels ? input.geometry.channels : 1) &&
                  dtype_of(grad).has_value() && grad.is_contiguous(),
              "grad", grad, "of the shape of the loss, contiguous");
   else if (none)

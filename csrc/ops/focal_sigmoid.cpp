@@ -24,7 +24,9 @@ SigmoidFocalInput sigmoid_input(const Op& op, const Tensor& logits, const Tensor
   const Geometry geometry = upsample ? geometry_of(*upsample) : geometry_of(logits);
   return {.logits = upsample ? *view_in_order(logits, true) : view_of(logits),
           .target = upsample ? *view_in_order(target, !class_indices) : view_of(target),
-          .weight = !weight ? View{} : upsample ? *view_in_order(*weight, true) : view_of(*weight),
+          .weight = !weight    ? View{}
+                    : upsample ? *view_in_order(*weight, true)
+                               : view_of(*weight),
           .geometry = geometry,
           .rule = {class_indices ? geometry.channels : 1, ignore_index.has_value(), ignore_index.value_or(0),
                    background_index.has_value(), background_index.value_or(0)},

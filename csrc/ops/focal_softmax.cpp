@@ -63,8 +63,8 @@ Tensor softmax_focal_backward(const Tensor& grad, const Tensor& logits, const Te
 #if !defined(VEERLOSS_CUDA) && !defined(VEERLOSS_EMULATED)
 std::tuple<Tensor, Tensor, Tensor> upsampled_focal_forward(const Tensor& logits, const Tensor& target, double alpha,
                                                            std::optional<Tensor> class_alpha, double gamma,
-                                                           std::optional<int64_t> ignore_index, int64_t reduction, double factor,
-                                                           std::optional<Tensor> normalizer, bool upcast_loss,
+                                                           std::optional<int64_t> ignore_index, int64_t reduction,
+                                                           double factor, std::optional<Tensor> normalizer, bool upcast_loss,
                                                            bool keep_gradient, int64_t upsample) {
   const Op op("upsampled_focal_forward");
   op.check(target.dim() == logits.dim() - 1, "target", target, "class indices [N, *]");

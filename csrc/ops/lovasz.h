@@ -29,7 +29,8 @@ inline SegmentBatch segment_batch_of_low(const Op& op, const Tensor& logits, con
   const Upsample upsample = upsample_of(op, logits, target, values, interpolation);
   op.check(logits.size(1) > 0, "logits", logits, "[N, C, *] with at least one class");
   const Errors kind = op.errors(errors);
-  SegmentBatch b{*view_in_order(logits, true), View{}, geometry_of(upsample), TargetRule{}, kind, kind == Errors::hinge, per_image};
+  SegmentBatch b{*view_in_order(logits, true), View{},   geometry_of(upsample), TargetRule{}, kind,
+                 kind == Errors::hinge,        per_image};
   b.upsample = upsample;
   op.check(kind != Errors::hinge || logits.size(1) == 1, "logits", logits, "[N, 1, *] for a hinge");
   op.check(b.length() < max_segment, "target", target,
@@ -76,7 +77,8 @@ inline DType opmath_of(const SegmentBatch& b) {
 inline Tensor exact_keys(const Op& op, const SegmentBatch& b, const Tensor& logits, std::optional<int64_t> valid_pixels) {
   check_valid_pixels(op, b, logits, valid_pixels);
   const ScalarType type = opmath_type_of(logits);
-  const int64_t classes = b.classes(), images = logits.size(0), pixels = images > 0 ? b.geometry.images * b.geometry.pixels / images : 0;
+  const int64_t classes = b.classes(), images = logits.size(0),
+                pixels = images > 0 ? b.geometry.images * b.geometry.pixels / images : 0;
   return write_once(valid_pixels ? empty(logits, {classes, *valid_pixels}, type)
                                  : empty(logits, {classes, images, pixels}, type));
 }
@@ -85,8 +87,7 @@ inline const void* exact_weights(const Op& op, const SegmentBatch& b, const Tens
                                  std::optional<int64_t> valid_pixels) {
   check_valid_pixels(op, b, logits, valid_pixels);
   return op.data<const void>(
-      "weights", weights,
-      b.classes() * (valid_pixels ? *valid_pixels : b.geometry.images * b.geometry.pixels), opmath_of(b),
+      "weights", weights, b.classes() * (valid_pixels ? *valid_pixels : b.geometry.images * b.geometry.pixels), opmath_of(b),
       "the weights of a forward pass that kept them: of logits that required a gradient, also where it was traced");
 }
 
@@ -130,9 +131,12 @@ struct SegmentGradientTensors {
     const Reduction r = op.reduction(reduction);
     op.check(on_device(grad) && grad.numel() == (r == Reduction::none ? b.segments() : 1) && dtype_of(grad).has_value(), "grad",
              grad, "of the shape of the loss");
-    return {r, grad.data_ptr(), *dtype_of(grad),
+    return {r,
+            grad.data_ptr(),
+            *dtype_of(grad),
             op.data<const void>("scale", scale, b.segments(), opmath_of(b), "the scale of the forward pass"),
-            b.upsample ? *view_in_order(grad_logits, true) : view_of(grad_logits), scratch.data_ptr()};
+            b.upsample ? *view_in_order(grad_logits, true) : view_of(grad_logits),
+            scratch.data_ptr()};
   }
 };
 

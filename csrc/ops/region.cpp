@@ -23,12 +23,7 @@ RegionInput region_input(const Op& op, const Tensor& logits, const Tensor& targe
     return interpolation ? segment_batch_of_low(op, logits, target, dense, code, per_image, *interpolation)
                          : segment_batch(op, logits, code, per_image);
   };
-  RegionInput in{.batch = batch(),
-                 .activation = kind,
-                 .dense = dense,
-                 .values = {},
-                 .ignored_value = {},
-                 .squared = squared};
+  RegionInput in{.batch = batch(), .activation = kind, .dense = dense, .values = {}, .ignored_value = {}, .squared = squared};
   SegmentBatch& b = in.batch;
   if (!interpolation) op.check_like("target", target, logits, dense);
   const View of_target = interpolation ? *view_in_order(target, dense) : view_of(target);
@@ -53,7 +48,8 @@ Tensor region_sum(const Tensor& logits, const Tensor& target, int64_t activation
                   std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
                   std::optional<int64_t> upsample) {
   const Op op("region_sum");
-  const RegionInput in = region_input(op, logits, target, activation, squared, per_image, ignore_index, background_index, upsample);
+  const RegionInput in =
+      region_input(op, logits, target, activation, squared, per_image, ignore_index, background_index, upsample);
   const Device device(logits);
   const Tensor sums = zeros(logits, {in.batch.rows(), in.batch.classes(), RegionLayout::words}, ScalarType::Long);
   kernels::region_sum({.input = in, .sums = static_cast<int64_t*>(sums.data_ptr()), .stream = device.stream()});
@@ -82,10 +78,10 @@ std::tuple<Tensor, Tensor, Tensor> region_weigh(const Tensor& logits, const Tens
 
 Tensor region_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, int64_t activation, bool squared,
                        bool per_image, std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
-                       int64_t reduction, const Tensor& scale, const Tensor& coefficients,
-                       std::optional<int64_t> upsample) {
+                       int64_t reduction, const Tensor& scale, const Tensor& coefficients, std::optional<int64_t> upsample) {
   const Op op("region_backward");
-  const RegionInput in = region_input(op, logits, target, activation, squared, per_image, ignore_index, background_index, upsample);
+  const RegionInput in =
+      region_input(op, logits, target, activation, squared, per_image, ignore_index, background_index, upsample);
   const Device device(logits);
   const SegmentGradientTensors out(grad, logits, in.batch);
   kernels::region_backward({.input = in,

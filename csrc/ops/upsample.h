@@ -1,5 +1,5 @@
-// Operators whose logits may be of lower resolution than their target: then both have their spatial dimensions, [N, C, h, w] and
-// [N, H, W], or of volumes one more.
+// Operators whose logits may be of lower resolution than their target: then both have their spatial dimensions, [N, C, h, w]
+// and [N, H, W], or of volumes one more.
 #pragma once
 
 #include <vector>

@@ -76,7 +76,7 @@ struct Tile {
   int64_t size;    // pixels of the tile
   int64_t before;  // how many of the row, of a sample of the image, are not ignored before the span
   bool sampled;
-  bool dense;      // all are loaded, whatever is ignored
+  bool dense;  // all are loaded, whatever is ignored
 
   // Whether they are loaded one by one. Of most of a span all are, and the ignored ones computed with them, marked by their
   // label: less work than to leave them out.

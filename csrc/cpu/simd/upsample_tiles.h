@@ -2,8 +2,8 @@
 
 struct UpsampleTiles {
   // A row of low resolution, with `upsample_padding` elements behind it, at full width. `ascends`: `first` never grows by more
-  // than one, so that a vector's worth of columns reads no more elements than that, which are loaded and permuted. (A gather took
-  // three times as long.)
+  // than one, so that a vector's worth of columns reads no more elements than that, which are loaded and permuted. (A gather
+  // took three times as long.)
   template <class T>
   static void expand(const T* __restrict low, const int32_t* __restrict first, const T* __restrict second_weight, int64_t n,
                      bool ascends, T* __restrict out) {
@@ -62,7 +62,7 @@ struct UpsampleTiles {
   template <class T>
   static void add_blend(const T* __restrict grad, const T* weight, int64_t taps, int64_t n, T* const* sums) {
     if (taps == 2) {
-      T *__restrict a = sums[0], *__restrict b = sums[1];
+      T* __restrict a = sums[0], * __restrict b = sums[1];
       const T u = weight[0], v = weight[1];
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) {
@@ -83,11 +83,11 @@ struct UpsampleTiles {
   template <class T>
   static void contract(const T* __restrict row, const int32_t* __restrict at, const T* __restrict to_first,
                        const T* __restrict to_second, int64_t longest, int64_t n, T* __restrict sum, T* __restrict low) {
-    T *__restrict first = sum, *__restrict second = sum + n + 1;
+    T* __restrict first = sum, * __restrict second = sum + n + 1;
     for (int64_t x = 0; x <= n; ++x) first[x] = second[x] = 0;
     for (int64_t k = 0; k < longest; ++k) {
       const int32_t* __restrict at_k = at + k * n;
-      const T *__restrict f = to_first + k * n, *__restrict s = to_second + k * n;
+      const T* __restrict f = to_first + k * n, * __restrict s = to_second + k * n;
       for (int64_t x = 0; x < n; ++x) {
         const T value = row[at_k[x]];
         first[x] += f[x] * value;
