@@ -40,9 +40,13 @@ class Patch(list):
 class _Peer:
     """One that is patched now."""
 
-    def __init__(self, key: str, pairs: list[tuple[object, object]], registry: str | None) -> None:
+    def __init__(
+        self, key: str, pairs: list[tuple[object, object]], methods: list[tuple[type, str, object]], registry: str | None
+    ) -> None:
         self.key = key
         self.pairs = pairs  # (its loss, ours)
+        self.methods = methods  # (class, name, ours), of models that call our losses while they are trained
+        self.originals = [(owner, name, vars(owner)[name]) for owner, name, _ in methods]
         self.registry = registry
         self.holds: set[object] = set()  # one of each Patch that is not at its end
         ours = [new for _, new in pairs]  # which code may have had before
@@ -73,6 +77,13 @@ class _Peer:
                     changed.append(f"{path}.{name}")
         return changed
 
+    @staticmethod
+    def set_methods(methods: list[tuple[type, str, object]]) -> list[str]:
+        changed = [(owner, name, new) for owner, name, new in methods if vars(owner)[name] is not new]
+        for owner, name, new in changed:
+            setattr(owner, name, new)
+        return [f"{owner.__module__}.{owner.__qualname__}.{name}" for owner, name, _ in changed]
+
 
 _patched: dict[str, _Peer] = {}
 _lock = threading.RLock()
@@ -85,6 +96,8 @@ def peers() -> list[str]:
 
 def patch(peer: str, *, at: str | None = None) -> Patch:
     """Replaces the losses of an installed peer by those of ``veerloss.compat.<peer>``, in place.
+
+    Of transformers also the loss of a model that upsamples its logits for it alone: docs/low-resolution-logits.md.
 
     They are replaced in every module of the peer that holds them, and in the registry from which it builds losses by name.
     Modules of the peer that are imported later get the new ones too. What other code has imported before, ``from peer import
@@ -116,11 +129,14 @@ def patch(peer: str, *, at: str | None = None) -> Patch:
         raise reason
     key = module.PEER if at is None else at
     with _lock:
-        found = _patched.get(key) or _Peer(key, _pairs(module, at), None if at else getattr(module, "REGISTRY", None))
+        found = _patched.get(key)
+        if found is None:
+            of_peer = ([], None) if at else (_methods(module), getattr(module, "REGISTRY", None))
+            found = _Peer(key, _pairs(module, at), *of_peer)
         if not found.pairs:
             raise RuntimeError(f"peer {peer!r} has none of {sorted(module.REPLACES)}: another version than its metadata says?")
         _patched[key] = found
-        replaced = Patch(found.swap(found.pairs), found)
+        replaced = Patch(found.swap(found.pairs) + found.set_methods(found.methods), found)
     logger.info("veerloss: patched %s: %s", key, ", ".join(replaced) or "nothing new")
     return replaced
 
@@ -217,8 +233,24 @@ def _pairs(module: ModuleType, at: str | None) -> list[tuple[object, object]]:
     return pairs
 
 
+def _methods(module: ModuleType) -> list[tuple[type, str, object]]:
+    """(class, name, ours) for each method that the peer has, where the module of the class can be imported here."""
+    found = []
+    for place, make in getattr(module, "METHODS", {}).items():
+        path, _, qualified = place.partition(":")
+        owner, _, name = qualified.rpartition(".")
+        try:
+            owner = getattr(importlib.import_module(path), owner, None)
+        except Exception as error:  # models need more than losses do
+            logger.info("veerloss: %s cannot be imported, and stays as it is: %s", path, error)
+            continue
+        if owner is not None and name in vars(owner):
+            found.append((owner, name, getattr(module, make)(vars(owner)[name])))
+    return found
+
+
 def _restore(key: str) -> list[str]:
     peer = _patched.pop(key)
-    names = peer.swap([(ours, original) for original, ours in peer.pairs])
+    names = peer.swap([(ours, original) for original, ours in peer.pairs]) + peer.set_methods(peer.originals)
     logger.info("veerloss: restored %s: %s", key, ", ".join(names))
     return names

@@ -8,5 +8,7 @@ a kernel; and says for :func:`veerloss.patch`:
     DISTRIBUTION  its name on PyPI, or None for a file that projects copy
     VERSIONS      the versions whose losses are as the module has them, such as ">=0.6,<0.10"
     REPLACES      "module.path:name" in the peer to the name in the module
+    METHODS       "module.path:Class.method" of models whose loss takes logits before they are upsampled, to the function of
+                  the module that makes ours of theirs
     REGISTRY      "module.path:name" of what the peer builds losses by name from, if it does
 """
