@@ -20,9 +20,9 @@ struct TileRange {
   }
 };
 
-// A thread has the classes of one pixel.
+// A thread has the classes of one pixel. (One block at the least: without it ptxas spilled 8 bytes.)
 template <class In>
-__global__ void __launch_bounds__(LowPolicy::threads)
+__global__ void __launch_bounds__(LowPolicy::threads, 1)
     add_up_tiles_kernel(LowLogits low, View grad, LowTiles tiles, int classes, PixelGrid grid, Geometry of_low,
                         const float* partials) {
   const auto [image, pixel, none] = thread_pixel<LowPolicy::threads>(grid, of_low.images, of_low.pixels);
