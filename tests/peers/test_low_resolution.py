@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 import veerloss
+from benchmarks import low_resolution_models
 
 STEPS = 30
 
@@ -97,3 +98,20 @@ def test_segformer_is_as_it_was_but_for_training():
         torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=0)
     assert torch.equal(found[0].loss, expected[0].loss) and found[1].loss is None
     torch.testing.assert_close(found[2].loss, expected[2].loss)
+
+
+@pytest.mark.parametrize("name", low_resolution_models.MODELS)
+def test_recipes_of_the_documentation(name):
+    """Loss and gradient of a step, before and after."""
+    results = []
+    for after in (False, True):
+        torch.manual_seed(0)
+        model, *steps = low_resolution_models.MODELS[name]()
+        images, labels = low_resolution_models.inputs(64)
+        torch.manual_seed(1)  # of dropout
+        loss = steps[after](model.train(), images, labels)
+        loss.backward()
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        results.append((loss.detach(), torch.cat(gradients)))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+    assert (results[1][1] - results[0][1]).norm() <= 1e-3 * results[0][1].norm()
