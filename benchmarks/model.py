@@ -42,6 +42,13 @@ INSTRUCTIONS = {
     "softmax focal backward": (34.4, 37.1),
     "softmax focal forward, classes in rows": (32.8, None),
     "softmax focal backward, classes in rows": (47.4, None),
+    # Of low resolution. Backward, all that any thread of a tile of 12 x 32 pixels does, once: two of its twelve warps have the
+    # sums of rows and columns, two thirds of it, which for each logit is some 12 of all.
+    "softmax focal forward, low": (35.9, 40.3),
+    "softmax focal backward, low": (112.6, 117.0),
+    "region forward, low": (34.7, 39.1),
+    "histogram count, low": (47.9, 52.2),
+    "compound count, low": (52.4, 56.6),
     "softmax focal forward, shared": (41.2, 42.0),
     "softmax focal backward, shared": (47.8, 50.4),
     "region forward": (21.6, 22.7),

@@ -44,6 +44,18 @@ def focal(step: str, dtype: str, variant: int = 0, kind: str = "") -> Budget:
     return Budget("focal_softmax.cu", name, 19, f"softmax focal {step}{kind}", warps=32)
 
 
+def low(dtype: str) -> list[Budget]:
+    """Logits of low resolution: forward a loop over pixels, backward one for each thread of a tile."""
+    names = {step: f"softmax_focal_low_{step}_kernel<{dtype}, ClassRange<17, 20>>" for step in ("forward", "backward")}
+    return [
+        Budget("focal_softmax_low.cu", names["forward"], 19, "softmax focal forward, low", warps=24),
+        Budget("focal_softmax_low.cu", names["backward"], 19, "softmax focal backward, low", whole=True, warps=24),
+        region(dtype, 4, kind=", low", warps=20, dynamic_shared=19 * 8 * (128 + 8)),
+        count(dtype, 3, ", low", warps=16, dynamic_shared=SHARED),
+        count(dtype, 3, "compound", low=", low", warps=16, dynamic_shared=SHARED + 2 * 8 * 512),
+    ]
+
+
 def focal_shared(step: str, dtype: str) -> Budget:
     """150 classes: the way of the first warp, which has the targets; the other seven have some 270 instructions less."""
     name = rf"softmax_focal_shared_{step}_kernel<{dtype}, ClassRange<12, 20>{', false' if step == 'backward' else ''}>"
@@ -86,8 +98,8 @@ COUNT, GRADIENT, EXACT = (f"lovasz/{name}.cu" for name in ("histogram_count_soft
 SHARED = 19 * (129 * 8 + 4 * 1920)
 
 
-def count(dtype: str, source: int, kind: str, **options) -> Budget:
-    counted, focal = ("compound count", "true") if kind == "compound" else (f"histogram count{kind}", "false")
+def count(dtype: str, source: int, kind: str, low: str = "", **options) -> Budget:
+    counted, focal = (f"compound count{low}", "true") if kind == "compound" else (f"histogram count{kind}", "false")
     flat = str(source > 0).lower()
     name = rf"lovasz_count_softmax_kernel<{dtype}, ClassRange<17, 20>, \(Source\){source}, false, {flat}, {focal}>"
     return Budget(COUNT, name, 19, counted, **options)
@@ -181,6 +193,8 @@ def budgets(dtype: str) -> list[Budget]:
 BUDGETS = [
     *budgets("float"),
     *budgets("__nv_bfloat16"),
+    *low("float"),
+    *low("__nv_bfloat16"),
     *(focal(step, "float", 1, ", classes in rows") for step in ("forward", "backward")),
     region("float", 1, kind=", classes in rows", warps=20, dynamic_shared=19 * 8 * (128 + 8) + 128 * 19 * 4),
     region_backward("float", in_rows=True),

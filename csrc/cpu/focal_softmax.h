@@ -85,21 +85,28 @@ class SoftmaxFocal {
         VEERLOSS_DISPATCH(FocalTiles::soft_backward(t.exps + c * tile, t.slope + c * tile, t.top, t.low, r, label, n, t.grad,
                                                     result + c * stride));
     } else {
-      differentiate<square>(t, n, result, stride);
+      VEERLOSS_DISPATCH(
+          FocalTiles::log_probability_backward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.grad, t.grad_log_p));
+      for (int64_t c = 0; c < g.channels; ++c)
+        VEERLOSS_DISPATCH(FocalTiles::other_gradient(t.exps + c * tile, r.inv_sumexp, t.grad_log_p, n, result + c * stride));
+      VEERLOSS_DISPATCH(FocalTiles::label_gradient(label, t.grad_log_p, r.q, n, result, stride));
     }
     if (!in_place)
       for (int64_t c = 0; c < g.channels; ++c) store_row(result + c * tile, grad_logits, g, c, run);
   }
 
-  // `load` puts the logits of all classes into t.logits, a tile apart. With `gradient` that of the sum of the losses takes
-  // their place: of hard labels.
+  // `load` puts the logits of all classes into t.logits, a tile apart, and the largest of each pixel into t.rows.max_logit.
+  // With `gradient`, t.exps times t.grad is then that of the sum of the losses: of hard labels.
   template <bool square, class Load>
   FocalPartial forward_with(Run run, SoftmaxTile<T>& t, const Load& load, bool gradient) {
-    const FocalPartial partial = compute<square>(run, t, load);
+    const FocalPartial partial = compute<square, true>(run, t, load);
     if (!gradient) return partial;
-    std::fill_n(t.grad, run.count, T(1));
-    VEERLOSS_DISPATCH(FocalTiles::keep_valid(t.grad, t.label.data(), run.count));
-    differentiate<square>(t, run.count, t.exps, tile);
+    const SoftmaxRows<T>& r = t.rows;
+    const int64_t n = run.count;
+    std::fill_n(t.grad, n, T(1));
+    VEERLOSS_DISPATCH(FocalTiles::keep_valid(t.grad, t.label.data(), n));
+    VEERLOSS_DISPATCH(FocalTiles::log_probability_backward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.grad, t.grad_log_p));
+    VEERLOSS_DISPATCH(FocalTiles::gradient_factor(t.label.data(), t.grad_log_p, r.q, r.inv_sumexp, n, t.grad, t.exps, tile));
     return partial;
   }
 
@@ -117,18 +124,8 @@ class SoftmaxFocal {
     };
   }
 
-  // The gradient of hard labels, from exponentials, perhaps in their place; of each pixel's loss it is t.grad.
-  template <bool square>
-  void differentiate(SoftmaxTile<T>& t, int64_t n, T* result, int64_t stride) {
-    const SoftmaxRows<T>& r = t.rows;
-    VEERLOSS_DISPATCH(FocalTiles::log_probability_backward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.grad, t.grad_log_p));
-    for (int64_t c = 0; c < g.channels; ++c)
-      VEERLOSS_DISPATCH(FocalTiles::other_gradient(t.exps + c * tile, r.inv_sumexp, t.grad_log_p, n, result + c * stride));
-    VEERLOSS_DISPATCH(FocalTiles::label_gradient(t.label.data(), t.grad_log_p, r.q, n, result, stride));
-  }
-
   // Loads a tile, and computes its softmax and losses.
-  template <bool square, class Load>
+  template <bool square, bool has_maximum = false, class Load>
   FocalPartial compute(Run run, SoftmaxTile<T>& t, const Load& load) {
     const int64_t n = run.count;
     const int32_t* label = t.label.data();
@@ -140,7 +137,7 @@ class SoftmaxFocal {
     load();
     if (valid < n) VEERLOSS_DISPATCH(FocalTiles::clear_ignored(t.logits, g.channels, tile, label, n));
     const SoftmaxRows<T>& r = t.rows;
-    VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.logits, g.channels, tile, n, r.max_logit));
+    if (!has_maximum || valid < n) VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.logits, g.channels, tile, n, r.max_logit));
     if (!soft_) VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, tile, n, label, r.max_logit, r.label_logit));
     VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.logits, tile, t.exps, g.channels, tile, n, r.max_logit, r.max_count,
                                                  r.sumexp_excl_max, r.inv_sumexp, t.totals.data()));

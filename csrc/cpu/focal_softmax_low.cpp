@@ -29,12 +29,12 @@ void forward(const SoftmaxFocalInput& input, const FocalLoss& out, const View& g
       if (low) low->begin_band(k);
       for (int64_t at = band.begin * width; at < band.end * width; at += focal.tile) {
         const Run run{image * g.pixels + at, std::min(focal.tile, band.end * width - at)};
-        const auto load = [&] { rows.load(image, at, run.count, t.logits, focal.tile); };
+        const auto load = [&] { rows.load(image, at, run.count, t.logits, focal.tile, t.rows.max_logit); };
         const FocalPartial partial = input.gamma == 2.0 ? focal.template forward_with<true>(run, t, load, low.has_value())
                                                         : focal.template forward_with<false>(run, t, load, low.has_value());
         partials[k].sum += partial.sum;
         partials[k].valid += partial.valid;
-        if (low) low->add(image, at, run.count, t.exps, focal.tile);
+        if (low) low->add(image, at, run.count, t.exps, focal.tile, t.grad);
       }
       if (low) low->end_band();
     }

@@ -299,8 +299,8 @@ class UpsampledRows {
   explicit UpsampledRows(const LowLogits<T>& logits)
       : logits_(logits), slots_(logits.map), low_(logits.map.low_width() + upsample_padding) {}
 
-  // The pixels of a run, which lies in one image, of all channels: out [channels][stride].
-  void load(int64_t image, int64_t pixel, int64_t count, T* out, int64_t stride) {
+  // The pixels of a run, which lies in one image, of all channels: out [channels][stride]; and of each the largest, if wanted.
+  void load(int64_t image, int64_t pixel, int64_t count, T* out, int64_t stride, T* largest = nullptr) {
     const UpsampleMap<T>& map = logits_.map;
     for_each_row(map, pixel, count, [&](int64_t row, int64_t column, int64_t n, int64_t done) {
       const RowTaps<T> taps = map.taps(row);
@@ -308,7 +308,12 @@ class UpsampledRows {
       for (int64_t c = 0; c < map.channels(); ++c) {
         std::array<const T*, 4> rows{};
         for (int64_t k = 0; k < taps.count; ++k) rows[k] = slots[k] + c * map.width() + column;
-        VEERLOSS_DISPATCH(UpsampleTiles::blend(rows.data(), taps.weight.data(), taps.count, n, out + c * stride + done));
+        T* const to = out + c * stride + done;
+        if (largest)
+          VEERLOSS_DISPATCH(
+              UpsampleTiles::blend_max(rows.data(), taps.weight.data(), taps.count, n, c == 0, to, largest + done));
+        else
+          VEERLOSS_DISPATCH(UpsampleTiles::blend(rows.data(), taps.weight.data(), taps.count, n, to));
       }
     });
   }
@@ -402,8 +407,8 @@ class UpsampledGradient {
   explicit UpsampledGradient(LowGradient<T>& low) : low_(low), slots_(low.map) {}
 
   void begin_band(int64_t k) { band_ = k; }
-  // The gradients of a run of the band, [channels][stride].
-  void add(int64_t image, int64_t pixel, int64_t count, const T* grad, int64_t stride) {
+  // The gradients of a run of the band, [channels][stride], each times a factor of its pixel, if there are any.
+  void add(int64_t image, int64_t pixel, int64_t count, const T* grad, int64_t stride, const T* factor = nullptr) {
     const UpsampleMap<T>& map = low_.map;
     for_each_row(map, pixel, count, [&](int64_t row, int64_t column, int64_t n, int64_t done) {
       const RowTaps<T> taps = map.taps(row);
@@ -413,7 +418,8 @@ class UpsampledGradient {
       for (int64_t c = 0; c < map.channels(); ++c) {
         std::array<T*, 4> sums{};
         for (int64_t k = 0; k < taps.count; ++k) sums[k] = slots[k] + c * map.width() + column;
-        VEERLOSS_DISPATCH(UpsampleTiles::add_blend(grad + c * stride + done, taps.weight.data(), taps.count, n, sums.data()));
+        VEERLOSS_DISPATCH(UpsampleTiles::add_blend(grad + c * stride + done, factor ? factor + done : nullptr,
+                                                   taps.weight.data(), taps.count, n, sums.data()));
       }
     });
   }

@@ -143,6 +143,16 @@ struct FocalTiles {
       if (label[i] >= 0) out[label[i] * class_stride + i] = grad_log_p[i] * q[i];
   }
 
+  // The same as a factor of each pixel's exponentials, where that of the label takes another value, [classes][stride].
+  template <class T>
+  static void gradient_factor(const int32_t* __restrict label, const T* __restrict grad_log_p, const T* __restrict q,
+                              const T* __restrict inv_sumexp, int64_t n, T* __restrict factor, T* __restrict exps,
+                              int64_t stride) {
+    for (int64_t i = 0; i < n; ++i) factor[i] = -grad_log_p[i] * inv_sumexp[i];
+    for (int64_t i = 0; i < n; ++i)
+      if (label[i] >= 0) exps[label[i] * stride + i] = -q[i] / inv_sumexp[i];
+  }
+
   // Ignored pixels may hold anything, also NaN: 0 in all classes.
   template <class T>
   static void clear_ignored(T* __restrict logits, int64_t classes, int64_t stride, const int32_t* __restrict label, int64_t n) {

@@ -58,9 +58,39 @@ struct UpsampleTiles {
     }
   }
 
-  // Their sums, with a gradient row of full resolution added.
+  // The same, and the largest of what the classes so far have; `first`: of none.
   template <class T>
-  static void add_blend(const T* __restrict grad, const T* weight, int64_t taps, int64_t n, T* const* sums) {
+  static void blend_max(const T* const* rows, const T* weight, int64_t taps, int64_t n, bool first, T* __restrict out,
+                        T* __restrict largest) {
+    if (taps == 2 && !first) {
+      const T *a = rows[0], *b = rows[1];
+      const T u = weight[0], v = weight[1];
+      for (int64_t i = 0; i < n; ++i) {
+        const T value = u * a[i] + v * b[i];
+        out[i] = value;
+        largest[i] = value > largest[i] ? value : largest[i];
+      }
+      return;
+    }
+    blend(rows, weight, taps, n, out);
+    for (int64_t i = 0; i < n; ++i) largest[i] = first || out[i] > largest[i] ? out[i] : largest[i];
+  }
+
+  // Their sums, with a gradient row of full resolution added, times a factor of each pixel.
+  template <class T>
+  static void add_blend(const T* __restrict grad, const T* __restrict factor, const T* weight, int64_t taps, int64_t n,
+                        T* const* sums) {
+    if (taps == 2 && factor) {
+      T* __restrict a = sums[0], * __restrict b = sums[1];
+      const T u = weight[0], v = weight[1];
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        const T value = grad[i] * factor[i];
+        a[i] += u * value;
+        b[i] += v * value;
+      }
+      return;
+    }
     if (taps == 2) {
       T* __restrict a = sums[0], * __restrict b = sums[1];
       const T u = weight[0], v = weight[1];
@@ -74,7 +104,10 @@ struct UpsampleTiles {
     for (int64_t k = 0; k < taps; ++k) {
       T* __restrict sum = sums[k];
       const T w = weight[k];
-      for (int64_t i = 0; i < n; ++i) sum[i] += w * grad[i];
+      if (factor)
+        for (int64_t i = 0; i < n; ++i) sum[i] += w * (grad[i] * factor[i]);
+      else
+        for (int64_t i = 0; i < n; ++i) sum[i] += w * grad[i];
     }
   }
 

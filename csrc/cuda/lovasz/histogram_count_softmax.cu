@@ -13,8 +13,8 @@ enum class Source {
   memory,  // every thread reads the classes of a pixel, and makes the softmax; where not all classes fit a block, blocks of the
            // same pixels share them out, and the logits come from L2
   rows,    // the same by way of shared memory: the classes of a pixel lie next to each other (rows.cuh)
-  low,     // every thread blends those of low resolution (upsample.cuh)
-  stored   // every thread reads its block's classes of a pixel; the softmax has been stored
+  stored,  // every thread reads its block's classes of a pixel; the softmax has been stored
+  low      // every thread blends those of low resolution (upsample.cuh)
 };
 
 constexpr int threads_of(Source source) {
