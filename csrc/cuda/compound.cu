@@ -86,8 +86,7 @@ void sum_focal_term(const SegmentBatch& b, const TermSums& terms, void* scratch,
   with_element_type(b.logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     const Launch shape{.blocks = tiles.blocks, .threads = Policy::threads, .stream = stream};
-    if (!b.upsample)
-      return launch(compound_focal_kernel<In, false>, shape, b, LowLogits{}, terms.focal, tiles, partials);
+    if (!b.upsample) return launch(compound_focal_kernel<In, false>, shape, b, LowLogits{}, terms.focal, tiles, partials);
     with_low_range<In>(b, [&](auto) {
       launch(compound_focal_kernel<In, true>, shape, b, LowLogits::of(b.logits, *b.upsample, zero), terms.focal, tiles,
              partials);

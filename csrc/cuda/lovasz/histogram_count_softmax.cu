@@ -184,7 +184,7 @@ void launch_source(const LovaszHistogramCount& args, const Groups& groups, int64
     // Of the most frequent way one kernel is for pixels that are not flat.
     with_flag(chunks.flat || grouped || source != Source::memory, [&](auto may_be_flat) {
       constexpr bool flat = decltype(may_be_flat)::value;
-      constexpr bool exists = flat || source == Source::low ? source != Source::stored || !grouped : source == Source::memory && !grouped;
+      constexpr bool exists = flat ? source != Source::stored || !grouped : source == Source::memory && !grouped;
       if constexpr (exists)
         with_flag(source != Source::stored && sums_focal(args), [&](auto with_focal) {
           constexpr bool focal = decltype(with_focal)::value;
@@ -217,7 +217,8 @@ void launch_all(const LovaszHistogramCount& args) {
   const SegmentBatch& b = args.batch;
   constexpr int64_t most = CountPolicy::most_classes;
   if (b.upsample && (b.classes() > most || !is_low(b.logits, *b.upsample)))
-    throw std::runtime_error("veerloss: on a GPU upsample of a Lovasz loss is for up to 24 classes of images, to a larger size");
+    throw std::runtime_error(
+        "veerloss: on a GPU upsample of a Lovasz loss is for up to 24 classes of images, to a larger size");
   if (b.classes() > most) {
     const Groups groups = groups_of(b, CountPolicy::most_stored_classes);
     return with_group_range<In>(groups.classes, [&](auto range) {
