@@ -23,6 +23,7 @@ help:
 	@echo 'make accuracy  the Lovász methods against float64, case by case and size by size (about 6 minutes)'
 	@echo 'make gpu     on a machine with a GPU, nvcc and torch, with its python and no network: build in place, the tests that'
 	@echo '             need a GPU, speed and memory against the peers into benchmarks/results (less than 8 minutes)'
+	@echo 'make gpu-profile  there, the time of each kernel; with ncu its counters, by instruction, into build'
 	@echo 'make lint    ruff and clang-format; make format applies them'
 	@echo 'make wheel   a wheel for every Python >= 3.10 and torch >= 2.10, with nvcc for GPUs from sm_80 on, into dist'
 	@echo 'make clean   remove what was built, the environment included'
@@ -65,26 +66,44 @@ accuracy: env
 	$(BIN)/python -m benchmarks.suite
 
 # Everything that needs a GPU, with the python of the system: no environment, no network, perhaps no ninja, without which the
-# build compiles every source. The tests run in parts, side by side, because most of their time is Triton compiling on the host.
-# The benchmark runs also when a test has failed, and then alone.
+# build compiles every source. The tests run side by side, because most of their time is Triton compiling on the host: over all
+# cores where there is pytest-xdist, else in parts. The benchmark runs also when a test has failed, and then alone.
+#
+# BUILT=1: with the libraries that are in veerloss/, built elsewhere by `TORCH_CUDA_ARCH_LIST=9.0 VEERLOSS_CUDA=1 python setup.py
+# build_ext --inplace`, beside any torch (three minutes on two cores): a machine with a GPU then has its time for the GPU.
 GPU_SECONDS ?= 200
+BUILT ?=
 # By another name, for `make -n gpu` to run nothing.
 SUBMAKE := $(MAKE)
 GPU_PYTEST := -m pytest --noconftest -p no:cacheprovider -q -rs tests/gpu
 GPU_TESTS := gpu-focal gpu-focal-grid gpu-native gpu-exact gpu-histogram gpu-rest gpu-past
 GPU_CHECKS := gpu-memcheck gpu-racecheck
-.PHONY: $(GPU_TESTS) $(GPU_CHECKS)
+.PHONY: $(GPU_TESTS) $(GPU_CHECKS) gpu-all gpu-profile
 
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no GPU")'
 	@$(PYTHON) -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists() \
 	  and "make gpu: Triton compiles its launches against Python.h, which this Python does not have: install its headers")'
-	VEERLOSS_CUDA=1 $(PYTHON) setup.py build_ext --inplace
-	@status=0; \
-	if $(PYTHON) -c 'import pytest'; then $(SUBMAKE) --keep-going --jobs --output-sync $(GPU_TESTS) $(GPU_CHECKS) || status=1; \
+	$(if $(BUILT),$(PYTHON) -m veerloss,VEERLOSS_CUDA=1 $(PYTHON) setup.py build_ext --inplace)
+	@status=0; parts='$(GPU_TESTS)'; if $(PYTHON) -c 'import xdist' 2> /dev/null; then parts='gpu-all gpu-past'; fi; \
+	if $(PYTHON) -c 'import pytest'; then $(SUBMAKE) --keep-going --jobs --output-sync $$parts $(GPU_CHECKS) || status=1; \
 	else echo 'make gpu: $(PYTHON) has no pytest: the tests are left out'; status=1; fi; \
 	$(PYTHON) -m benchmarks.gpu --seconds $(GPU_SECONDS) || status=1; \
 	if [ $$status != 0 ]; then echo 'make gpu: not everything passed, see above'; fi; exit $$status
+
+# Threads of the references on the CPU would be as many for each process.
+gpu-all:
+	OMP_NUM_THREADS=1 timeout --signal=INT --kill-after=20 210 $(PYTHON) $(GPU_PYTEST) --numprocesses auto --dist worksteal \
+	  -k 'not past_2_31 and not sanitizer'
+
+# What each kernel takes, and why: a table of times, and the counters of Nsight Compute where it is, into build/.
+gpu-profile:
+	$(PYTHON) -m benchmarks.gpu_profile
+	@command -v ncu > /dev/null || { echo 'no ncu on PATH: no counters'; exit 0; }; \
+	ncu --set full --import-source no --clock-control none --profile-from-start off --kernel-name-base demangled \
+	  -k regex:veerloss -f -o build/profile $(PYTHON) -m benchmarks.gpu_profile --once && \
+	ncu --import build/profile.ncu-rep --page details > build/profile.txt && \
+	ncu --import build/profile.ncu-rep --page source --csv > build/profile-source.csv
 
 gpu-focal: PART = focal and not grid and not past_2_31
 gpu-focal-grid: PART = focal and grid

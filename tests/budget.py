@@ -39,7 +39,8 @@ def evaluate(function: Callable, logits: Tensor, *args, **options) -> tuple[Tens
     """(loss, gradient). The weights of the loss's elements differ, so that a gradient in the wrong place shows."""
     x = logits.detach().requires_grad_()  # a leaf with the same strides, which a clone would not have
     loss = function(x, *args, **options)
-    ramp = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64).reshape(loss.shape).to(loss)
+    # Made where the loss is: a copy from the host would make it wait for a GPU, and is nothing that a graph could capture.
+    ramp = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64, device=loss.device).reshape(loss.shape).to(loss.dtype)
     return loss.detach(), torch.autograd.grad(loss, x, ramp)[0]
 
 
