@@ -1,5 +1,6 @@
-"""Every operator: its schema, its fake kernel, its autograd. Each backend has the same operators in a namespace of its own:
-``veerloss`` those of the compiled libraries (csrc/ops), ``veerloss_triton`` those of the Triton kernels (triton/).
+"""Every operator: its fake kernel, its autograd, and the function that calls it; _schemas.py has the schemas. Each backend has
+the same operators in a namespace of its own: ``veerloss`` those of the compiled libraries (csrc/ops), ``veerloss_triton`` those
+of the Triton kernels (triton/).
 
 Logits are [N, C, P] in any strides; targets are class indices [N, P] or, of the focal losses, values [N, C, P]. ``scale`` is
 the factor between the sum that a kernel computes and the loss that it returns; the backward operators use it again. With
@@ -23,95 +24,8 @@ from torch import Tensor
 from . import _autograd, _compound, _histogram
 from ._arguments import check_transforms, loss_dtype, opmath_dtype, per_segment_shape
 from ._layout import REGION_WORDS, TABLE, Errors, Reduction, bin_count
+from ._schemas import SCHEMAS
 
-_SIGMOID = (
-    "float? alpha, Tensor? class_alpha, float gamma, Tensor? weight, int? ignore_index, int? background_index, int reduction"
-)
-_SOFTMAX = "float alpha, Tensor? class_alpha, float gamma, float label_smoothing, int? ignore_index, int reduction"
-_FOCAL_RESULT = "float factor, Tensor? normalizer, bool upcast_loss) -> (Tensor loss, Tensor scale)"
-# A class takes part if `selected`, [C] bool, has it (None: every class) and, with `present`, if it has foreground. `errors` is
-# one of _layout.Errors; scale has one value per segment.
-_LOVASZ = (
-    "Tensor logits, Tensor target, Tensor? selected, bool present, bool per_image, Tensor? class_weight, int? ignore_index, "
-    "int? background_index, int errors, int reduction"
-)
-_SCHEMAS = {
-    "sigmoid_focal_forward": f"(Tensor logits, Tensor target, {_SIGMOID}, {_FOCAL_RESULT}",
-    "sigmoid_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SIGMOID}, Tensor scale) -> Tensor",
-    "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, {_FOCAL_RESULT}",
-    "softmax_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SOFTMAX}, Tensor scale) -> Tensor",
-    # Of a CPU, and hard labels. gradient: of the sum of the pixels' losses; [0] without `keep_gradient`.
-    "upsampled_focal_forward": "(Tensor logits, Tensor target, float alpha, Tensor? class_alpha, float gamma, "
-    "int? ignore_index, int reduction, float factor, Tensor? normalizer, bool upcast_loss, bool keep_gradient, int upsample) "
-    "-> (Tensor loss, Tensor scale, Tensor gradient)",
-    "upsampled_focal_backward": "(Tensor grad, Tensor logits, Tensor scale, Tensor gradient) -> Tensor",
-    # valid_pixels: how many pixels are not ignored, where that is known.
-    # weights: the signed weights of the errors, [C, N, P], or [0] without `keep_weights`; with valid_pixels, which only kernels
-    # of the CPU take, [C, valid_pixels].
-    "lovasz_exact_forward": f"({_LOVASZ}, int? valid_pixels, bool keep_weights, bool upcast_loss) "
-    "-> (Tensor loss, Tensor scale, Tensor weights)",
-    "lovasz_exact_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor weights, Tensor scale, int errors, "
-    "bool per_image, int? ignore_index, int? valid_pixels, int reduction) -> Tensor",
-    # The whole method, and its steps: see _histogram.py. What the tensors hold is told in csrc/kernels.h.
-    "lovasz_histogram_forward": f"({_LOVASZ}, int? valid_pixels, bool upcast_loss) "
-    "-> (Tensor loss, Tensor scale, Tensor table, Tensor weights, Tensor bounds)",
-    "lovasz_histogram_count": "(Tensor(a!) counts, Tensor(b!) largest, Tensor logits, Tensor target, Tensor? table, "
-    "Tensor? segment_mask, int errors, bool per_image, int? ignore_index, int? background_index, bool sampled, "
-    "bool find_largest) -> ()",
-    "lovasz_histogram_place": "(Tensor counts, Tensor? counted_table, int errors, bool sampled, int bins) -> Tensor",
-    "lovasz_histogram_weigh": "(Tensor logits, Tensor counts, Tensor? recounted_mask, Tensor? recounts, "
-    "Tensor? recounted_table, Tensor largest, Tensor table, Tensor? selected, bool present, Tensor? class_weight, "
-    "int errors, bool per_image, int reduction, bool upcast_loss, bool again=False) "
-    "-> (Tensor loss, Tensor scale, Tensor weights, Tensor bounds, Tensor needs_rebin, Tensor better_table)",
-    "lovasz_histogram_sum": "(Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor units, int errors, "
-    "bool per_image, int? ignore_index, int? background_index) -> Tensor",
-    "lovasz_histogram_backward": "(Tensor grad, Tensor logits, Tensor target, Tensor table, Tensor weights, Tensor scale, "
-    "int errors, bool per_image, int? ignore_index, int? background_index, int reduction) -> Tensor",
-}
-# How a region loss sums; activation is one of _layout.Activation, form of _layout.Form.
-_REGION = "int activation, bool squared, bool per_image, int? ignore_index, int? background_index"
-_REGION_INDEX = (
-    "Tensor? selected, bool present, bool per_image, Tensor? class_weight, float alpha, float beta, float smooth_numerator, "
-    "float smooth_denominator, int form, float exponent, int reduction, bool upcast_loss"
-)
-_SCHEMAS |= {
-    # The whole loss, and its steps: sums of integers (csrc/math/region.h), which may be added up over ranks; the loss and the
-    # coefficients of the gradient from them.
-    "region_forward": f"(Tensor logits, Tensor target, {_REGION}, {_REGION_INDEX.replace('bool per_image, ', '')}) "
-    "-> (Tensor loss, Tensor scale, Tensor coefficients)",
-    "region_sum": f"(Tensor logits, Tensor target, {_REGION}) -> Tensor",
-    "region_weigh": f"(Tensor logits, Tensor sums, {_REGION_INDEX}) -> (Tensor loss, Tensor scale, Tensor coefficients)",
-    "region_backward": f"(Tensor grad, Tensor logits, Tensor target, {_REGION}, int reduction, Tensor scale, "
-    "Tensor coefficients) -> Tensor",
-}
-_COMPOUND = "int errors, bool per_image, int? ignore_index"
-_FOCAL_TERM = "float? alpha, Tensor? class_alpha, float gamma, float label_smoothing"
-_SCHEMAS |= {
-    # The whole loss (its region loss as region_weigh takes it, with its classes named apart from those of Lovász), and the
-    # passes over the pixels that a Lovász loss has too: see _compound.py. Each adds to focal_sums, [3] float64, and to
-    # region_sums as region_sum makes them. focal, lovasz and region are the weights of the terms, None: without.
-    "compound_forward": "(Tensor logits, Tensor target, float? focal, float? lovasz, float? region, "
-    f"{_FOCAL_TERM}, bool weighted_mean, Tensor? selected, bool present, Tensor? region_selected, bool region_present, "
-    "float region_alpha, float region_beta, float smooth_numerator, float smooth_denominator, int form, float exponent, "
-    f"{_COMPOUND}, bool histogram, int? valid_pixels, bool keep_weights, bool upcast_loss) "
-    "-> (Tensor loss, Tensor scale, Tensor focal_scale, Tensor region_weights, Tensor table, Tensor weights, Tensor parts)",
-    "compound_count": "(Tensor(a!) counts, Tensor(b!) largest, Tensor(c!)? focal_sums, Tensor(d!)? region_sums, Tensor logits, "
-    f"Tensor target, Tensor table, Tensor? segment_mask, {_FOCAL_TERM}, {_COMPOUND}, bool find_largest) -> ()",
-    "compound_exact": "(Tensor(a!)? focal_sums, Tensor(b!)? region_sums, Tensor logits, Tensor target, Tensor? selected, "
-    f"bool present, {_FOCAL_TERM}, {_COMPOUND}, int? valid_pixels, bool keep_weights) "
-    "-> (Tensor loss, Tensor scale, Tensor weights)",
-    "compound_sum": "(Tensor(a!)? focal_sums, Tensor(b!)? region_sums, Tensor logits, Tensor target, "
-    f"{_FOCAL_TERM}, {_COMPOUND}) -> ()",
-    "compound_backward": "(Tensor grad, Tensor logits, Tensor target, float? focal, float? lovasz, float? region, "
-    f"{_FOCAL_TERM}, {_COMPOUND}, bool histogram, int? valid_pixels, Tensor scale, Tensor focal_scale, Tensor region_weights, "
-    "Tensor table, Tensor weights) -> Tensor",
-}
-_SCHEMAS = {
-    name: schema.replace(") ->", ", int? upsample=None) ->")
-    if "Tensor target" in schema and "upsample" not in schema
-    else schema
-    for name, schema in _SCHEMAS.items()
-}
 #: Operator families, each with a <stem>_forward and a <stem>_backward; and the module of triton/ that has its kernels, None
 #: where there are none.
 FAMILIES = {
@@ -264,7 +178,7 @@ def lovasz_histogram(
     }  # fmt: skip
     namespace = _checked(backend, logits)
     if ranks is not None:
-        return _OfRanks.apply(NAMESPACES[backend], "lovasz_histogram", ranks, *arguments.values())
+        return _over_ranks("lovasz_histogram", arguments, ranks, backend)
     loss, _, _, _, bounds = namespace.lovasz_histogram_forward.default(**arguments)
     return loss, bounds
 
@@ -285,6 +199,12 @@ class _OfRanks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         return None, None, None, *ctx.saved.backward(ctx, grad)
+
+
+def _over_ranks(stem: str, arguments: dict, ranks, backend: str) -> tuple[Tensor, Tensor]:
+    """First and last result of <stem>_forward."""
+    schema = getattr(operators(backend), f"{stem}_forward").default._schema
+    return _OfRanks.apply(NAMESPACES[backend], stem, ranks, *(arguments.get(argument.name) for argument in schema.arguments))
 
 
 def _fake_loss_and_scale(logits, errors, per_image, reduction, upcast_loss) -> tuple[Tensor, Tensor]:
@@ -324,8 +244,7 @@ def region(logits, target, *, activation, form, reduction, ranks, backend, **opt
     namespace = _checked(backend, logits)
     if ranks is None:
         return namespace.region_forward.default(**arguments)[0]
-    names = [argument.name for argument in namespace.region_forward.default._schema.arguments]
-    return _OfRanks.apply(NAMESPACES[backend], "region", ranks, *(arguments.get(name) for name in names))[0]
+    return _over_ranks("region", arguments, ranks, backend)[0]
 
 
 def _region_forward(
@@ -365,8 +284,7 @@ def compound(logits, target, *, ranks, backend, **options) -> tuple[Tensor, Tens
     if ranks is None:
         loss, *_, parts = namespace.compound_forward.default(**arguments)
         return loss, parts
-    names = [argument.name for argument in namespace.compound_forward.default._schema.arguments]
-    return _OfRanks.apply(NAMESPACES[backend], "compound", ranks, *(arguments.get(name) for name in names))
+    return _over_ranks("compound", arguments, ranks, backend)
 
 
 @_fake("compound_forward")
@@ -407,7 +325,7 @@ def define(namespace: str) -> None:
     """Every operator in `namespace`: schema, fake, autograd. Its kernels are registered elsewhere."""
     found = getattr(torch.ops, namespace)
     stems = stems_of(namespace)
-    for name, schema in _SCHEMAS.items():
+    for name, schema in SCHEMAS.items():
         if name.startswith(stems):
             torch.library.define(f"{namespace}::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
     for stem in stems:
@@ -417,7 +335,7 @@ def define(namespace: str) -> None:
             schema = getattr(found, name).default._schema
             torch.library.register_fake(f"{namespace}::{name}", _autograd.by_name(schema, fake))
         _autograd.register(namespace, stem)
-    for name in _WHOLE.keys() & _SCHEMAS.keys():
+    for name in _WHOLE.keys() & SCHEMAS.keys():
         if not name.startswith(stems):
             continue
         whole = functools.partial(_WHOLE[name], found)
@@ -441,7 +359,7 @@ for _namespace in NAMESPACES.values():
 torch.library.define(f"{NAMESPACES['native']}::layout_constants", "(Tensor like) -> Tensor")
 torch.library.define(f"{NAMESPACES['native']}::count_not_ignored", "(Tensor target, int ignore_index) -> int")
 
-for _name in _SCHEMAS:
+for _name in SCHEMAS:
     for _stem in stems_of(NAMESPACES["triton"]):
         if not _name.startswith(_stem):
             continue

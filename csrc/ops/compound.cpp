@@ -1,5 +1,5 @@
 // Operators of the compound losses: the passes over pixels, which veerloss/_compound.py puts together; schemas in
-// veerloss/ops.py.
+// veerloss/_schemas.py.
 
 #include <tuple>
 

@@ -1,4 +1,4 @@
-// Operators of the sigmoid focal loss; schemas in veerloss/ops.py.
+// Operators of the sigmoid focal loss; schemas in veerloss/_schemas.py.
 
 #include "focal.h"
 

@@ -1,4 +1,4 @@
-// Operators of the softmax focal loss; schemas in veerloss/ops.py.
+// Operators of the softmax focal loss; schemas in veerloss/_schemas.py.
 
 #include "focal.h"
 #include "upsample.h"

@@ -1,4 +1,4 @@
-// Operators of method "exact" of the Lovász losses; schemas in veerloss/ops.py.
+// Operators of method "exact" of the Lovász losses; schemas in veerloss/_schemas.py.
 
 #include <tuple>
 

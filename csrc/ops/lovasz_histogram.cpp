@@ -1,5 +1,5 @@
 // Operators of method "histogram" of the Lovász losses: its steps, which veerloss/_histogram.py puts together; schemas in
-// veerloss/ops.py.
+// veerloss/_schemas.py.
 
 #include <tuple>
 

@@ -1,4 +1,5 @@
-// Operators of the region losses: their steps, which veerloss/ops.py puts together; schemas there.
+// Operators of the region losses: their steps, which veerloss/ops.py puts together; schemas in
+// veerloss/_schemas.py.
 
 #include <tuple>
 
