@@ -22,7 +22,7 @@ from veerloss import (
     softmax_focal_loss,
     tversky_loss,
 )
-from veerloss._layout import Interpolation, Reduction
+from veerloss._layout import Errors, Interpolation, Reduction
 from veerloss._upsample import LowLogits
 
 ALL = {"focal": 0.7, "lovasz": 1.3, "dice": 0.5}
@@ -423,3 +423,31 @@ def test_distributed_losses_take_it():
 
 def test_jaccard_takes_it():
     check(jaccard_loss, logits(SHAPE), labels((2, 5, *SIZE), 5), "bilinear", False, "native", per_image=True, classes="present")
+
+
+@over_kernels
+def test_operators_refuse_what_they_do_not_take(backend):
+    """Called directly, they would read outside of small logits."""
+    operators, emulated = veerloss.ops.operators(backend), veerloss.ops.NAMESPACES["native"] != "veerloss"
+    x, y = logits(SHAPE), labels((2, 5, *SIZE), 5)
+    low = {"logits": x, "target": y, "upsample": Interpolation.LINEAR}
+    scale = {"grad": torch.ones(()), "scale": torch.ones(()), "reduction": Reduction.MEAN}
+    result = {"reduction": Reduction.MEAN, "factor": 1.0, "normalizer": None, "upcast_loss": False}
+    sigmoid = {"alpha": None, "class_alpha": None, "gamma": 2.0, "weight": None, "ignore_index": None, "background_index": None}
+    softmax = {"alpha": 1.0, "class_alpha": None, "gamma": 2.0, "label_smoothing": 0.1, "ignore_index": None}
+    for stem, options in (("sigmoid_focal", sigmoid), ("softmax_focal", softmax)):
+        with pytest.raises(RuntimeError, match="upsample"):
+            getattr(operators, f"{stem}_forward")(**low, **options, **result)
+        with pytest.raises(RuntimeError, match="upsample"):
+            getattr(operators, f"{stem}_backward")(**low, **options, **scale)
+    if emulated:
+        exact = {"errors": Errors.SOFTMAX, "per_image": False, "ignore_index": None, "valid_pixels": None}
+        with pytest.raises(RuntimeError, match="method 'histogram'"):
+            operators.lovasz_exact_backward(
+                **low, **exact, **scale | {"scale": torch.ones(5)}, weights=torch.zeros(5, 2, SIZE[0] * SIZE[1])
+            )
+    for bad in ({"logits": x[:1]}, {"target": y[:1]}, {"logits": x[..., ::2]}, {"upsample": 3}, {"target": y.half()[:, None]}):
+        with pytest.raises((RuntimeError, ValueError), match=r"logits|target|upsample"):
+            operators.region_sum(
+                **low | bad, activation=0, squared=False, per_image=False, ignore_index=None, background_index=None
+            )

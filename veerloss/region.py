@@ -26,7 +26,7 @@ def _takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> 
     if not by_cuda:
         return True
     hard = target.dim() == low.logits.dim() - 1 and not options.get("squared", False)
-    return hard and options.get("activation", "softmax") == "softmax" and low.fits_gpu(32)
+    return hard and options.get("activation", "softmax") == "softmax" and low.fits_gpu(24)
 
 
 _with_upsample = option(loss="region", fused=_takes_low, mask=lambda _: False)

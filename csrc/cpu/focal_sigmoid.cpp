@@ -1,5 +1,7 @@
 // Sigmoid focal loss on the CPU.
 
+#include <stdexcept>
+
 #include "focal.h"
 #include "simd/vecmath.h"
 
@@ -147,10 +149,12 @@ int64_t kernels::sigmoid_focal_scratch_bytes(const SigmoidFocalInput&) {
 }
 
 void kernels::sigmoid_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out, Stream) {
+  if (input.upsample) throw std::runtime_error("veerloss: upsample of a focal loss is for a softmax");
   focal_forward<SigmoidFocal>(input, out);
 }
 
 void kernels::sigmoid_focal_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream) {
+  if (input.upsample) throw std::runtime_error("veerloss: upsample of a focal loss is for a softmax");
   focal_backward<SigmoidFocal>(input, out);
 }
 

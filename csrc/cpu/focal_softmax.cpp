@@ -16,6 +16,7 @@ void kernels::softmax_focal_forward(const SoftmaxFocalInput& input, const FocalL
 }
 
 void kernels::softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream) {
+  if (input.upsample) throw std::runtime_error("veerloss: on a CPU upsampled_focal_forward takes logits of low resolution");
   focal_backward<SoftmaxFocal>(input, out);
 }
 

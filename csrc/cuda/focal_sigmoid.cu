@@ -181,7 +181,7 @@ int64_t sigmoid_focal_scratch_bytes(const SigmoidFocalInput&) {
 }
 
 void sigmoid_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out, Stream stream) {
-  if (input.upsample) throw std::runtime_error("veerloss: on a GPU upsample of a focal loss is for a softmax");
+  if (input.upsample) throw std::runtime_error("veerloss: upsample of a focal loss is for a softmax");
   const bool rows = has_sigmoid_rows(input, out.reduction, nullptr);
   const int64_t blocks =
       rows ? launch_sigmoid_rows_forward(input, out, stream) : launch_planes(input, out, nullptr, out.scratch, stream);
@@ -189,6 +189,7 @@ void sigmoid_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out,
 }
 
 void sigmoid_focal_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream stream) {
+  if (input.upsample) throw std::runtime_error("veerloss: upsample of a focal loss is for a softmax");
   const bool rows = has_sigmoid_rows(input, out.reduction, &out.grad_logits);
   if (rows)
     launch_sigmoid_rows_backward(input, out, stream);

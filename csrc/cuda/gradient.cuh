@@ -11,6 +11,7 @@
 //   of_segment<errors>(batch, segment, c)(index, is_foreground, x)  of a pixel, by its index in the batch, in a class; the
 //                                       factor is yet to come
 //   focal                               FocalSlopes of a compound loss (terms.cuh), if it has any
+//   static constexpr bool at_full_size  true of weights that are stored for each pixel: never of logits of low resolution
 //
 // The weight is multiplied by the derivative of p.
 #pragma once
@@ -203,7 +204,8 @@ template <class In, class Weights>
 void launch_softmax_gradient(const SegmentBatch& batch, const Weights& weights, const SegmentGradient& out, Stream stream) {
   constexpr int threads = Tuning::Gradient::threads;
   const auto [images, classes, pixels] = batch.geometry;
-  if (batch.upsample) return launch_low_gradient<In>(batch, weights, out, stream);
+  if constexpr (!is_at_full_size<Weights>)
+    if (batch.upsample) return launch_low_gradient<In>(batch, weights, out, stream);
   if (launch_gradient_in_parts<In>(batch, weights, out, stream)) return;
   with_class_range<In>(classes, [&](auto range) {
     if constexpr (decltype(range)::most == 0) return launch_gradient_of_many<In>(batch, weights, out, stream);
@@ -223,6 +225,7 @@ void launch_gradient(const Args& args) {
     using In = decltype(zero);
     using W = Weights<opmath_t<In>>;
     if (batch.errors == Errors::softmax) return launch_softmax_gradient<In>(batch, W(args), args.out, args.stream);
+    if (batch.upsample) throw std::runtime_error("veerloss: on a GPU upsample is for a softmax");
     const Chunks chunks = class_chunks(batch, Policy::threads, Policy::most_tiles);
     const bool plain = is_plain(batch, chunks) && are_near(args.out.grad_logits);
     const Launch shape{
@@ -243,7 +246,8 @@ void launch_gradient_with_terms(const Args& args) {
   with_element_type(batch.logits.dtype, [&](auto zero) {
     using In = decltype(zero);
     const Weights<opmath_t<In>> weights(args);
-    if (batch.upsample) return launch_low_gradient<In>(batch, weights, args.out, args.stream);
+    if constexpr (!is_at_full_size<Weights<opmath_t<In>>>)
+      if (batch.upsample) return launch_low_gradient<In>(batch, weights, args.out, args.stream);
     if (!launch_gradient_in_parts<In>(batch, weights, args.out, args.stream))
       launch_gradient_of_many<In>(batch, weights, args.out, args.stream);
   });

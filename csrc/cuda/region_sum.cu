@@ -57,10 +57,10 @@ __global__ void __launch_bounds__(Policy::threads, activation == Activation::sof
 }  // namespace
 
 void kernels::region_sum(const RegionSums& args) {
-  if (launch_region_sum_softmax(args)) return;
   const RegionInput& in = args.input;
-  if (in.batch.upsample)
-    throw std::runtime_error("veerloss: on a GPU upsample of a region loss is for a softmax and class indices");
+  if (in.batch.upsample && (in.activation != Activation::softmax || in.dense || in.squared))
+    throw std::runtime_error("veerloss: on a GPU upsample of a region loss is for a softmax, class indices and no squares");
+  if (launch_region_sum_softmax(args)) return;
   const SegmentBatch& b = in.batch;
   const bool softmax = in.activation == Activation::softmax;
   constexpr int threads = Policy::threads;

@@ -209,16 +209,17 @@ bool launch_region_sum_softmax(const RegionSums& args) {
     using In = decltype(zero);
     const auto launch_source = [&](auto range, auto of_source, int64_t rows_bytes) {
       constexpr Source source = decltype(of_source)::value;
-      const Chunks chunks =
-          chunks_of(b, lanes_of(source), Policy::most_tiles,
-                    multiprocessors() * Policy::min_blocks<In, decltype(range)>(threads_of(source)), 1, false);
+      using Range = decltype(range);
+      const Chunks chunks = chunks_of(b, lanes_of(source), Policy::most_tiles,
+                                      multiprocessors() * Policy::min_blocks<In, Range>(threads_of(source)), 1, false);
       with_flag(in.squared, [&](auto squared) {
-        launch(region_sum_softmax_kernel<In, decltype(range), source, decltype(squared)::value>,
-               {.blocks = chunks.images * chunks.chunks,
-                .threads = threads_of(source),
-                .stream = args.stream,
-                .shared_bytes = shared_bytes(classes, lanes_of(source)) + rows_bytes},
-               b, source == Source::low ? LowLogits::of(b.logits, *b.upsample, zero) : LowLogits{}, args.sums, chunks);
+        if constexpr (source != Source::low || !decltype(squared)::value)
+          launch(region_sum_softmax_kernel<In, Range, source, decltype(squared)::value>,
+                 {.blocks = chunks.images * chunks.chunks,
+                  .threads = threads_of(source),
+                  .stream = args.stream,
+                  .shared_bytes = shared_bytes(classes, lanes_of(source)) + rows_bytes},
+                 b, source == Source::low ? LowLogits::of(b.logits, *b.upsample, zero) : LowLogits{}, args.sums, chunks);
       });
       launched = true;
     };

@@ -126,10 +126,19 @@ struct WithFocal : Base {
   FocalSlopes<typename Base::Type> focal;
 };
 
+// Of a Weights (gradient.cuh).
+template <class Weights>
+constexpr bool is_at_full_size = [] {
+  if constexpr (requires { Weights::at_full_size; })
+    return Weights::at_full_size;
+  else
+    return false;
+}();
+
 // Weights of errors and both terms: what a region loss adds is two numbers of a segment.
 template <class Base>
 struct WithTerms {
-  static constexpr bool reads_label = true;
+  static constexpr bool reads_label = true, at_full_size = is_at_full_size<Base>;
   using Exp = typename Base::Exp;
   using Type = typename Base::Type;
   struct Term {

@@ -33,6 +33,8 @@ struct Sm80 {
     // as many as one block may have.
     template <class Range>
     static constexpr int min_blocks = Range::most > 12 ? 1 : 2;
+    // Of losses of segments: with 32, weights of bins with a focal term spilled 80 bytes.
+    static constexpr int64_t most_classes = 24;
     // What adds up the tiles.
     static constexpr int threads = 128;
   };

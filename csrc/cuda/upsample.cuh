@@ -96,10 +96,10 @@ void with_low_range(const SegmentBatch& batch, const F& f) {
   if (batch.errors != Errors::softmax || !is_low(batch.logits, *batch.upsample))
     throw std::runtime_error("veerloss: on a GPU upsample is for a softmax of images, to a larger size");
   with_class_range<In>(batch.classes(), [&](auto range) {
-    if constexpr (range.most > 0 && !std::is_same_v<In, double>)
+    if constexpr (range.most > 0 && range.most <= LowPolicy::most_classes && !std::is_same_v<In, double>)
       f(range);
     else
-      throw std::runtime_error("veerloss: on a GPU upsample is for 32 classes at most, not of float64");
+      throw std::runtime_error("veerloss: on a GPU upsample is for 24 classes at most, not of float64");
   });
 }
 

@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(Tuning::ExactSegment::threads)
 template <class T>
 struct StoredWeights : FactorTerm<T> {
   static constexpr bool reads_label = false;  // the weights already depend on it
+  static constexpr bool at_full_size = true;
   using Exp = LogitExp;
 
   explicit StoredWeights(const LovaszExactBackward& args) : weights(static_cast<const T*>(args.weights)) {}
@@ -186,6 +187,7 @@ void lovasz_exact_forward(const LovaszExactForward& args) {
 }
 
 void lovasz_exact_backward(const LovaszExactBackward& args) {
+  if (args.batch.upsample) throw std::runtime_error("veerloss: on a GPU upsample of a Lovasz loss is for method 'histogram'");
   if (!args.terms.any()) return launch_gradient<StoredWeights>(args);
   launch_gradient_with_terms<StoredWeightsWithTerms>(args);
 }

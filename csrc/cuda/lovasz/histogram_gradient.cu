@@ -360,6 +360,7 @@ namespace kernels {
 void lovasz_histogram_sum(const LovaszHistogramSum& args) {
   using SumPolicy = Tuning::HistogramSum;
   const SegmentBatch& b = args.batch;
+  if (b.upsample) throw std::runtime_error("veerloss: on a GPU upsample is for a softmax");
   zero_memory(args.sums, b.segments() * static_cast<int64_t>(sizeof(int64_t)), args.stream);
   const Chunks chunks = class_chunks(b, SumPolicy::threads, SumPolicy::most_tiles);
   const Launch shape{
