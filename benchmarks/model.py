@@ -46,6 +46,8 @@ INSTRUCTIONS = {
     # sums of rows and columns, two thirds of it, which for each logit is some 12 of all.
     "softmax focal forward, low": (35.9, 40.3),
     "softmax focal backward, low": (112.6, 117.0),
+    "sigmoid focal forward, labels, low": (70.1, 67.1),
+    "sigmoid focal backward, labels, low": (186.5, 184.1),
     "region forward, low": (34.7, 39.1),
     "histogram count, low": (47.9, 52.2),
     "compound count, low": (52.4, 56.6),

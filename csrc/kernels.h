@@ -76,8 +76,9 @@ void sigmoid_focal_backward(const SigmoidFocalInput& input, const FocalGradient&
 int64_t softmax_focal_scratch_bytes(const SoftmaxFocalInput& input);
 void softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream stream);
 void softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream stream);
-// On the CPU alone, of logits of low resolution and hard labels, reduced: `gradient`, if it has data, is that of the sum of the
-// pixels' losses.
+// On the CPU alone, of logits of low resolution: `gradient`, if it has data, is that of the sum of the losses, for a loss that
+// is reduced.
+void upsampled_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out, const View& gradient);
 void upsampled_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, const View& gradient);
 }  // namespace kernels
 

@@ -50,10 +50,19 @@ def low(dtype: str) -> list[Budget]:
     return [
         Budget("focal_softmax_low.cu", names["forward"], 19, "softmax focal forward, low", warps=24),
         Budget("focal_softmax_low.cu", names["backward"], 19, "softmax focal backward, low", whole=True, warps=24),
+        # 24 classes, and the first 8 of a tile.
+        Budget(
+            "focal_sigmoid_low.cu", f"sigmoid_focal_low_forward_kernel<{dtype}, true, true>", 24,
+            "sigmoid focal forward, labels, low", wide_multiplies=27, inner=3, warps=40,
+        ),
+        Budget(
+            "focal_sigmoid_low.cu", f"sigmoid_focal_low_backward_kernel<{dtype}, true, true>", 8,
+            "sigmoid focal backward, labels, low", wide_multiplies=22, whole=True, warps=24,
+        ),
         region(dtype, 4, kind=", low", warps=20, dynamic_shared=19 * 8 * (128 + 8)),
         count(dtype, 3, ", low", warps=16, dynamic_shared=SHARED),
         count(dtype, 3, "compound", low=", low", warps=16, dynamic_shared=SHARED + 2 * 8 * 512),
-    ]
+    ]  # fmt: skip
 
 
 def focal_shared(step: str, dtype: str) -> Budget:

@@ -13,16 +13,20 @@ _LOVASZ = (
     "Tensor logits, Tensor target, Tensor? selected, bool present, bool per_image, Tensor? class_weight, int? ignore_index, "
     "int? background_index, int errors, int reduction"
 )
+# Of logits of low resolution on a CPU, reduced. gradient: of the sum of the losses; [0] without `keep_gradient`.
+_WITH_GRADIENT = (
+    "float factor, Tensor? normalizer, bool upcast_loss, bool keep_gradient, int upsample) "
+    "-> (Tensor loss, Tensor scale, Tensor gradient)"
+)
 SCHEMAS = {
     "sigmoid_focal_forward": f"(Tensor logits, Tensor target, {_SIGMOID}, {_FOCAL_RESULT}",
     "sigmoid_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SIGMOID}, Tensor scale) -> Tensor",
     "softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, {_FOCAL_RESULT}",
     "softmax_focal_backward": f"(Tensor grad, Tensor logits, Tensor target, {_SOFTMAX}, Tensor scale) -> Tensor",
-    # Of a CPU, and hard labels. gradient: of the sum of the pixels' losses; [0] without `keep_gradient`.
-    "upsampled_focal_forward": "(Tensor logits, Tensor target, float alpha, Tensor? class_alpha, float gamma, "
-    "int? ignore_index, int reduction, float factor, Tensor? normalizer, bool upcast_loss, bool keep_gradient, int upsample) "
-    "-> (Tensor loss, Tensor scale, Tensor gradient)",
-    "upsampled_focal_backward": "(Tensor grad, Tensor logits, Tensor scale, Tensor gradient) -> Tensor",
+    "upsampled_sigmoid_focal_forward": f"(Tensor logits, Tensor target, {_SIGMOID}, {_WITH_GRADIENT}",
+    "upsampled_softmax_focal_forward": f"(Tensor logits, Tensor target, {_SOFTMAX}, {_WITH_GRADIENT}",
+    "upsampled_sigmoid_focal_backward": "(Tensor grad, Tensor logits, Tensor scale, Tensor gradient) -> Tensor",
+    "upsampled_softmax_focal_backward": "(Tensor grad, Tensor logits, Tensor scale, Tensor gradient) -> Tensor",
     # valid_pixels: how many pixels are not ignored, where that is known.
     # weights: the signed weights of the errors, [C, N, P], or [0] without `keep_weights`; with valid_pixels, which only kernels
     # of the CPU take, [C, valid_pixels].

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _arguments as arguments
-from . import ops
 from ._layout import Interpolation
+from .ops import by_cuda_kernels
 
 #: By mode, the number of spatial dimensions; None for any.
 MODES = {"bilinear": 2, "trilinear": 3, "nearest": None}
@@ -45,6 +45,8 @@ class LowLogits:
         x = self.logits.to(arguments.opmath_dtype(self.logits))
         if x.numel() == 0 or 0 in self.size:  # which interpolate does not take
             return x.flatten(2).sum(-1).reshape(*x.shape[:2], *[1] * len(self.size)).expand(*x.shape[:2], *self.size)
+        if x.is_cuda and self.mode != "nearest":
+            return Interpolated.apply(x, self)
         return F.interpolate(x, size=tuple(self.size), mode=self.mode, align_corners=align_corners)
 
     def shaped(self) -> Tensor:
@@ -57,10 +59,12 @@ class LowLogits:
         if mask:
             target = target.reshape(target.size(0), *self.size)
         # The CUDA kernels read neighbours in a row at one address.
-        x = self.logits.contiguous() if by_cuda_kernels(self.logits) else _in_order(self.logits, 2)
-        return x, _in_order(target, target.dim() - spatial)
+        x = self.logits.contiguous() if by_cuda_kernels(self.logits) else in_order(self.logits, 2)
+        target = in_order(target, target.dim() - spatial)
+        # Operators take images and volumes; a row is an image of one.
+        return (x.unsqueeze(2), target.unsqueeze(-2)) if spatial == 1 else (x, target)
 
-    def fits_gpu(self, most_classes: int) -> bool:
+    def fits_gpu(self, most_classes: float = math.inf) -> bool:
         """Whether the CUDA kernels blend these: csrc/cuda/upsample.cuh, is_low."""
         low = self.logits.shape[2:]
         return (
@@ -73,7 +77,54 @@ class LowLogits:
         )
 
 
-def _in_order(t: Tensor, first: int) -> Tensor:
+class Interpolated(torch.autograd.Function):
+    """F.interpolate of a linear mode with a backward pass of gathers, whose bits are the same in every run: that of PyTorch on
+    a GPU adds with atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: LowLogits) -> Tensor:
+        ctx.low = low
+        return F.interpolate(x, size=tuple(low.size), mode=low.mode, align_corners=low.align_corners)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        for axis in reversed(range(2, grad.dim())):  # the last, along rows, makes what is left to sum smaller at once
+            grad = adjoint_of_axis(grad, axis, ctx.low.logits.size(axis), ctx.low.align_corners)
+        return grad, None
+
+
+def adjoint_of_axis(grad: Tensor, axis: int, low: int, align_corners: bool) -> Tensor:
+    """The transpose of linear interpolation along ``axis`` from ``low`` pixels (csrc/math/upsample.h), in any order of pixels
+    that each sums by itself: its k-th contributions of all pixels at once, for every k."""
+    full = grad.size(axis)
+    if low == 1:
+        return grad.sum(axis, keepdim=True)
+    # Pixel i lies at numerator / denominator, between the first of a pair and the second.
+    i = torch.arange(full, device=grad.device)
+    if align_corners:
+        numerator, denominator = i * (low - 1), max(full - 1, 1)
+        longest = (full - 1) // (low - 1) + 1  # how many pixels have the same first, at most
+    else:
+        numerator, denominator = ((2 * i + 1) * low - full).clamp(min=0), 2 * full
+        longest = 3 * full // (2 * low) + 1 if low > 2 else full  # the outer pairs have those outside too
+    first = torch.div(numerator, denominator, rounding_mode="floor").clamp(max=low - 2)
+    second_weight = ((numerator - first * denominator).to(torch.float64) / denominator).clamp(max=1)
+    starts = torch.searchsorted(first, torch.arange(low, device=grad.device))
+    ends = torch.searchsorted(first, torch.arange(low, device=grad.device), right=True)
+    shape = [-1 if d == axis else 1 for d in range(grad.dim())]
+    result = grad.new_zeros([low + 1 if d == axis else n for d, n in enumerate(grad.shape)])
+    for k in range(longest):
+        at = (starts + k).clamp(max=full - 1)
+        has = starts + k < ends
+        values = grad.index_select(axis, at)
+        to_second = torch.where(has, second_weight[at], 0)
+        to_first = torch.where(has, 1 - second_weight[at], 0)
+        result.narrow(axis, 0, low).add_(values * to_first.to(grad.dtype).reshape(shape))
+        result.narrow(axis, 1, low).add_(values * to_second.to(grad.dtype).reshape(shape))
+    return result.narrow(axis, 0, low)
+
+
+def in_order(t: Tensor, first: int) -> Tensor:
     """``t`` with one step from each of its pixels, the dimensions from ``first`` on, to the next."""
     step = inside = 1
     for size, stride in zip(reversed(t.shape[first:]), reversed(t.stride()[first:]), strict=True):
@@ -84,11 +135,6 @@ def _in_order(t: Tensor, first: int) -> Tensor:
             return t.contiguous()
         inside *= size
     return t
-
-
-def by_cuda_kernels(logits: Tensor) -> bool:
-    """Whether "native" is the kernels of csrc/cuda: on a GPU, or emulated."""
-    return logits.is_cuda or ops.NAMESPACES["native"] != "veerloss"
 
 
 def option(*, loss: str, fused: Callable[[LowLogits, Tensor, bool, dict], bool], mask: Callable[[dict], bool]) -> Callable:
@@ -109,7 +155,7 @@ def option(*, loss: str, fused: Callable[[LowLogits, Tensor, bool, dict], bool],
             low = _checked(logits, target, upsample, align_corners, mask(options))
             backend = options.get("backend", "auto")
             native = backend in ("auto", "native") and arguments.missing_reason("native", logits.device, loss) is None
-            if native and len(low.size) > 1 and fused(low, target, by_cuda_kernels(logits), options):
+            if native and len(low.size) <= 3 and fused(low, target, by_cuda_kernels(logits), options):
                 return function(low.shaped(), target, upsample=low, **options)
             found = function(low.interpolated(), target, **options)
             dtype = arguments.loss_dtype(logits)

@@ -11,10 +11,16 @@ from torch import Tensor
 from . import _arguments as arguments
 from . import ops, reference
 from ._module import LossModule
-from ._upsample import LowLogits, by_cuda_kernels, option
+from ._upsample import LowLogits, in_order, option
 
 
-@option(loss="sigmoid focal", fused=lambda *_: False, mask=lambda _: False)
+def _sigmoid_takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
+    """Kernels on a GPU take a loss that is reduced, without a weight."""
+    each = options.get("reduction", "mean") == "none" or options.get("weight") is not None
+    return not by_cuda or (not each and low.fits_gpu())
+
+
+@option(loss="sigmoid focal", fused=_sigmoid_takes_low, mask=lambda _: False)
 def sigmoid_focal_loss(
     logits: Tensor,
     target: Tensor,
@@ -111,26 +117,32 @@ def sigmoid_focal_loss(
             logits, target, alpha=alpha, gamma=gamma, weight=weight, ignore_index=ignore_index,
             background_index=background_index, reduction=reduction, normalizer=normalizer,
         )  # fmt: skip
-    x, t, w, restore = _elements(logits, target, weight, isinstance(alpha, Tensor))
     class_alpha = as_class_alpha(alpha, logits)
-    loss = ops.sigmoid_focal(
-        x, t, alpha=alpha if class_alpha is None else None, class_alpha=class_alpha, gamma=gamma, weight=w,
-        ignore_index=ignore_index, background_index=background_index, reduction=reduction, normalizer=normalizer,
-        backend=backend,
-    )  # fmt: skip
+    options = {
+        "alpha": alpha if class_alpha is None else None, "class_alpha": class_alpha, "gamma": gamma,
+        "ignore_index": ignore_index, "background_index": background_index, "reduction": reduction, "normalizer": normalizer,
+        "backend": backend,
+    }  # fmt: skip
+    if upsample is not None:
+        x, t = upsample.inputs(target)
+        w = None if weight is None else in_order(weight, 2)
+        options["upsample"] = upsample.interpolation
+
+        def restore(loss):
+            return loss.reshape(logits.shape)
+    else:
+        x, t, w, restore = _elements(logits, target, weight, isinstance(alpha, Tensor))
+    loss = ops.sigmoid_focal(x, t, weight=w, **options)
     return restore(loss) if reduction == "none" else loss
 
 
-def _takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
-    """Of softmax_focal_loss: one class a pixel. On a CPU the forward pass makes the gradient, which one of each pixel's loss
-    cannot scale."""
+def _softmax_takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
+    """Kernels on a GPU take one class a pixel."""
     hard = target.dim() == low.logits.dim() - 1 and options.get("label_smoothing", 0.0) == 0 and options.get("weight") is None
-    if by_cuda:
-        return hard and low.fits_gpu(32)
-    return hard and options.get("reduction", "mean") != "none"
+    return not by_cuda or (hard and low.fits_gpu(32))
 
 
-@option(loss="softmax focal", fused=_takes_low, mask=lambda _: False)
+@option(loss="softmax focal", fused=_softmax_takes_low, mask=lambda _: False)
 def softmax_focal_loss(
     logits: Tensor,
     target: Tensor,
@@ -222,12 +234,9 @@ def softmax_focal_loss(
     if upsample is not None:
         x, y = upsample.inputs(target)
         options["upsample"] = upsample.interpolation
-        if not by_cuda_kernels(x):
-            del options["label_smoothing"], options["backend"]
-            return ops.upsampled_focal(x, y, reduction=reduction, normalizer=normalizer, **options)
-        return ops.softmax_focal(x, y, reduction=reduction, normalizer=normalizer, **options)
-    x = arguments.as_pixels(logits)
-    y = arguments.as_pixels(target) if probabilities else target.reshape(x.size(0), x.size(2))
+    else:
+        x = arguments.as_pixels(logits)
+        y = arguments.as_pixels(target) if probabilities else target.reshape(x.size(0), x.size(2))
     if weight is None:
         loss = ops.softmax_focal(x, y, reduction=reduction, normalizer=normalizer, **options)
         return loss.reshape(_pixel_shape(logits)) if reduction == "none" else loss

@@ -173,7 +173,7 @@ def lovasz_softmax_loss(
 
 @option(
     loss="lovasz",
-    fused=lambda low, target, by_cuda, options: not by_cuda and not options.get("per_class", False),
+    fused=lambda low, target, by_cuda, options: not by_cuda,
     mask=lambda options: not options.get("per_class", False),
 )
 def lovasz_hinge_loss(
@@ -241,7 +241,7 @@ def lovasz_hinge_loss(
     if per_class:
         return _hinge_of_channels(
             logits, target, per_image=per_image, ignore_index=ignore_index, reduction=reduction, method=method,
-            return_certificate=return_certificate, process_group=process_group, backend=backend,
+            return_certificate=return_certificate, process_group=process_group, upsample=upsample, backend=backend,
         )  # fmt: skip
     options = {"per_image": per_image, "reduction": reduction}
 
@@ -281,7 +281,7 @@ def lovasz_hinge_loss(
     return (loss, certificate) if return_certificate else loss
 
 
-def _hinge_of_channels(logits, target, *, per_image, reduction, return_certificate, process_group, **options):
+def _hinge_of_channels(logits, target, *, per_image, reduction, return_certificate, process_group, upsample, **options):
     """:func:`lovasz_hinge_loss` with ``per_class``: each channel of the batch, or of an image, is an image of its own."""
     arguments.check_logits(logits, 2, "[N, C, *] with per_class=True")
     arguments.check_target(target, logits)
@@ -293,16 +293,30 @@ def _hinge_of_channels(logits, target, *, per_image, reduction, return_certifica
     if process_group is not None:
         raise ValueError("process_group needs per_class=False, got per_class=True")
     n, c, p = arguments.as_pixels(logits).shape
-    x, y = (arguments.as_pixels(t) if per_image else arguments.as_pixels(t).transpose(0, 1) for t in (logits, target))
     shape = (n, c) if per_image else (c,)
     images = n * c if per_image else c
-    result = lovasz_hinge_loss(
-        x.reshape(images, n * c * p // images if images else 0), y.reshape(images, n * c * p // images if images else 0),
-        per_image=True, reduction=reduction, return_certificate=return_certificate, **options,
-    )  # fmt: skip
+    options |= {"reduction": reduction, "return_certificate": return_certificate}
+    if upsample is not None and images > 0:
+        return _low_hinge_of_channels(upsample, target, per_image, shape, **options)
+    x, y = (arguments.as_pixels(t) if per_image else arguments.as_pixels(t).transpose(0, 1) for t in (logits, target))
+    length = n * c * p // images if images else 0
+    result = lovasz_hinge_loss(x.reshape(images, length), y.reshape(images, length), per_image=True, **options)
     loss, certificate = result if return_certificate else (result, None)
     loss = loss.reshape(shape) if reduction == "none" else loss
     return (loss, certificate.reshape(shape)) if return_certificate else loss
+
+
+def _low_hinge_of_channels(low: LowLogits, target, per_image, shape, *, reduction, return_certificate, **options):
+    """The same of logits of low resolution. Channel by channel, where the images of one are a segment: they lie apart."""
+    options |= {"per_image": per_image, "upsample": low.mode, "align_corners": low.align_corners}
+    if per_image:
+        batches = [(low.logits.flatten(0, 1).unsqueeze(1), target.flatten(0, 1))]
+    else:
+        batches = zip(low.logits.split(1, 1), target.unbind(1), strict=True)
+    found = [lovasz_hinge_loss(x, y, reduction="none", return_certificate=True, **options) for x, y in batches]
+    loss, certificate = (torch.stack(values).reshape(shape) for values in zip(*found, strict=True))
+    loss = loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    return (loss, certificate) if return_certificate else loss
 
 
 def _check_common(reduction, method, per_image, return_certificate, process_group) -> None:

@@ -31,7 +31,8 @@ from ._schemas import SCHEMAS
 FAMILIES = {
     "sigmoid_focal": "focal",
     "softmax_focal": "focal",
-    "upsampled_focal": None,
+    "upsampled_sigmoid_focal": None,
+    "upsampled_softmax_focal": None,
     "lovasz_exact": "lovasz_exact",
     "lovasz_histogram": None,
     "region": None,
@@ -77,33 +78,29 @@ def loss_dtype_of(logits: Tensor, upcast_loss: bool) -> torch.dtype:
 # ---- focal
 
 
-def sigmoid_focal(
-    logits, target, *, alpha, class_alpha, gamma, weight, ignore_index, background_index, reduction, normalizer, backend
-) -> Tensor:
-    return _checked(backend, logits).sigmoid_focal_forward.default(
-        logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=gamma, weight=weight,
-        ignore_index=ignore_index, background_index=background_index, **_divisor(reduction, normalizer),
-        upcast_loss=_upcasts(logits),
-    )[0]  # fmt: skip
+def sigmoid_focal(logits, target, **options) -> Tensor:
+    return _focal("sigmoid_focal", logits, target, **options)
 
 
-def softmax_focal(
-    logits, target, *, alpha, class_alpha, gamma, label_smoothing, ignore_index, reduction, normalizer, backend,
-    upcast_loss=False, upsample=None,
-) -> Tensor:  # fmt: skip
-    return _checked(backend, logits).softmax_focal_forward.default(
-        logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=gamma,
-        label_smoothing=label_smoothing, ignore_index=ignore_index, **_divisor(reduction, normalizer),
-        upcast_loss=upcast_loss or _upcasts(logits), upsample=upsample,
-    )[0]  # fmt: skip
+def softmax_focal(logits, target, **options) -> Tensor:
+    return _focal("softmax_focal", logits, target, **options)
 
 
-def upsampled_focal(logits, target, *, alpha, class_alpha, gamma, ignore_index, reduction, normalizer, upsample) -> Tensor:
-    return _checked("native", logits).upsampled_focal_forward.default(
-        logits=logits, target=target, alpha=alpha, class_alpha=class_alpha, gamma=gamma, ignore_index=ignore_index,
-        **_divisor(reduction, normalizer), upcast_loss=_upcasts(logits), keep_gradient=_is_differentiated(logits),
-        upsample=upsample,
-    )[0]  # fmt: skip
+def _focal(stem, logits, target, *, reduction, normalizer, backend, upcast_loss=False, upsample=None, **options) -> Tensor:
+    """A reduced loss of logits of low resolution has a forward operator of its own on a CPU, which makes the gradient."""
+    namespace = _checked(backend, logits)
+    options |= _divisor(reduction, normalizer)
+    if upsample is not None and reduction != "none" and not by_cuda_kernels(logits):
+        options["keep_gradient"] = _is_differentiated(logits)
+        stem = f"upsampled_{stem}"
+    return getattr(namespace, f"{stem}_forward").default(
+        logits=logits, target=target, upcast_loss=upcast_loss or _upcasts(logits), upsample=upsample, **options
+    )[0]
+
+
+def by_cuda_kernels(logits: Tensor) -> bool:
+    """Whether "native" is the kernels of csrc/cuda: on a GPU, or emulated."""
+    return logits.is_cuda or NAMESPACES["native"] != "veerloss"
 
 
 def _upsampled_focal_backward(_, *, grad, logits, scale, gradient) -> Tensor:
@@ -139,7 +136,8 @@ def _(logits, target, reduction, upcast_loss, **_):
     return loss, logits.new_empty((), dtype=opmath_dtype(logits))
 
 
-@_fake("upsampled_focal_forward")
+@_fake("upsampled_sigmoid_focal_forward")
+@_fake("upsampled_softmax_focal_forward")
 def _(logits, upcast_loss, keep_gradient, **_):
     opmath = opmath_dtype(logits)
     gradient = logits.new_empty(logits.shape if keep_gradient else (0,), dtype=opmath)
@@ -312,7 +310,8 @@ _WHOLE = {
     "lovasz_histogram_forward": _histogram.forward,
     "region_forward": _region_forward,
     "compound_forward": _compound.forward,
-    "upsampled_focal_backward": _upsampled_focal_backward,
+    "upsampled_sigmoid_focal_backward": _upsampled_focal_backward,
+    "upsampled_softmax_focal_backward": _upsampled_focal_backward,
 }
 
 

@@ -9,6 +9,7 @@
 #include "../kernels.h"
 #include "../math/focal.h"
 #include "parallel.h"
+#include "simd/vecmath.h"
 #include "targets.h"
 
 namespace veerloss {
@@ -39,10 +40,23 @@ struct ProbabilityRow {
   VEERLOSS_HD T operator()(int64_t i) const { return values[i]; }
 };
 
+}  // namespace veerloss
+
+#define VEERLOSS_TILES "focal_tiles.h"
+#include "simd/dispatch_isa.h"
+
+namespace veerloss {
+
 // What one tile adds to the loss, and to the number of valid elements.
 struct FocalPartial {
   double sum = 0;
   int64_t valid = 0;
+};
+
+// Of the logits of a tile, [channels][tile], each times a factor of its pixel, [tile], unless that is null.
+template <class T>
+struct TileGradient {
+  const T *rows, *factor;
 };
 
 // From the tiles' sums to the loss (unless it has one value per element) and its scale.
@@ -92,6 +106,12 @@ class IncomingGradient {
 //   backward<square>(run, rows, incoming, grad_logits)
 //   raise_if_bad()                   raises if a target was out of range
 //
+// and of logits of low resolution (focal_low.cpp), where load(out, stride, largest) puts those of all classes into rows, and of
+// each pixel the largest unless that is null:
+//
+//   forward_low<square>(run, rows, load, out, gradient)   the same; *gradient, if not null, is that of the sum of the losses
+//   backward_low<square>(run, rows, load, incoming)       a TileGradient
+//
 // `square`: gamma is 2, the default, which needs no logarithm.
 template <class Focal, class F>
 void for_each_focal_tile(Focal& focal, double gamma, const F& f) {
@@ -108,6 +128,10 @@ void for_each_focal_tile(Focal& focal, double gamma, const F& f) {
   });
   focal.raise_if_bad();
 }
+
+// Backward of the losses of logits of low resolution, as kernels::upsampled_focal_forward.
+void upsampled_focal_backward(const SigmoidFocalInput& input, const FocalGradient& out);
+void upsampled_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out);
 
 template <template <class T> class Focal, class Input>
 void focal_forward(const Input& input, const FocalLoss& out) {

@@ -1,8 +1,6 @@
-// Softmax focal loss on the CPU, of logits as large as the target.
+// Softmax focal loss on the CPU.
 
 #include "focal_softmax.h"
-
-#include <stdexcept>
 
 namespace veerloss {
 
@@ -11,12 +9,12 @@ int64_t kernels::softmax_focal_scratch_bytes(const SoftmaxFocalInput&) {
 }
 
 void kernels::softmax_focal_forward(const SoftmaxFocalInput& input, const FocalLoss& out, Stream) {
-  if (input.upsample) throw std::runtime_error("veerloss: on a CPU upsampled_focal_forward takes logits of low resolution");
+  if (input.upsample) return upsampled_focal_forward(input, out, {});
   focal_forward<SoftmaxFocal>(input, out);
 }
 
 void kernels::softmax_focal_backward(const SoftmaxFocalInput& input, const FocalGradient& out, Stream) {
-  if (input.upsample) throw std::runtime_error("veerloss: on a CPU upsampled_focal_forward takes logits of low resolution");
+  if (input.upsample) return upsampled_focal_backward(input, out);
   focal_backward<SoftmaxFocal>(input, out);
 }
 

@@ -5,11 +5,8 @@
 
 #include "../math/sums.h"
 #include "focal.h"
-#include "simd/vecmath.h"
 
 #define VEERLOSS_TILES "softmax_tiles.h"
-#include "simd/dispatch_isa.h"
-#define VEERLOSS_TILES "focal_tiles.h"
 #include "simd/dispatch_isa.h"
 
 namespace veerloss {
@@ -81,9 +78,7 @@ class SoftmaxFocal {
     T* const result = in_place ? in_place : t.exps;
     const int64_t stride = in_place ? grad_logits.stride_channel : tile;
     if (soft_) {
-      for (int64_t c = 0; c < g.channels; ++c)
-        VEERLOSS_DISPATCH(FocalTiles::soft_backward(t.exps + c * tile, t.slope + c * tile, t.top, t.low, r, label, n, t.grad,
-                                                    result + c * stride));
+      soft_gradient(n, t, result, stride);
     } else {
       VEERLOSS_DISPATCH(
           FocalTiles::log_probability_backward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.grad, t.grad_log_p));
@@ -95,19 +90,21 @@ class SoftmaxFocal {
       for (int64_t c = 0; c < g.channels; ++c) store_row(result + c * tile, grad_logits, g, c, run);
   }
 
-  // `load` puts the logits of all classes into t.logits, a tile apart, and the largest of each pixel into t.rows.max_logit.
-  // With `gradient`, t.exps times t.grad is then that of the sum of the losses: of hard labels.
   template <bool square, class Load>
-  FocalPartial forward_with(Run run, SoftmaxTile<T>& t, const Load& load, bool gradient) {
-    const FocalPartial partial = compute<square, true>(run, t, load);
+  FocalPartial forward_low(Run run, SoftmaxTile<T>& t, const Load& load, const FocalLoss& out, TileGradient<T>* gradient) {
+    const FocalPartial partial = compute<square, true>(run, t, [&] { load(t.logits, tile, t.rows.max_logit); });
+    if (out.reduction == Reduction::none) store_row(t.loss, out.loss, g, 0, run);
     if (!gradient) return partial;
-    const SoftmaxRows<T>& r = t.rows;
-    const int64_t n = run.count;
-    std::fill_n(t.grad, n, T(1));
-    VEERLOSS_DISPATCH(FocalTiles::keep_valid(t.grad, t.label.data(), n));
-    VEERLOSS_DISPATCH(FocalTiles::log_probability_backward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.grad, t.grad_log_p));
-    VEERLOSS_DISPATCH(FocalTiles::gradient_factor(t.label.data(), t.grad_log_p, r.q, r.inv_sumexp, n, t.grad, t.exps, tile));
+    std::fill_n(t.grad, run.count, T(1));
+    *gradient = gradient_low<square>(run.count, t);
     return partial;
+  }
+
+  template <bool square, class Load>
+  TileGradient<T> backward_low(Run run, SoftmaxTile<T>& t, const Load& load, const IncomingGradient<T>& incoming) {
+    compute<square, true>(run, t, [&] { load(t.logits, tile, t.rows.max_logit); });
+    incoming.load(t.grad, g, 0, run);
+    return gradient_low<square>(run.count, t);
   }
 
   void raise_if_bad() const {
@@ -117,6 +114,27 @@ class SoftmaxFocal {
 
  private:
   static bool is_soft(const SoftmaxFocalInput& input) { return input.class_probabilities || input.label_smoothing > 0; }
+
+  // After compute(), with the gradient of each pixel's loss in t.grad.
+  template <bool square>
+  TileGradient<T> gradient_low(int64_t n, SoftmaxTile<T>& t) {
+    const SoftmaxRows<T>& r = t.rows;
+    const int32_t* label = t.label.data();
+    VEERLOSS_DISPATCH(FocalTiles::keep_valid(t.grad, label, n));  // NaN, perhaps, of what does not count
+    if (soft_) {
+      soft_gradient(n, t, t.exps, tile);
+      return {t.exps, nullptr};
+    }
+    VEERLOSS_DISPATCH(FocalTiles::log_probability_backward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.grad, t.grad_log_p));
+    VEERLOSS_DISPATCH(FocalTiles::gradient_factor(label, t.grad_log_p, r.q, r.inv_sumexp, n, t.grad, t.exps, tile));
+    return {t.exps, t.grad};
+  }
+
+  void soft_gradient(int64_t n, SoftmaxTile<T>& t, T* out, int64_t stride) const {
+    for (int64_t c = 0; c < g.channels; ++c)
+      VEERLOSS_DISPATCH(FocalTiles::soft_backward(t.exps + c * tile, t.slope + c * tile, t.top, t.low, t.rows, t.label.data(),
+                                                  n, t.grad, out + c * stride));
+  }
 
   auto rows_of(Run run, SoftmaxTile<T>& t) const {
     return [this, run, &t] {

@@ -6,9 +6,6 @@
 #include "lovasz/segments.h"
 #include "region_rows.h"
 
-#define VEERLOSS_TILES "focal_tiles.h"
-#include "simd/dispatch_isa.h"
-
 namespace veerloss {
 
 // What a tile adds to TermSums::focal_sums.

@@ -181,17 +181,17 @@ int64_t sigmoid_focal_scratch_bytes(const SigmoidFocalInput&) {
 }
 
 void sigmoid_focal_forward(const SigmoidFocalInput& input, const FocalLoss& out, Stream stream) {
-  if (input.upsample) throw std::runtime_error("veerloss: upsample of a focal loss is for a softmax");
-  const bool rows = has_sigmoid_rows(input, out.reduction, nullptr);
-  const int64_t blocks =
-      rows ? launch_sigmoid_rows_forward(input, out, stream) : launch_planes(input, out, nullptr, out.scratch, stream);
+  const int64_t blocks = input.upsample ? launch_sigmoid_low_forward(input, out, stream)
+                         : has_sigmoid_rows(input, out.reduction, nullptr)
+                             ? launch_sigmoid_rows_forward(input, out, stream)
+                             : launch_planes(input, out, nullptr, out.scratch, stream);
   finish_focal_loss(out, blocks, stream);
 }
 
 void sigmoid_focal_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream stream) {
-  if (input.upsample) throw std::runtime_error("veerloss: upsample of a focal loss is for a softmax");
-  const bool rows = has_sigmoid_rows(input, out.reduction, &out.grad_logits);
-  if (rows)
+  if (input.upsample)
+    launch_sigmoid_low_backward(input, out, stream);
+  else if (has_sigmoid_rows(input, out.reduction, &out.grad_logits))
     launch_sigmoid_rows_backward(input, out, stream);
   else
     launch_planes(input, out, &out.grad_logits, nullptr, stream);

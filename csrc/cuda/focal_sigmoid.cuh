@@ -256,4 +256,9 @@ bool has_sigmoid_rows(const SigmoidFocalInput& input, Reduction reduction, const
 int64_t launch_sigmoid_rows_forward(const SigmoidFocalInput& input, const FocalLoss& out, Stream stream);
 void launch_sigmoid_rows_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream stream);
 
+// Logits of low resolution: focal_sigmoid_low.cu.
+
+int64_t launch_sigmoid_low_forward(const SigmoidFocalInput& input, const FocalLoss& out, Stream stream);
+void launch_sigmoid_low_backward(const SigmoidFocalInput& input, const FocalGradient& out, Stream stream);
+
 }  // namespace veerloss

@@ -41,16 +41,37 @@ std::tuple<Tensor, Tensor> focal_forward(const Op& op, const Kernel& kernel, con
   return {loss, scale};
 }
 
+#if !defined(VEERLOSS_CUDA) && !defined(VEERLOSS_EMULATED)
+// (loss, scale, gradient) of logits of low resolution, where the forward pass makes the gradient, up to scale, in the opmath
+// type.
+template <class Input>
+std::tuple<Tensor, Tensor, Tensor> upsampled_focal_forward(const Op& op, const Input& input, const Tensor& logits,
+                                                           int64_t reduction, double factor,
+                                                           const std::optional<Tensor>& normalizer, bool upcast_loss,
+                                                           bool keep_gradient) {
+  const Reduction r = op.reduction(reduction);
+  op.check(r != Reduction::none, "reduction", reduction, "1 (mean) or 2 (sum)");
+  const Tensor gradient = empty(logits, keep_gradient ? shape_of(logits) : std::vector<int64_t>{0}, opmath_type_of(logits));
+  const View view = keep_gradient ? *view_in_order(gradient, true) : View{};
+  const auto kernel = [&](const Input& in, const FocalLoss& out, Stream) { kernels::upsampled_focal_forward(in, out, view); };
+  const auto [loss, scale] =
+      focal_forward(op, kernel, input, logits, empty(logits, {}, loss_type(logits, upcast_loss)), r, factor, normalizer, 0);
+  return {loss, scale, gradient};
+}
+#endif
+
 // The gradient of the logits. `channels`: without reduction the loss is [N, C, P], else [N, P].
 template <class Input>
 Tensor focal_backward(const Op& op, void (*kernel)(const Input&, const FocalGradient&, Stream), const Input& input,
                       const Tensor& grad, const Tensor& logits, bool channels, int64_t reduction, const Tensor& scale) {
   const bool none = op.reduction(reduction) == Reduction::none;
+  // Of a loss of many values the gradient comes in any strides.
+  const Tensor in_order = none && input.upsample && !view_in_order(grad, channels) ? torch::stable::contiguous(grad) : grad;
   if (none && input.upsample)
     op.check(on_device(grad) &&
                  grad.numel() == input.geometry.images * input.geometry.pixels * (channels ? input.geometry.channels : 1) &&
-                 dtype_of(grad).has_value() && grad.is_contiguous(),
-             "grad", grad, "of the shape of the loss, contiguous");
+                 view_in_order(in_order, channels).has_value(),
+             "grad", grad, "of the shape of the loss");
   else if (none)
     op.check_like("grad", grad, logits, channels);
   else
@@ -61,7 +82,7 @@ Tensor focal_backward(const Op& op, void (*kernel)(const Input&, const FocalGrad
   const Tensor grad_logits = write_once(empty_as(logits)), scratch = upsample_scratch(logits, input.upsample);
   kernel(input,
          {.reduction = static_cast<Reduction>(reduction),
-          .grad = none ? loss_view_of(grad, input, channels) : element_view(grad),
+          .grad = none ? loss_view_of(in_order, input, channels) : element_view(grad),
           .scale = element_view(scale),
           .grad_logits = input.upsample ? *view_in_order(grad_logits, true) : view_of(grad_logits),
           .scratch = scratch.data_ptr()},

@@ -66,11 +66,27 @@ Tensor sigmoid_focal_backward(const Tensor& grad, const Tensor& logits, const Te
   return focal_backward(op, kernels::sigmoid_focal_backward, input, grad, logits, true, reduction, scale);
 }
 
+#if !defined(VEERLOSS_CUDA) && !defined(VEERLOSS_EMULATED)
+std::tuple<Tensor, Tensor, Tensor> upsampled_sigmoid_focal_forward(
+    const Tensor& logits, const Tensor& target, std::optional<double> alpha, std::optional<Tensor> class_alpha, double gamma,
+    std::optional<Tensor> weight, std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+    int64_t reduction, double factor, std::optional<Tensor> normalizer, bool upcast_loss, bool keep_gradient,
+    int64_t upsample) {
+  const Op op("upsampled_sigmoid_focal_forward");
+  const auto input =
+      sigmoid_input(op, logits, target, alpha, class_alpha, gamma, weight, ignore_index, background_index, upsample);
+  return upsampled_focal_forward(op, input, logits, reduction, factor, normalizer, upcast_loss, keep_gradient);
+}
+#endif
+
 }  // namespace
 
 VEERLOSS_OPERATORS(m) {
   m.impl("sigmoid_focal_forward", TORCH_BOX(&sigmoid_focal_forward));
   m.impl("sigmoid_focal_backward", TORCH_BOX(&sigmoid_focal_backward));
+#if !defined(VEERLOSS_CUDA) && !defined(VEERLOSS_EMULATED)
+  m.impl("upsampled_sigmoid_focal_forward", TORCH_BOX(&upsampled_sigmoid_focal_forward));
+#endif
 }
 
 }  // namespace veerloss

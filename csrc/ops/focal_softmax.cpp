@@ -61,25 +61,15 @@ Tensor softmax_focal_backward(const Tensor& grad, const Tensor& logits, const Te
 }
 
 #if !defined(VEERLOSS_CUDA) && !defined(VEERLOSS_EMULATED)
-std::tuple<Tensor, Tensor, Tensor> upsampled_focal_forward(const Tensor& logits, const Tensor& target, double alpha,
-                                                           std::optional<Tensor> class_alpha, double gamma,
-                                                           std::optional<int64_t> ignore_index, int64_t reduction,
-                                                           double factor, std::optional<Tensor> normalizer, bool upcast_loss,
-                                                           bool keep_gradient, int64_t upsample) {
-  const Op op("upsampled_focal_forward");
-  op.check(target.dim() == logits.dim() - 1, "target", target, "class indices [N, *]");
-  const auto input = softmax_input(op, logits, target, alpha, class_alpha, gamma, 0.0, ignore_index, upsample);
-  const Reduction r = op.reduction(reduction);
-  op.check(r != Reduction::none, "reduction", reduction, "1 (mean) or 2 (sum)");
-  const ScalarType type = opmath_type_of(logits);
-  const Tensor gradient = empty(logits, keep_gradient ? shape_of(logits) : std::vector<int64_t>{0}, type);
-  const View view = keep_gradient ? *view_in_order(gradient, true) : View{};
-  const auto kernel = [&](const SoftmaxFocalInput& in, const FocalLoss& out, Stream) {
-    kernels::upsampled_focal_forward(in, out, view);
-  };
-  const auto [loss, scale] =
-      focal_forward(op, kernel, input, logits, empty(logits, {}, loss_type(logits, upcast_loss)), r, factor, normalizer, 0);
-  return {loss, scale, gradient};
+std::tuple<Tensor, Tensor, Tensor> upsampled_softmax_focal_forward(const Tensor& logits, const Tensor& target, double alpha,
+                                                                   std::optional<Tensor> class_alpha, double gamma,
+                                                                   double label_smoothing, std::optional<int64_t> ignore_index,
+                                                                   int64_t reduction, double factor,
+                                                                   std::optional<Tensor> normalizer, bool upcast_loss,
+                                                                   bool keep_gradient, int64_t upsample) {
+  const Op op("upsampled_softmax_focal_forward");
+  const auto input = softmax_input(op, logits, target, alpha, class_alpha, gamma, label_smoothing, ignore_index, upsample);
+  return upsampled_focal_forward(op, input, logits, reduction, factor, normalizer, upcast_loss, keep_gradient);
 }
 #endif
 
@@ -89,7 +79,7 @@ VEERLOSS_OPERATORS(m) {
   m.impl("softmax_focal_forward", TORCH_BOX(&softmax_focal_forward));
   m.impl("softmax_focal_backward", TORCH_BOX(&softmax_focal_backward));
 #if !defined(VEERLOSS_CUDA) && !defined(VEERLOSS_EMULATED)
-  m.impl("upsampled_focal_forward", TORCH_BOX(&upsampled_focal_forward));
+  m.impl("upsampled_softmax_focal_forward", TORCH_BOX(&upsampled_softmax_focal_forward));
 #endif
 }
 

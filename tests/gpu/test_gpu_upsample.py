@@ -16,7 +16,8 @@ pytestmark = needs_gpu
 LOSSES = {
     "softmax focal": (softmax_focal_loss, 0.0),
     "softmax focal, each": (functools.partial(softmax_focal_loss, reduction="none"), 0.0),
-    "sigmoid focal": (functools.partial(sigmoid_focal_loss, alpha=0.25), 0.0),  # interpolated first
+    "sigmoid focal": (functools.partial(sigmoid_focal_loss, alpha=0.25), 0.0),
+    "sigmoid focal, each": (functools.partial(sigmoid_focal_loss, reduction="none"), 0.0),  # interpolated first
     "lovasz histogram": (functools.partial(lovasz_softmax_loss, method="histogram"), SLACK["histogram"]),
     "region": (dice_loss, 0.0),
     "compound": (functools.partial(compound_loss, **TERMS, method="histogram"), SLACK["histogram"]),
@@ -52,13 +53,7 @@ def large():
     return x, labels((2, 19, 256, 512), 19, ignore_index=255).cuda()
 
 
-OF_SMALL_MEMORY = [name for name in LOSSES if name != "sigmoid focal"]
-over_small_memory = pytest.mark.parametrize(
-    "name", [of_backend("native", name.partition(",")[0], name) for name in OF_SMALL_MEMORY]
-)
-
-
-@over_small_memory
+@over_losses
 def test_same_bits_every_time_and_no_synchronisation(name, large):
     loss = functools.partial(LOSSES[name][0], upsample="bilinear", ignore_index=255, backend="native")
     expected = evaluate(loss, *large)
@@ -71,7 +66,7 @@ def test_same_bits_every_time_and_no_synchronisation(name, large):
     assert all(torch.equal(a, b) for result in found for a, b in zip(result, expected, strict=True))
 
 
-@over_small_memory
+@over_losses
 def test_graph_capture_and_replay(name, large):
     loss = functools.partial(LOSSES[name][0], upsample="bilinear", ignore_index=255, backend="native")
     x, y = large
@@ -91,7 +86,7 @@ def test_graph_capture_and_replay(name, large):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@over_small_memory
+@pytest.mark.parametrize("name", [of_backend("native", n.partition(",")[0], n) for n in LOSSES if n != "sigmoid focal, each"])
 def test_memory(name, large):
     """Less than half of the logits at full size, of which interpolation takes two."""
     x, y = large

@@ -18,6 +18,19 @@ struct FocalTiles {
     return sum(loss, n);
   }
 
+  // The same, and the gradient of the sum.
+  template <class T, bool Square, bool Plain>
+  static double sigmoid_both(const T* __restrict logits, const T* __restrict target, const T* __restrict weight, int64_t n,
+                             SigmoidParams<T> p, T* __restrict loss, T* __restrict slope) {
+    for (int64_t i = 0; i < n; ++i) {
+      const auto [value, derivative] =
+          sigmoid_focal<VecMath<T>, Square>(logits[i], target[i], p.alpha_positive, p.alpha_negative, p.gamma);
+      loss[i] = Plain ? value : weight[i] * value;
+      slope[i] = Plain ? derivative : weight[i] * derivative;
+    }
+    return sum(loss, n);
+  }
+
   template <class T, bool Square, bool Plain>
   static void sigmoid_backward(const T* __restrict logits, const T* __restrict target, const T* __restrict weight,
                                const T* __restrict grad, T scale, int64_t n, SigmoidParams<T> p, T* __restrict out) {
