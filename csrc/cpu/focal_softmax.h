@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../math/sums.h"
+#include "few.h"
 #include "focal.h"
 
 #define VEERLOSS_TILES "softmax_tiles.h"
@@ -92,7 +93,15 @@ class SoftmaxFocal {
 
   template <bool square, class Load>
   FocalPartial forward_low(Run run, SoftmaxTile<T>& t, const Load& load, const FocalLoss& out, TileGradient<T>* gradient) {
-    const FocalPartial partial = compute<square, true>(run, t, [&] { load(t.logits, tile, t.rows.max_logit); });
+    const auto load_tile = [&] { load(t.logits, tile, t.rows.max_logit); };
+    if (gradient && !soft_) {
+      const int64_t valid = softmax<true>(run, t, load_tile);
+      *gradient = {t.exps, t.grad};
+      return {VEERLOSS_DISPATCH(FocalTiles::label_terms<T, square>(t.label.data(), t.rows, t.alpha, run.count, gamma_, t.loss,
+                                                                   t.grad, t.grad_log_p, t.exps, tile)),
+              valid};
+    }
+    const FocalPartial partial = compute<square, true>(run, t, load_tile);
     if (out.reduction == Reduction::none) store_row(t.loss, out.loss, g, 0, run);
     if (!gradient) return partial;
     std::fill_n(t.grad, run.count, T(1));
@@ -145,6 +154,16 @@ class SoftmaxFocal {
   // Loads a tile, and computes its softmax and losses.
   template <bool square, bool has_maximum = false, class Load>
   FocalPartial compute(Run run, SoftmaxTile<T>& t, const Load& load) {
+    const int64_t n = run.count, valid = softmax<has_maximum>(run, t, load);
+    if (soft_) return {soft_loss<square>(run, t), valid};
+    const SoftmaxRows<T>& r = t.rows;
+    VEERLOSS_DISPATCH(FocalTiles::log_probability(n, t.label.data(), r));
+    return {VEERLOSS_DISPATCH(FocalTiles::softmax_forward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.loss)), valid};
+  }
+
+  // The softmax, and of hard labels r.label_logit and t.alpha. Returns the number of valid pixels.
+  template <bool has_maximum, class Load>
+  int64_t softmax(Run run, SoftmaxTile<T>& t, const Load& load) {
     const int64_t n = run.count;
     const int32_t* label = t.label.data();
     if (in_.class_probabilities)
@@ -155,14 +174,19 @@ class SoftmaxFocal {
     load();
     if (valid < n) VEERLOSS_DISPATCH(FocalTiles::clear_ignored(t.logits, g.channels, tile, label, n));
     const SoftmaxRows<T>& r = t.rows;
-    if (!has_maximum || valid < n) VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.logits, g.channels, tile, n, r.max_logit));
-    if (!soft_) VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, tile, n, label, r.max_logit, r.label_logit));
-    VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.logits, tile, t.exps, g.channels, tile, n, r.max_logit, r.max_count,
-                                                 r.sumexp_excl_max, r.inv_sumexp, t.totals.data()));
-    if (soft_) return {soft_loss<square>(run, t), valid};
-    VEERLOSS_DISPATCH(FocalTiles::log_probability(n, label, r));
+    if (!soft_) VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, tile, n, label, r.label_logit));
+    if (!with_few(g.channels, [&](auto classes) {
+          VEERLOSS_DISPATCH(SoftmaxTiles::few<decltype(classes)::value>(t.logits, tile, t.exps, tile, n, r.max_logit,
+                                                                        r.sumexp_excl_max, r.inv_sumexp));
+        })) {
+      if (!has_maximum || valid < n) VEERLOSS_DISPATCH(SoftmaxTiles::maximum(t.logits, g.channels, tile, n, r.max_logit));
+      VEERLOSS_DISPATCH(SoftmaxTiles::exponentials(t.logits, tile, t.exps, g.channels, tile, n, r.max_logit, r.max_count,
+                                                   r.sumexp_excl_max, r.inv_sumexp, t.totals.data()));
+    }
+    if (soft_) return valid;
+    VEERLOSS_DISPATCH(FocalTiles::below_maximum(r.max_logit, n, r.label_logit));
     VEERLOSS_DISPATCH(FocalTiles::gather_alpha(t.alpha, alpha_, alpha_step_, label, n));
-    return {VEERLOSS_DISPATCH(FocalTiles::softmax_forward<T, square>(r.log_p, r.q, t.alpha, n, gamma_, t.loss)), valid};
+    return valid;
   }
 
   template <bool square>

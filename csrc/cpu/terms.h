@@ -18,7 +18,8 @@ struct FocalSums {
 // The row of a softmax that load_tile leaves out; TileCoordinates makes that of few classes.
 template <class T>
 void find_label_logit(const TileRows<T>& t, int64_t n) {
-  VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, t.logits_stride, n, t.label.data(), t.max_logit, t.label_logit));
+  VEERLOSS_DISPATCH(FocalTiles::label_logit(t.logits, t.logits_stride, n, t.label.data(), t.label_logit));
+  VEERLOSS_DISPATCH(FocalTiles::below_maximum(t.max_logit, n, t.label_logit));
 }
 
 // The focal loss of the pixels of a tile, and its gradient; a thread has one. Logits and, of a softmax, all rows of the tile
@@ -103,9 +104,7 @@ class FocalOfTile {
       return VEERLOSS_DISPATCH(FocalTiles::cross_entropy_backward(alpha_row_, n, grad_, slope_));
     }
     VEERLOSS_DISPATCH(FocalTiles::log_probability(n, label, r));
-    if (gamma_ == T(0))
-      VEERLOSS_DISPATCH(FocalTiles::cross_entropy(log_p_, alpha_row_, n, loss_));
-    else if (forward)
+    if (forward)
       VEERLOSS_DISPATCH(FocalTiles::softmax_forward<T, square>(log_p_, q_, alpha_row_, n, gamma_, loss_));
     else
       VEERLOSS_DISPATCH(FocalTiles::log_probability_backward<T, square>(log_p_, q_, alpha_row_, n, gamma_, grad_, slope_));

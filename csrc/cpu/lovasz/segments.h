@@ -10,6 +10,7 @@
 
 #include "../../kernels.h"
 #include "../../math/sums.h"
+#include "../few.h"
 #include "../parallel.h"
 #include "../simd/vecmath.h"
 #include "../targets.h"
@@ -219,19 +220,6 @@ class SegmentTiles {
   std::vector<int64_t> first_tile_;  // of each part
   std::vector<int64_t> valid_;
 };
-
-// Up to so many classes loops over pixels keep in registers.
-constexpr int most_few = 8;
-
-// Calls f with the number of few classes as a std::integral_constant, and returns true; false of more classes.
-template <int classes = 1, class F>
-bool with_few(int64_t count, const F& f) {
-  if (count == classes) return f(std::integral_constant<int, classes>{}), true;
-  if constexpr (classes < most_few)
-    return with_few<classes + 1>(count, f);
-  else
-    return false;
-}
 
 // Loads the logits or probabilities of a tile, and computes the exponentials of a softmax, unless they are left to another.
 template <class T>

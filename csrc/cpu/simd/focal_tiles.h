@@ -83,15 +83,15 @@ struct FocalTiles {
 
   // ---- softmax
 
-  // The logit of the label minus the maximum, before SoftmaxTiles::exponentials overwrites the logits; 0 for ignored pixels.
+  // The logit of the label, before its exponential overwrites it; 0 for ignored pixels.
   template <class T>
   static void label_logit(const T* __restrict logits, int64_t stride, int64_t n, const int32_t* __restrict label,
-                          const T* __restrict max_logit, T* __restrict out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = label[i] >= 0 ? logits[label[i] * stride + i] - max_logit[i] : T(0);
+                          T* __restrict out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = label[i] >= 0 ? logits[label[i] * stride + i] : T(0);
   }
 
-  // r.log_p and r.q from r.label_logit; both 0 for ignored pixels. For a most probable class (label_logit 0) both come from the
-  // sum of the other exponentials: 1 - p would cancel.
+  // r.log_p and r.q from r.label_logit, less the maximum; both 0 for ignored pixels. For a most probable class (label_logit 0)
+  // both come from the sum of the other exponentials: 1 - p would cancel.
   template <class T>
   static void log_probability(int64_t n, const int32_t* __restrict label, SoftmaxRows<T> r) {
     const T* __restrict sumexp_excl_max = r.sumexp_excl_max;
@@ -105,6 +105,12 @@ struct FocalTiles {
       log_p[i] = valid ? d - log_sumexp(sumexp_excl_max[i]) : T(0);
       q[i] = valid ? not_p(d, sumexp_excl_max[i], inv_sumexp[i]) : T(0);
     }
+  }
+
+  // The logits of the labels less the largest ones.
+  template <class T>
+  static void below_maximum(const T* __restrict max_logit, int64_t n, T* __restrict label_logit) {
+    for (int64_t i = 0; i < n; ++i) label_logit[i] -= max_logit[i];
   }
 
   // r.q alone.
@@ -130,7 +136,10 @@ struct FocalTiles {
   template <class T, bool Square>
   static double softmax_forward(const T* __restrict log_p, const T* __restrict q, const T* __restrict alpha, int64_t n, T gamma,
                                 T* __restrict loss) {
-    for (int64_t i = 0; i < n; ++i) loss[i] = softmax_focal<VecMath<T>, Square>(log_p[i], q[i], alpha[i], gamma).value;
+    if (!Square && gamma == T(0))
+      cross_entropy(log_p, alpha, n, loss);
+    else
+      for (int64_t i = 0; i < n; ++i) loss[i] = softmax_focal<VecMath<T>, Square>(log_p[i], q[i], alpha[i], gamma).value;
     return sum(loss, n);
   }
 
@@ -138,8 +147,38 @@ struct FocalTiles {
   template <class T, bool Square>
   static void log_probability_backward(const T* __restrict log_p, const T* __restrict q, const T* __restrict alpha, int64_t n,
                                        T gamma, const T* __restrict grad, T* __restrict grad_log_p) {
+    if (!Square && gamma == T(0)) return cross_entropy_backward(alpha, n, grad, grad_log_p);
     for (int64_t i = 0; i < n; ++i)
       grad_log_p[i] = grad[i] * softmax_focal<VecMath<T>, Square>(log_p[i], q[i], alpha[i], gamma).slope;
+  }
+
+  // All that is left of a pixel with a hard label after its exponentials: the sum of the losses, and their gradient as
+  // gradient_factor() has it. own: [n], scratch.
+  template <class T, bool Square>
+  static double label_terms(const int32_t* __restrict label, SoftmaxRows<T> r, const T* __restrict alpha, int64_t n, T gamma,
+                            T* __restrict loss, T* __restrict factor, T* __restrict own, T* __restrict exps, int64_t stride) {
+    const T* __restrict sumexp_excl_max = r.sumexp_excl_max;
+    const T* __restrict inv_sumexp = r.inv_sumexp;
+    const T* __restrict label_logit = r.label_logit;
+    const auto each = [&](const auto& term) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        const T d = label_logit[i], sum = sumexp_excl_max[i];
+        const bool valid = label[i] >= 0;
+        const T q = valid ? not_p(d, sum, inv_sumexp[i]) : T(0);
+        const ValueAndSlope<T> found = term(valid ? d - log_sumexp(sum) : T(0), q, alpha[i]);
+        loss[i] = found.value;
+        factor[i] = -found.slope * inv_sumexp[i];
+        own[i] = -q * (T(1) + sum);
+      }
+    };
+    if (!Square && gamma == T(0))
+      each([](T log_p, T, T a) { return ValueAndSlope<T>{-a * log_p, -a}; });
+    else
+      each([gamma](T log_p, T q, T a) { return softmax_focal<VecMath<T>, Square>(log_p, q, a, gamma); });
+    for (int64_t i = 0; i < n; ++i)
+      if (label[i] >= 0) exps[label[i] * stride + i] = own[i];
+    return FocalTiles::sum(loss, n);
   }
 
   // -grad_log_p * p for one class: the gradient of its logits, but for the pixels whose label it is. `out` may be `exps`.
