@@ -89,11 +89,30 @@ def smp_fpn() -> tuple[nn.Module, Step, Step]:
     return model, lambda m, x, y: F.cross_entropy(m(x), y), after
 
 
+def dinov2() -> tuple[nn.Module, Step, Step]:
+    """A linear head on the patches of a DINOv2 of the size of ViT-S, with 4 of its 12 layers."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=384, num_hidden_layers=4, num_attention_heads=6, patch_size=14)
+    model = nn.ModuleDict({"backbone": Dinov2Model(config), "head": nn.Conv2d(384, CLASSES, 1)})
+
+    def low(model, images):
+        patches = model["backbone"](images).last_hidden_state[:, 1:]  # the first token is of the class
+        down, across = (n // config.patch_size for n in images.shape[2:])
+        return model["head"](patches.mT.unflatten(2, (down, across)))
+
+    def before(model, images, labels):
+        return F.cross_entropy(F.interpolate(low(model, images), size=labels.shape[1:], mode="bilinear"), labels)
+
+    return model, before, lambda m, x, y: of_logits(low(m, x), y)
+
+
 MODELS = {
     "SegFormer-B0, transformers": segformer,
     "UperNet, ConvNeXt, transformers": upernet,
     "DeepLabV3, MobileNetV3, torchvision": torchvision_fcn,
     "FPN, ResNet-18, segmentation-models-pytorch": smp_fpn,
+    "linear head on DINOv2, transformers": dinov2,
 }
 
 

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from veerloss._layout import Errors, Reduction
+from veerloss._layout import Errors, Interpolation, Reduction
 
 CAPABILITIES = (80, 90, 100)
 #: Bytes per thread. The assembler gives up a few registers to fit one more group of threads, which costs next to nothing.
@@ -177,6 +177,19 @@ def focal() -> Iterator[tuple]:
             )  # fmt: skip
 
 
+def focal_low() -> Iterator[tuple]:
+    """Of logits of low resolution."""
+    for dtype, classes in ((torch.float32, 19), (torch.float32, 128), (torch.bfloat16, 2), (torch.float64, 19)):
+        x, y = torch.empty((2, classes, 8, 8), dtype=dtype), torch.zeros((2, 32, 32), dtype=torch.int64)
+        both = {"target": y, "class_alpha": None, "gamma": 2.0, "ignore_index": 255, "factor": 1.0, "normalizer": None}
+        both |= {"upcast_loss": False, "upsample": Interpolation.LINEAR}
+        for reduction in (Reduction.MEAN, Reduction.NONE):
+            name, common = f"{dtype}, {classes} classes, {reduction.name}", both | {"reduction": reduction}
+            yield from passes(f"softmax {name}", "softmax_focal", x, alpha=1.0, label_smoothing=0.0, **common)
+            weight = torch.ones((2, classes, 32, 32)) if reduction == Reduction.NONE else None
+            yield from passes(f"sigmoid {name}", "sigmoid_focal", x, alpha=0.25, weight=weight, background_index=None, **common)
+
+
 def lovasz_exact() -> Iterator[tuple]:
     for errors, dtype, classes in (
         (Errors.SOFTMAX, torch.float32, 19),
@@ -199,7 +212,7 @@ def lovasz_exact() -> Iterator[tuple]:
         )  # fmt: skip
 
 
-MODULES = {f"veerloss.triton.{f.__name__}": f for f in (focal, lovasz_exact)}
+MODULES = {f"veerloss.triton.{f.__name__}": f for f in (focal, focal_low, lovasz_exact)}
 
 
 def specializations_of(module: str) -> Iterator[tuple]:

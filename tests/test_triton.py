@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # `python tests/offline.py` compiles for three.
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("module", ["focal", "lovasz_exact"])
+@pytest.mark.parametrize("module", ["focal", "focal_low", "lovasz_exact"])
 def test_compiles_for_a_gpu_without_spilling(module):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))

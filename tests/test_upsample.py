@@ -42,6 +42,9 @@ LOSSES = {
 }
 over_losses = pytest.mark.parametrize("loss", LOSSES)
 over_backends = pytest.mark.parametrize("backend", ["native", "emulated", "reference"], indirect=True)
+over_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+#: That have Triton kernels.
+OF_TRITON = [name for name in LOSSES if "focal" in name or name == "cross-entropy"]
 over_kernels = pytest.mark.parametrize("backend", ["native", "emulated"], indirect=True)
 MODES = [("bilinear", False), ("bilinear", True), ("nearest", False)]
 over_modes = pytest.mark.parametrize(("mode", "align_corners"), MODES, ids=["bilinear", "corners", "nearest"])
@@ -72,7 +75,7 @@ def slack_of(loss):
     return SLACK["histogram"] if "histogram" in loss or loss == "compound" else 0.0
 
 
-def check(function, x, target, mode, align_corners, backend, slack=0.0, **options):
+def check(function, x, target, mode, align_corners, backend, slack=0.0, strides=None, **options):
     """Against the loss of the interpolated logits, in float64; a kernel may err as the reference does in the logits' type."""
 
     size = target.shape[2 - x.dim() :]
@@ -83,6 +86,8 @@ def check(function, x, target, mode, align_corners, backend, slack=0.0, **option
     opmath = x.to(torch.promote_types(x.dtype, torch.float32))
     reference, truth = full(opmath, backend="reference"), full(x.double(), backend="reference")
     for name, value in layouts(x).items():
+        if strides is not None and name not in strides:
+            continue
         common = {"upsample": mode, "align_corners": align_corners, "backend": backend}
         found = evaluate(function, value, target, **options, **common)
         assert found[0].dtype == x.dtype and found[1].dtype == x.dtype
@@ -97,6 +102,41 @@ def check(function, x, target, mode, align_corners, backend, slack=0.0, **option
 def test_grid(shape, size, mode, align_corners, loss, backend):
     target = labels((shape[0], shape[1], *size), shape[1], ignore_index=255)
     check(LOSSES[loss], logits(shape), target, mode, align_corners, backend, slack_of(loss), ignore_index=255)
+
+
+# Triton's interpreter takes a second for each pass; what interpolates first is that of the other backends.
+
+
+@over_triton
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("loss", "size"), [*[("softmax focal", SIZES[k]) for k in (2, 4, 8, 9)], ("sigmoid focal", SIZES[5])])
+def test_grid_of_triton(loss, size, align_corners, backend):
+    shape, full = size
+    target = labels((shape[0], shape[1], *full), shape[1], ignore_index=255)
+    check(LOSSES[loss], logits(shape), target, "bilinear", align_corners, backend, ignore_index=255, strides=["contiguous"])
+
+
+@over_triton
+@pytest.mark.parametrize(
+    ("loss", "dtype"), [*[(loss, torch.float32) for loss in OF_TRITON], *[("softmax focal", dtype) for dtype in DTYPES[1:]]]
+)
+def test_types_of_triton(loss, dtype, backend):
+    target = labels((2, 5, 11, 9), 5, ignore_index=255).to(torch.int16)
+    x = logits((2, 5, 4, 3), dtype)
+    check(LOSSES[loss], x, target, "bilinear", False, backend, ignore_index=255, strides=["channels_last"])
+
+
+@over_triton
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_options_of_triton(reduction, backend):
+    shape, size = (2, 5, 4, 3), (11, 9)
+    soft = torch.rand(2, 5, *size, generator=torch.Generator().manual_seed(3))
+    x, y = logits(shape), labels((2, 5, *size), 5)
+    common = {"reduction": reduction, "gamma": 1.5, "alpha": torch.linspace(0.2, 0.9, 5), "strides": ["contiguous"]}
+    check(sigmoid_focal_loss, x, soft, "bilinear", True, backend, weight=torch.rand(5), **common)
+    check(sigmoid_focal_loss, x, (soft > 0.5).mT.contiguous().mT, "bilinear", False, backend, **common)
+    check(softmax_focal_loss, x, y, "bilinear", False, backend, weight=torch.rand(size), **common)
+    check(softmax_focal_loss, x, soft, "bilinear", False, backend, **common)
 
 
 @over_kernels
@@ -432,7 +472,7 @@ def test_what_gpu_kernels_take():
     """What they do not is interpolated first."""
 
     def low(shape, size, mode="bilinear", dtype=torch.float32):
-        return LowLogits(torch.zeros(shape, dtype=dtype), torch.Size(size), mode, False).fits_gpu(24)
+        return LowLogits(torch.zeros(shape, dtype=dtype), torch.Size(size), mode, False, "cuda").fits_kernels(24)
 
     assert low((1, 19, 4, 4), (16, 16)) and low((1, 24, 2, 2), (2, 3), dtype=torch.bfloat16)
     assert not low((1, 25, 4, 4), (16, 16)) and not low((1, 19, 4, 4), (3, 16)) and not low((1, 19, 1, 4), (4, 16))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _arguments as arguments
 from ._layout import Interpolation
-from .ops import by_cuda_kernels
+from .ops import kernels_of
 
 #: By mode, the number of spatial dimensions; None for any.
 MODES = {"bilinear": 2, "trilinear": 3, "nearest": None}
@@ -27,12 +27,13 @@ MODES = {"bilinear": 2, "trilinear": 3, "nearest": None}
 
 @dataclass(frozen=True)
 class LowLogits:
-    """Logits [N, C, \\*] of low resolution, and the size to which they are upsampled."""
+    """Logits [N, C, \\*] of low resolution, the size to which they are upsampled, and by which kernels (ops.kernels_of)."""
 
     logits: Tensor
     size: torch.Size
     mode: str
     align_corners: bool
+    kernels: str = "reference"
 
     @property
     def interpolation(self) -> int:
@@ -58,22 +59,23 @@ class LowLogits:
         spatial = len(self.size)
         if mask:
             target = target.reshape(target.size(0), *self.size)
-        # The CUDA kernels read neighbours in a row at one address.
-        x = self.logits.contiguous() if by_cuda_kernels(self.logits) else in_order(self.logits, 2)
+        # The CUDA kernels read neighbours in a row at one address; those of Triton take any strides.
+        x = {"cuda": self.logits.contiguous, "cpu": lambda: in_order(self.logits, 2)}.get(self.kernels, lambda: self.logits)()
         target = in_order(target, target.dim() - spatial)
         # Operators take images and volumes; a row is an image of one.
         return (x.unsqueeze(2), target.unsqueeze(-2)) if spatial == 1 else (x, target)
 
-    def fits_gpu(self, most_classes: float = math.inf) -> bool:
-        """Whether the CUDA kernels blend these: csrc/cuda/upsample.cuh, is_low."""
-        low = self.logits.shape[2:]
+    def fits_kernels(self, most_classes: float = math.inf) -> bool:
+        """Whether kernels of a GPU blend these: those of CUDA as is_low in csrc/cuda/upsample.cuh."""
+        low, cuda = self.logits.shape[2:], self.kernels == "cuda"
         return (
             len(low) == 2
             and self.mode != "nearest"
-            and self.logits.dtype != torch.float64
             and self.logits.size(1) <= most_classes
-            and all(1 < a <= b and a * b < 1 << 30 for a, b in zip(low, self.size, strict=True))
-            and math.prod(self.size) < 1 << 31
+            and not (cuda and self.logits.dtype == torch.float64)
+            and all((1 < a <= b if cuda else a > 0) and a * b < 1 << 30 for a, b in zip(low, self.size, strict=True))
+            and 0 < math.prod(self.size) < 1 << 31
+            and self.logits.numel() > 0
         )
 
 
@@ -137,11 +139,11 @@ def in_order(t: Tensor, first: int) -> Tensor:
     return t
 
 
-def option(*, loss: str, fused: Callable[[LowLogits, Tensor, bool, dict], bool], mask: Callable[[dict], bool]) -> Callable:
+def option(*, loss: str, fused: Callable[[LowLogits, Tensor, dict], bool], mask: Callable[[dict], bool]) -> Callable:
     """Gives a loss function the options ``upsample`` and ``align_corners``.
 
-    The function itself gets a LowLogits as its ``upsample`` where `fused(low, target, by_cuda_kernels, options)` says that the
-    native kernels take it, with LowLogits.shaped() as its logits. `loss`: of _arguments.LOSSES; `mask(options)`: whether logits
+    The function itself gets a LowLogits as its ``upsample`` where `fused(low, target, options)` says that its kernels take it,
+    with LowLogits.shaped() as its logits. `loss`: of _arguments.LOSSES; `mask(options)`: whether logits
     may be those of a binary mask, without a channel.
     """
 
@@ -152,10 +154,9 @@ def option(*, loss: str, fused: Callable[[LowLogits, Tensor, bool, dict], bool],
         ) -> Any:
             if upsample is None and align_corners is False:
                 return function(logits, target, **options)
-            low = _checked(logits, target, upsample, align_corners, mask(options))
-            backend = options.get("backend", "auto")
-            native = backend in ("auto", "native") and arguments.missing_reason("native", logits.device, loss) is None
-            if native and len(low.size) <= 3 and fused(low, target, by_cuda_kernels(logits), options):
+            backend = arguments.choose_backend(options.get("backend", "auto"), logits.device, loss)
+            low = _checked(logits, target, upsample, align_corners, mask(options), kernels_of(backend, logits))
+            if low.kernels != "reference" and len(low.size) <= 3 and fused(low, target, options):
                 return function(low.shaped(), target, upsample=low, **options)
             found = function(low.interpolated(), target, **options)
             dtype = arguments.loss_dtype(logits)
@@ -166,7 +167,7 @@ def option(*, loss: str, fused: Callable[[LowLogits, Tensor, bool, dict], bool],
     return decorate
 
 
-def _checked(logits: Tensor, target: Tensor, upsample: str | None, align_corners: bool, mask: bool) -> LowLogits:
+def _checked(logits: Tensor, target: Tensor, upsample: str | None, align_corners: bool, mask: bool, kernels: str) -> LowLogits:
     arguments.check_flag("align_corners", align_corners)
     if upsample is None:
         raise ValueError("align_corners is for upsample='bilinear' or 'trilinear', got align_corners=True without upsample")
@@ -192,4 +193,4 @@ def _checked(logits: Tensor, target: Tensor, upsample: str | None, align_corners
     size = target.shape[target.dim() - spatial :]
     if 0 in x.shape[2:] and 0 not in size:
         raise ValueError(f"logits must have at least one pixel with upsample={upsample!r}, {shapes}")
-    return LowLogits(x, size, upsample, align_corners)
+    return LowLogits(x, size, upsample, align_corners, kernels)

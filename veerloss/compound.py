@@ -29,11 +29,11 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def _takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
+def _takes_low(low: LowLogits, target: Tensor, options: dict) -> bool:
     """On a GPU of a softmax without smoothing, and of method "histogram", which keeps nothing for each pixel."""
-    if not by_cuda:
-        return True
-    if options.get("activation", "softmax") != "softmax" or options.get("label_smoothing", 0.0) or not low.fits_gpu(24):
+    if low.kernels != "cuda":
+        return low.kernels == "cpu"
+    if options.get("activation", "softmax") != "softmax" or options.get("label_smoothing", 0.0) or not low.fits_kernels(24):
         return False
     if options.get("lovasz") is None:
         return True

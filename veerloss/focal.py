@@ -14,10 +14,10 @@ from ._module import LossModule
 from ._upsample import LowLogits, in_order, option
 
 
-def _sigmoid_takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
-    """Kernels on a GPU take a loss that is reduced, without a weight."""
+def _sigmoid_takes_low(low: LowLogits, target: Tensor, options: dict) -> bool:
+    """The CUDA kernels take a loss that is reduced, without a weight."""
     each = options.get("reduction", "mean") == "none" or options.get("weight") is not None
-    return not by_cuda or (not each and low.fits_gpu())
+    return low.kernels == "cpu" or (low.fits_kernels() and not (low.kernels == "cuda" and each))
 
 
 @option(loss="sigmoid focal", fused=_sigmoid_takes_low, mask=lambda _: False)
@@ -136,10 +136,10 @@ def sigmoid_focal_loss(
     return restore(loss) if reduction == "none" else loss
 
 
-def _softmax_takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
-    """Kernels on a GPU take one class a pixel."""
-    hard = target.dim() == low.logits.dim() - 1 and options.get("label_smoothing", 0.0) == 0 and options.get("weight") is None
-    return not by_cuda or (hard and low.fits_gpu(32))
+def _softmax_takes_low(low: LowLogits, target: Tensor, options: dict) -> bool:
+    """Kernels of a GPU take one class a pixel."""
+    hard = target.dim() == low.logits.dim() - 1 and options.get("label_smoothing", 0.0) == 0
+    return low.kernels == "cpu" or (hard and low.fits_kernels(32 if low.kernels == "cuda" else 128))
 
 
 @option(loss="softmax focal", fused=_softmax_takes_low, mask=lambda _: False)

@@ -24,11 +24,11 @@ METHODS = ("auto", "exact", "histogram")
 AUTO_HISTOGRAM_FROM = 1 << 19
 
 
-def _takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
+def _takes_low(low: LowLogits, target: Tensor, options: dict) -> bool:
     """Of lovasz_softmax_loss: on a GPU of method "histogram", which keeps nothing for each pixel, and so is "auto" here."""
-    if not by_cuda:
-        return True
-    if not options.get("from_logits", True) or options.get("classes", "present") != "present" or not low.fits_gpu(24):
+    if low.kernels != "cuda":
+        return low.kernels == "cpu"
+    if not options.get("from_logits", True) or options.get("classes", "present") != "present" or not low.fits_kernels(24):
         return False
     if options.get("method", "auto") == "auto":
         options["method"] = "histogram"
@@ -173,7 +173,7 @@ def lovasz_softmax_loss(
 
 @option(
     loss="lovasz",
-    fused=lambda low, target, by_cuda, options: not by_cuda,
+    fused=lambda low, target, options: low.kernels == "cpu",
     mask=lambda options: not options.get("per_class", False),
 )
 def lovasz_hinge_loss(

@@ -90,7 +90,7 @@ def _focal(stem, logits, target, *, reduction, normalizer, backend, upcast_loss=
     """A reduced loss of logits of low resolution has a forward operator of its own on a CPU, which makes the gradient."""
     namespace = _checked(backend, logits)
     options |= _divisor(reduction, normalizer)
-    if upsample is not None and reduction != "none" and not by_cuda_kernels(logits):
+    if upsample is not None and reduction != "none" and kernels_of(backend, logits) == "cpu":
         options["keep_gradient"] = _is_differentiated(logits)
         stem = f"upsampled_{stem}"
     return getattr(namespace, f"{stem}_forward").default(
@@ -98,9 +98,11 @@ def _focal(stem, logits, target, *, reduction, normalizer, backend, upcast_loss=
     )[0]
 
 
-def by_cuda_kernels(logits: Tensor) -> bool:
-    """Whether "native" is the kernels of csrc/cuda: on a GPU, or emulated."""
-    return logits.is_cuda or NAMESPACES["native"] != "veerloss"
+def kernels_of(backend: str, logits: Tensor) -> str:
+    """Which kernels run the operators of a backend: "cpu", "cuda", where these are emulated too, or "triton"."""
+    if backend != "native":
+        return backend
+    return "cuda" if logits.is_cuda or NAMESPACES["native"] != "veerloss" else "cpu"
 
 
 def _upsampled_focal_backward(_, *, grad, logits, scale, gradient) -> Tensor:
@@ -346,9 +348,12 @@ def _triton_kernel(stem: str, name: str) -> Callable:
     """The function of the operator's name in the module of its family, which is imported when it is first called."""
 
     def kernel(*, upsample=None, **arguments):
+        module = FAMILIES[stem]
         if upsample is not None:
-            raise RuntimeError(f"veerloss: {name} takes no logits of low resolution in Triton: interpolate them first")
-        return getattr(importlib.import_module(f".triton.{FAMILIES[stem]}", __package__), name)(**arguments)
+            if module != "focal":
+                raise RuntimeError(f"veerloss: {name} takes no logits of low resolution in Triton: interpolate them first")
+            module, arguments["upsample"] = "focal_low", upsample
+        return getattr(importlib.import_module(f".triton.{module}", __package__), name)(**arguments)
 
     return _autograd.by_name(getattr(operators("triton"), name).default._schema, kernel)
 

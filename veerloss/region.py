@@ -21,12 +21,12 @@ FORMS = {"linear": Form.LINEAR, "log": Form.LOG, "log_cosh": Form.LOG_COSH}
 Smooth = float | tuple[float, float]
 
 
-def _takes_low(low: LowLogits, target: Tensor, by_cuda: bool, options: dict) -> bool:
+def _takes_low(low: LowLogits, target: Tensor, options: dict) -> bool:
     """On a GPU only what a softmax's own kernels do."""
-    if not by_cuda:
-        return True
+    if low.kernels != "cuda":
+        return low.kernels == "cpu"
     hard = target.dim() == low.logits.dim() - 1 and not options.get("squared", False)
-    return hard and options.get("activation", "softmax") == "softmax" and low.fits_gpu(24)
+    return hard and options.get("activation", "softmax") == "softmax" and low.fits_kernels(24)
 
 
 _with_upsample = option(loss="region", fused=_takes_low, mask=lambda _: False)

@@ -60,13 +60,12 @@ def focal_labels(target, strides, n, p, inside, ignore_index, background_index, 
 
 @triton.jit
 def sigmoid_elements(
-    logits, logits_strides, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index,
-    background_index, n, c, p, inside, classes, pixels, ONE_HOT: tl.constexpr, HAS_ALPHA: tl.constexpr,
-    FOCUS: tl.constexpr, T: tl.constexpr,
+    x, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index, background_index, n, c, p,
+    inside, has_pixel, classes, ONE_HOT: tl.constexpr, HAS_ALPHA: tl.constexpr, FOCUS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Value and derivative of the elements of a tile, 0 where they do not count, and which count."""
+    """Value and derivative of the elements of a tile, of logits x, 0 where they do not count, and which count."""
     if ONE_HOT:
-        label, valid, bad = focal_labels(target, target_strides, n, p, p < pixels, ignore_index, background_index, classes)
+        label, valid, bad = focal_labels(target, target_strides, n, p, has_pixel, ignore_index, background_index, classes)
         valid = valid & inside
         t = (c == label).to(T)
     else:
@@ -80,8 +79,7 @@ def sigmoid_elements(
         t = widen(stored, T)
         bad = (t < 0.0) | (t > 1.0)
     t = tl.where(bad, float("nan"), t)
-    # Of what does not count, too: a load is a vector only where its mask does not depend on data.
-    x = tl.where(valid, tl.load(logits + ptr_offset(logits_strides, n, c, p), mask=inside, other=0.0).to(T), 0.0)
+    x = tl.where(valid, x, 0.0)
     if class_alpha is not None:
         alpha_positive = tl.load(class_alpha + c, mask=c < classes, other=0.0)
         alpha_negative = 1.0 - alpha_positive
@@ -112,9 +110,11 @@ def sigmoid_focal_forward_kernel(
     while tile < tiles:
         n, c, p = tile_at(tile, classes, pixels, class_tiles, BLOCK_C, BLOCK_P)
         inside = (c < classes) & (p < pixels)
+        # Of what does not count, too: a load is a vector only where its mask does not depend on data.
+        x = tl.load(logits + ptr_offset(logits_strides, n, c, p), mask=inside, other=0.0).to(T)
         value, _slope, valid = sigmoid_elements(
-            logits, logits_strides, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index,
-            background_index, n, c, p, inside, classes, pixels, ONE_HOT, HAS_ALPHA, FOCUS, T,
+            x, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index, background_index,
+            n, c, p, inside, p < pixels, classes, ONE_HOT, HAS_ALPHA, FOCUS, T,
         )  # fmt: skip
         if out is not None:
             tl.store(out + ptr_offset(out_strides, n, c, p), value, mask=inside)
@@ -135,9 +135,11 @@ def sigmoid_focal_backward_kernel(
 ):  # fmt: skip
     n, c, p = tile_at(tl.program_id(0), classes, pixels, class_tiles, BLOCK_C, BLOCK_P)
     inside = (c < classes) & (p < pixels)
+    # Of what does not count, too: a load is a vector only where its mask does not depend on data.
+    x = tl.load(logits + ptr_offset(logits_strides, n, c, p), mask=inside, other=0.0).to(T)
     _value, slope, valid = sigmoid_elements(
-        logits, logits_strides, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index,
-        background_index, n, c, p, inside, classes, pixels, ONE_HOT, HAS_ALPHA, FOCUS, T,
+        x, target, target_strides, weight, weight_strides, class_alpha, alpha, gamma, ignore_index, background_index, n, c, p,
+        inside, p < pixels, classes, ONE_HOT, HAS_ALPHA, FOCUS, T,
     )  # fmt: skip
     g = incoming(grad, grad_strides, scale, n, c, p, inside, T)
     tl.store(out + ptr_offset(out_strides, n, c, p), tl.where(valid, g * slope, 0.0), mask=inside)
@@ -193,13 +195,15 @@ def softmax_sums(
 
 
 @triton.jit
-def label_terms(
-    logits, strides, n, p, valid, label, class_alpha, alpha, gamma, max_logit, sumexp_excl_max, FOCUS: tl.constexpr,
-    T: tl.constexpr,
-):  # fmt: skip
-    """Loss of each pixel, its slope and q, the sum of the other probabilities. A most probable class takes q from the sum of
-    the others: subtracting from 1 would lose its digits."""
-    d = tl.load(logits + ptr_offset(strides, n, label, p), mask=valid, other=0.0).to(T) - max_logit
+def label_below_max(logits, strides, n, p, valid, label, max_logit, T: tl.constexpr):
+    """The logit of the label less the largest one."""
+    return tl.load(logits + ptr_offset(strides, n, label, p), mask=valid, other=0.0).to(T) - max_logit
+
+
+@triton.jit
+def label_terms(d, label, class_alpha, alpha, gamma, sumexp_excl_max, FOCUS: tl.constexpr, T: tl.constexpr):
+    """Loss of each pixel whose label is d below the largest logit, its slope and q, the sum of the other probabilities. A most
+    probable class takes q from the sum of the others: subtracting from 1 would lose its digits."""
     inv_sumexp = 1.0 / (1.0 + sumexp_excl_max)
     q = tl.where(d == 0.0, sumexp_excl_max * inv_sumexp, 1.0 - exp_neg(d) * inv_sumexp)
     a = tl.full((), alpha, T)
@@ -274,9 +278,8 @@ def softmax_focal_forward_kernel(
                 )
                 value += tl.sum(values.to(tl.float64), 0)[None, :]
         else:
-            value, _slope, _q = label_terms(
-                logits, logits_strides, n, p, valid, label, class_alpha, alpha, gamma, max_logit, sumexp_excl_max, FOCUS, T
-            )
+            d = label_below_max(logits, logits_strides, n, p, valid, label, max_logit, T)
+            value, _slope, _q = label_terms(d, label, class_alpha, alpha, gamma, sumexp_excl_max, FOCUS, T)
         value = tl.where(bad, float("nan"), tl.where(valid, value.to(T), 0.0))
         if out is not None:
             tl.store(out + ptr_offset(out_strides, n, 0, p), value, mask=inside)
@@ -321,9 +324,8 @@ def softmax_focal_backward_kernel(
         max_slopes = max_slopes.to(T)
         other_slopes = other_slopes.to(T)
     else:
-        _value, slope, q = label_terms(
-            logits, logits_strides, n, p, valid, label, class_alpha, alpha, gamma, max_logit, sumexp_excl_max, FOCUS, T
-        )
+        d = label_below_max(logits, logits_strides, n, p, valid, label, max_logit, T)
+        _value, slope, q = label_terms(d, label, class_alpha, alpha, gamma, sumexp_excl_max, FOCUS, T)
         g = g * slope
     for k in range(BLOCKS):
         c, x = load_block(logits, logits_strides, k, n, p, inside, valid, classes, BLOCK_C, T)

@@ -28,6 +28,10 @@ SOFTMAX_MAX_CLASSES, SOFTMAX_MAX_CLASSES_F64, SOFTMAX_BLOCK_CLASSES = 512, 128, 
 #: Pixels of a tile at least, unless the classes of a pixel are contiguous: of float32, half a cache line.
 SOFTMAX_MIN_PIXELS = 16
 
+#: Of logits of low resolution, whose four loads and weights take registers too: elements of a run, half as many in float64,
+#: and warps, which there are twice as many.
+LOW_TILE, LOW_WARPS = 1024, 4
+
 # ---- Lovász losses
 
 #: Values of a tile of pixels and classes, 8 to a thread, and warps.
