@@ -14,18 +14,22 @@ CPP := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name 
 # What the build needs, quoted for the shell: the list of pyproject.toml.
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ,)
 
-.PHONY: help env demo study test bench accuracy gpu lint format wheel clean
+.PHONY: help env demo study test test-all bench bench-compare figures accuracy gpu lint types format docs coverage wheel clean
 help:
 	@echo 'make demo    train on a real well log, recover its curves, draw digitise.png (about 2 minutes)'
 	@echo 'make study   five losses carried through to the recovered curve, into benchmarks/results (about an hour; QUICK=1: 3 minutes)'
-	@echo 'make test    build and run every test'
-	@echo 'make bench   speed, memory and accuracy against the peers, into benchmarks/results (about 6 minutes)'
+	@echo 'make test    build, and run the tests but the slow ones; make test-all runs these too: every GPU kernel emulated,'
+	@echo '             compiled and counted, and the Triton interpreter'
+	@echo 'make bench   speed, memory and accuracy against the peers, into benchmarks/results (about 6 minutes; QUICK=1: one)'
+	@echo 'make bench-compare BASE=commit  the same losses of two commits, in turns'
+	@echo 'make figures the tables and the picture of README and docs from benchmarks/results'
 	@echo 'make accuracy  the Lovász methods against float64, case by case and size by size (about 6 minutes)'
 	@echo 'make gpu     on a machine with a GPU, nvcc and torch, with its python and no network: build in place, the tests that'
 	@echo '             need a GPU, speed and memory against the peers into benchmarks/results (less than 8 minutes)'
 	@echo 'make gpu-profile  there, the time of each kernel; with ncu its counters, by instruction, into build'
-	@echo 'make lint    ruff and clang-format; make format applies them'
-	@echo 'make wheel   a wheel for every Python >= 3.10 and torch >= 2.10, with nvcc for GPUs from sm_80 on, into dist'
+	@echo 'make lint    ruff, clang-format, mypy, schemas; make format applies the first two, make types is the third'
+	@echo 'make docs    the site, into build/site; make coverage  which lines the tests run'
+	@echo 'make wheel   a manylinux wheel for every Python >= 3.10 and torch >= 2.10, with nvcc for GPUs from sm_80 on, into dist'
 	@echo 'make clean   remove what was built, the environment included'
 
 # torch first: everything else then keeps it, through the constraint.
@@ -55,12 +59,27 @@ demo: env
 study: env
 	$(BIN)/python -m benchmarks.digitise.study
 
-# TESTS: arguments of pytest, to run some of them.
+# TESTS: arguments of pytest, to run some of them. Those marked slow are for test-all.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 test: env
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TESTS)
+	$(PYTEST) $(if $(TESTS),$(TESTS),-m 'not slow')
 
+test-all: env
+	$(PYTEST) $(TESTS)
+
+# BUDGET: seconds for all rounds of the part that is timed. QUICK=1: small inputs.
+BUDGET ?=
+QUICK ?=
 bench: env
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(if $(BUDGET),--budget $(BUDGET))
+
+# In a worktree of its own, with the torch of this environment.
+BASE ?= HEAD~1
+bench-compare: env
+	$(BIN)/python -m benchmarks.compare $(BASE)
+
+figures: $(INSTALLED)
+	$(BIN)/python -m benchmarks.figures
 
 accuracy: env
 	$(BIN)/python -m benchmarks.suite
@@ -125,22 +144,45 @@ $(GPU_CHECKS): gpu-%:
 	if grep -q 'Device not supported' $$log; then echo 'compute-sanitizer cannot use this GPU: no $*'; status=0; fi; \
 	rm $$log; exit $$status
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+types: $(INSTALLED)
+	$(BIN)/mypy
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# An extra of pyproject.toml that few targets need.
+$(VENV)/extra-%: $(INSTALLED)
+	$(BIN)/python -c 'import importlib.metadata as m; print(*(r.partition(";")[0] for r in m.requires("veerloss") \
+	  if r.endswith("extra == \"$*\"")), sep="\n")' > $@.tmp
+	$(BIN)/python -m pip install --quiet --requirement $@.tmp --constraint $(VENV)/torch.txt
+	mv $@.tmp $@
+
+docs: $(VENV)/extra-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Which lines of Python the quick tests run. (Kernels are compiled, interpreted, or run as CUDA: their tests are the slow ones.)
+coverage: env
+	$(PYTEST) -m 'not slow' --cov --cov-report=term-missing:skip-covered
+
 # For every GPU from Ampere on; newer ones than these compile the PTX when the library is loaded. build/lib* would bring along
-# what an earlier build has left there.
-wheel: $(VENV)/torch.txt
-	rm -rf build/lib*
+# what an earlier build has left there. torch's libraries, and CUDA's driver, are the user's.
+wheel: $(VENV)/extra-dist
+	rm -rf build/lib* build/wheel dist
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;8.6;8.9;9.0;10.0;12.0+PTX}" \
-	  $(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	  $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*' \
+	  --wheel-dir dist build/wheel/veerloss-*.whl
+	$(BIN)/abi3audit --strict dist/veerloss-*.whl
+	$(BIN)/twine check --strict dist/veerloss-*.whl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info veerloss/_C*

@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = report.parser("benchmarks", __doc__)
     parser.add_argument("--quick", action="store_true", help="tiny inputs: does everything run?")
     parser.add_argument("--only", choices=PARTS, help="one part instead of all")
+    parser.add_argument("--budget", type=float, help="seconds of the rounds that are timed, beside the least number of them")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     partial = options.quick or options.only or options.filter
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(options.threads)
     memory.THREADS = options.threads
+    throughput.BUDGET = options.budget
     start = time.perf_counter()
     results: dict = {"machine": report.machine("benchmarks", arguments)}
     for name, part in PARTS.items():

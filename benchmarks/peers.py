@@ -90,7 +90,7 @@ def version(package: str) -> str:
 
 
 @functools.cache
-def _declare_torchvision_ops() -> None:
+def declare_torchvision_operators() -> None:
     """Let a CUDA build of torchvision be imported beside a CPU build of torch.
 
     Its C++ library cannot load there, and the import then stops at fakes for operators that nobody
@@ -127,7 +127,7 @@ def _peer(package: str, module: str, make: Callable[..., Loss]) -> Lazy:
         if version(package) == "not installed":
             raise Missing("not installed")
         if package not in ("kornia", MONAI):  # the others import torchvision
-            _declare_torchvision_ops()
+            declare_torchvision_operators()
         return make(importlib.import_module(module))
 
     return Lazy(load)

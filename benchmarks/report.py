@@ -1,6 +1,7 @@
 """What every benchmark reports alike: the machine, bars, tables, files; and the tables of `python -m benchmarks`."""
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -68,6 +69,15 @@ def parser(module: str, doc: str) -> argparse.ArgumentParser:
     return found
 
 
+def kernels() -> str:
+    """What the CPU's kernels are, but for comments and white space: a result says which it measured."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted((*root.glob("csrc/*.h"), *root.glob("csrc/math/*"), *root.glob("csrc/cpu/**/*"))):
+        if path.is_file():
+            digest.update("".join(re.sub(r"//[^\n]*", "", path.read_text(encoding="utf-8")).split()).encode())
+    return digest.hexdigest()[:12]
+
+
 def machine(module: str, arguments: list[str] | None, device: torch.device | str = "cpu") -> dict:
     """What the numbers of `python -m module` depend on: processors, threads, versions, date, load of the machine."""
     gpu = {}
@@ -88,6 +98,7 @@ def machine(module: str, arguments: list[str] | None, device: torch.device | str
         "load_average_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "versions": {"veerloss": veerloss.__version__, **{name: peers.version(name) for name in ("torch", *peers.PEERS)}},
+        "kernels": kernels(),
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)]),
         "seconds": 0,

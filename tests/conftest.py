@@ -36,9 +36,14 @@ def pytest_report_header() -> str:
     return f"tests/peers: {'left out, for want of ' + ', '.join(MISSING) if MISSING else 'collected'}"
 
 
+#: What takes compilers, the emulator, networks or browsers; with the kernels that are emulated or interpreted, more than nine
+#: tenths of the time of all tests: `make test-all`.
+SLOW = {"test_counts", "test_triton", "test_emulator", "test_cuda", "test_compound_gpu"}
+
+
 def pytest_collection_modifyitems(config, items):
-    """Takes out what slow backends do not run, and puts first what runs compilers for up to a minute: else one worker would end
-    with them, and the others have nothing left."""
+    """Marks what is slow. Takes out what slow backends do not run, and puts first what runs compilers for up to a minute: else
+    one worker would end with them, and the others have nothing left."""
     kept, left_out = [], []
     for item in items:
         point = dict(item.callspec.params) if hasattr(item, "callspec") else {}
@@ -47,6 +52,8 @@ def pytest_collection_modifyitems(config, items):
             backend, f"{item.module.__name__}.{item.originalname}", point, hasattr(item.obj, "hypothesis")
         )
         (kept if run else left_out).append(item)
+        if backend in ("emulated", "triton") or item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
     config.hook.pytest_deselected(items=left_out)
     items[:] = sorted(kept, key=lambda item: item.path.stem not in ("test_counts", "test_cuda", "test_triton"))
 

@@ -225,7 +225,7 @@ def as_int(value: object) -> int | None:
     if isinstance(value, Tensor):
         return None
     try:
-        return operator.index(value)
+        return operator.index(value)  # type: ignore[arg-type]
     except TypeError:  # arrays have __index__, too
         return None
 

@@ -61,10 +61,9 @@ def forward(
     """
     n, c = logits.shape[:2]
     rows, dtype = n if per_image else 1, opmath_dtype(logits)
-    sums = {
-        "focal_sums": None if focal is None else logits.new_zeros(3, dtype=torch.float64),
-        "region_sums": None if region is None else logits.new_zeros((rows, c, REGION_WORDS), dtype=torch.int64),
-    }
+    focal_sums = None if focal is None else logits.new_zeros(3, dtype=torch.float64)
+    region_sums = None if region is None else logits.new_zeros((rows, c, REGION_WORDS), dtype=torch.int64)
+    sums = {"focal_sums": focal_sums, "region_sums": region_sums}
     options = {"alpha": alpha, "class_alpha": class_alpha, "gamma": gamma, "label_smoothing": label_smoothing}
     batch = {"logits": logits, "target": target, "errors": errors, "per_image": per_image, "ignore_index": ignore_index}
     batch["upsample"] = upsample
@@ -89,8 +88,8 @@ def forward(
         value, of_segments, weights = ops.compound_exact(
             **sums, **options, **batch, selected=selected, present=present, valid_pixels=valid_pixels, keep_weights=keep_weights
         )
-    if focal is not None:
-        totals = sums["focal_sums"] if ranks is None else ranks.all_reduce(sums["focal_sums"], "sum")
+    if focal_sums is not None:
+        totals = focal_sums if ranks is None else ranks.all_reduce(focal_sums, "sum")
         divisor = totals[2 if weighted_mean else 1]
         of_pixel = torch.where(divisor > 0, 1 / divisor, 0.0)
         parts.append(totals[0] * of_pixel)
@@ -100,10 +99,8 @@ def forward(
     else:
         parts.append(value)
         scale = of_segments * lovasz
-    if region is not None:
-        found = sums["region_sums"]
-        if ranks is not None:
-            found = ranks.sum_of(lambda: sums["region_sums"], found.shape)
+    if region_sums is not None:
+        found = region_sums if ranks is None else ranks.sum_of(lambda: region_sums, region_sums.shape)
         value, of_segments, coefficients = ops.region_weigh(
             logits=logits.flatten(2), sums=found, selected=region_selected, present=region_present, per_image=per_image,
             class_weight=None, alpha=region_alpha, beta=region_beta, smooth_numerator=smooth_numerator,
@@ -121,5 +118,5 @@ def forward(
 
     given = [weight for weight in (focal, lovasz, region) if weight is not None]
     loss = sum(weight * part.double() for weight, part in zip(given, parts, strict=True))
-    parts = torch.stack([part.to(dtype) for part in parts])
-    return loss.to(dtype if upcast_loss else logits.dtype), scale, focal_scale, region_weights, table, weights, parts
+    of_terms = torch.stack([part.to(dtype) for part in parts])
+    return loss.to(dtype if upcast_loss else logits.dtype), scale, focal_scale, region_weights, table, weights, of_terms

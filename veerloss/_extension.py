@@ -82,21 +82,21 @@ def cuda_missing(index: int | None) -> str | None:
 
 # torch.compile takes the result for a constant, as torch.compiler.assume_constant_result has it: calling that would import
 # torch._dynamo, which takes longer than all else that is imported here.
-cuda_missing._dynamo_marked_constant = True
+cuda_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _describe(index: int, error: str | None, driver: int, built_with: int) -> str | None:
     if error is None:
         return None
     capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
-    driver, built_with = ((version // 1000, version % 1000 // 10) for version in (driver, built_with))
+    has, needs = ((version // 1000, version % 1000 // 10) for version in (driver, built_with))
     advice = f"reinstall from source with TORCH_CUDA_ARCH_LIST={capability}"
-    if driver < built_with:
-        advice = "update the driver, or {} and nvcc {}.{} or older".format(advice, *driver)
+    if has < needs:
+        advice = "update the driver, or {} and nvcc {}.{} or older".format(advice, *has)
     return (
         "the compiled CUDA library does not run there: {}; it is built with CUDA {}.{}, the driver is for {}.{}, the GPU has "
         "compute capability {}; {}"
-    ).format(error, *built_with, *driver, capability, advice)
+    ).format(error, *needs, *has, capability, advice)
 
 
 def _find_triton() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -14,6 +14,9 @@ class LossModule(nn.Module):
 
     Arguments are attributes. Tensors among them are buffers, so that they move with the module and are saved with it.
     """
+
+    function: ClassVar[Callable[..., Any]]
+    __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, function: Callable | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

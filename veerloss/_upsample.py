@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +139,17 @@ def in_order(t: Tensor, first: int) -> Tensor:
     return t
 
 
-def option(*, loss: str, fused: Callable[[LowLogits, Tensor, dict], bool], mask: Callable[[dict], bool]) -> Callable:
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def as_low(upsample: object) -> LowLogits | None:
+    """What `option` has put in the place of the option."""
+    return upsample if isinstance(upsample, LowLogits) else None
+
+
+def option(
+    *, loss: str, fused: Callable[[LowLogits, Tensor, dict], bool], mask: Callable[[dict], bool]
+) -> Callable[[Function], Function]:
     """Gives a loss function the options ``upsample`` and ``align_corners``.
 
     The function itself gets a LowLogits as its ``upsample`` where `fused(low, target, options)` says that its kernels take it,
@@ -147,7 +157,7 @@ def option(*, loss: str, fused: Callable[[LowLogits, Tensor, dict], bool], mask:
     may be those of a binary mask, without a channel.
     """
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def with_upsample(
             logits: Tensor, target: Tensor, *, upsample: str | None = None, align_corners: bool = False, **options: Any
@@ -162,7 +172,7 @@ def option(*, loss: str, fused: Callable[[LowLogits, Tensor, dict], bool], mask:
             dtype = arguments.loss_dtype(logits)
             return (found[0].to(dtype), *found[1:]) if isinstance(found, tuple) else found.to(dtype)
 
-        return with_upsample
+        return with_upsample  # type: ignore[return-value]
 
     return decorate
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -141,7 +142,7 @@ def compound_loss(
     weights = {
         "cross_entropy": cross_entropy, "focal": focal, "lovasz": lovasz, "dice": dice, "tversky": tversky, "jaccard": jaccard,
     }  # fmt: skip
-    found: dict = {}
+    found: dict[str, Any] = {}
 
     def check() -> tuple[torch.Size, int | None, object]:
         arguments.check_choice("activation", activation, ("softmax", "sigmoid"))
@@ -168,7 +169,7 @@ def compound_loss(
         alphas = [arguments.as_number(name, given[name], 0) for name in ("tversky_alpha", "tversky_beta")]
         found["region"] = (*alphas, as_smooth(smooth), form, power)
         x = logits if activation == "softmax" else logits.reshape(shape)
-        found["classes"] = [arguments.check_classes(given[f"{kind}_classes"], x) for kind in ("lovasz", "region")]
+        found["classes"] = [arguments.check_classes(kind, x) for kind in (lovasz_classes, region_classes)]
         ignored = arguments.as_ignore_index(ignore_index)
         arguments.check_process_group(process_group, per_image, method)
         factors = found["alpha"]
@@ -199,7 +200,7 @@ def compound_loss(
     return (loss, parts) if return_parts else loss
 
 
-def _check_terms(weights: dict[str, object], given: dict[str, object]) -> dict[str, float]:
+def _check_terms(weights: Mapping[str, object], given: Mapping[str, object]) -> dict[str, float]:
     """The weights of the terms that there are, by name."""
     terms = {name: arguments.as_number(name, weight, 0) for name, weight in weights.items() if weight is not None}
     if not terms:
@@ -270,7 +271,7 @@ def _fused(logits, target, found, options, backend, valid_pixels, ranks, upsampl
         histogram=histogram, per_image=per_image, ignore_index=options["ignore_index"], valid_pixels=valid_pixels, ranks=ranks,
         backend=backend, **low,
     )  # fmt: skip
-    names = [name for name in (focal, "lovasz", region) if name in terms]
+    names = [name for name in (focal, "lovasz", region) if name is not None and name in terms]
     return loss, dict(zip(names, parts.detach(), strict=True))
 
 
@@ -285,7 +286,7 @@ def _sum_of_parts(logits, target, found, options, backend) -> tuple[Tensor, dict
     shared = {**common, "per_image": per_image, "process_group": group}
     _, index = _region_options(terms, found["region"])
     lovasz_classes, region_classes = found["classes"]
-    parts = {}
+    parts: dict[str, Any] = {}
     for name in terms:
         if name in ("cross_entropy", "focal"):
             parts[name] = _focal_part(logits, target, found, name, mask, group, common)

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _arguments as arguments
 from . import ops, reference
 from ._module import LossModule
-from ._upsample import LowLogits, in_order, option
+from ._upsample import LowLogits, as_low, in_order, option
 
 
 def _sigmoid_takes_low(low: LowLogits, target: Tensor, options: dict) -> bool:
@@ -123,10 +123,10 @@ def sigmoid_focal_loss(
         "ignore_index": ignore_index, "background_index": background_index, "reduction": reduction, "normalizer": normalizer,
         "backend": backend,
     }  # fmt: skip
-    if upsample is not None:
-        x, t = upsample.inputs(target)
+    if (low := as_low(upsample)) is not None:
+        x, t = low.inputs(target)
         w = None if weight is None else in_order(weight, 2)
-        options["upsample"] = upsample.interpolation
+        options["upsample"] = low.interpolation
 
         def restore(loss):
             return loss.reshape(logits.shape)
@@ -231,9 +231,9 @@ def softmax_focal_loss(
         "alpha": 1.0 if alpha is None or class_alpha is not None else alpha, "class_alpha": class_alpha, "gamma": gamma,
         "label_smoothing": label_smoothing, "ignore_index": ignore_index, "backend": backend,
     }  # fmt: skip
-    if upsample is not None:
-        x, y = upsample.inputs(target)
-        options["upsample"] = upsample.interpolation
+    if (low := as_low(upsample)) is not None:
+        x, y = low.inputs(target)
+        options["upsample"] = low.interpolation
     else:
         x = arguments.as_pixels(logits)
         y = arguments.as_pixels(target) if probabilities else target.reshape(x.size(0), x.size(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from . import ops, reference
 from ._distributed import join
 from ._layout import Errors
 from ._module import LossModule
-from ._upsample import LowLogits, option
+from ._upsample import LowLogits, as_low, option
 from ._version import __version__
 
 METHODS = ("auto", "exact", "histogram")
@@ -114,7 +115,7 @@ def lovasz_softmax_loss(
         >>> loss = lovasz_softmax_loss(logits, torch.ones(2, 4, dtype=torch.long))
         >>> loss.backward()
     """
-    options = {"per_image": per_image, "reduction": reduction}
+    options: dict[str, Any] = {"per_image": per_image, "reduction": reduction}
 
     def check() -> tuple[torch.Size, int | None, object]:
         arguments.check_logits(logits, 2, "[N, C, *]")
@@ -157,11 +158,11 @@ def lovasz_softmax_loss(
         "class_weight": class_weight, "ignore_index": ignore_index, "background_index": background_index,
         "errors": Errors.SOFTMAX if from_logits else Errors.PROBABILITIES, "reduction": reduction, "backend": backend,
     }  # fmt: skip
-    if upsample is None:
+    if (low := as_low(upsample)) is None:
         x, y = arguments.as_pixels(logits), target.reshape(n, p)
     else:
-        x, y = upsample.inputs(target)
-        options["upsample"] = upsample.interpolation
+        x, y = low.inputs(target)
+        options["upsample"] = low.interpolation
     if method == "exact":
         loss = ops.lovasz_exact(x, y, valid_pixels=valid_pixels, **options)
         certificate = loss.new_zeros((n, c) if per_image else (c,), dtype=torch.float64)
@@ -243,7 +244,7 @@ def lovasz_hinge_loss(
             logits, target, per_image=per_image, ignore_index=ignore_index, reduction=reduction, method=method,
             return_certificate=return_certificate, process_group=process_group, upsample=upsample, backend=backend,
         )  # fmt: skip
-    options = {"per_image": per_image, "reduction": reduction}
+    options: dict[str, Any] = {"per_image": per_image, "reduction": reduction}
 
     def check() -> tuple[torch.Size, int | None, object]:
         check_mask(logits, target, per_image, "lovasz_softmax_loss")
@@ -267,11 +268,11 @@ def lovasz_hinge_loss(
         "selected": None, "present": False, "class_weight": None, "ignore_index": ignore_index, "background_index": None,
         "errors": Errors.HINGE, "backend": backend,
     }  # fmt: skip
-    if upsample is None:
+    if (low := as_low(upsample)) is None:
         x, y = logits.reshape(n, 1, p), target.reshape(n, p)
     else:
-        x, y = upsample.inputs(target, mask=True)
-        options["upsample"] = upsample.interpolation
+        x, y = low.inputs(target, mask=True)
+        options["upsample"] = low.interpolation
     if method == "exact":
         loss = ops.lovasz_exact(x, y, valid_pixels=valid_pixels, **options)
         certificate = loss.new_zeros((n,) if per_image else (), dtype=torch.float64)
@@ -312,7 +313,7 @@ def _low_hinge_of_channels(low: LowLogits, target, per_image, shape, *, reductio
     if per_image:
         batches = [(low.logits.flatten(0, 1).unsqueeze(1), target.flatten(0, 1))]
     else:
-        batches = zip(low.logits.split(1, 1), target.unbind(1), strict=True)
+        batches = list(zip(low.logits.split(1, 1), target.unbind(1), strict=True))
     found = [lovasz_hinge_loss(x, y, reduction="none", return_certificate=True, **options) for x, y in batches]
     loss, certificate = (torch.stack(values).reshape(shape) for values in zip(*found, strict=True))
     loss = loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()

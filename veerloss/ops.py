@@ -308,7 +308,7 @@ def _(logits, target, focal, lovasz, region, errors, histogram, per_image, valid
 # ---- registration
 
 #: Operators that are others put together.
-_WHOLE = {
+_WHOLE: dict[str, Callable] = {
     "lovasz_histogram_forward": _histogram.forward,
     "region_forward": _region_forward,
     "compound_forward": _compound.forward,

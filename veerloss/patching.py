@@ -212,8 +212,8 @@ def _within(version: str, versions: str) -> bool:
         return found + [0] * (6 - len(found))
 
     checks = {">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b, "==": lambda a, b: a == b}
-    bounds = [re.fullmatch(r"\s*(>=|<=|<|==)\s*([\d.]+)\s*", bound) for bound in versions.split(",")]
-    return all(checks[bound[1]](numbers(version), numbers(bound[2])) for bound in bounds)
+    bounds = re.findall(r"(>=|<=|<|==)\s*([\d.]+)", versions)
+    return all(checks[sign](numbers(version), numbers(bound)) for sign, bound in bounds)
 
 
 def _pairs(module: ModuleType, at: str | None) -> list[tuple[object, object]]:

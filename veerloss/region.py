@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -272,7 +273,7 @@ def _region_loss(
         ranks = join(process_group, logits, check_all)
     backend = arguments.choose_backend(backend, logits.device, "region")
     if backend == "reference":
-        all_reduce = {} if ranks is None else {"all_reduce": ranks.all_reduce}
+        all_reduce: dict[str, Any] = {} if ranks is None else {"all_reduce": ranks.all_reduce}
         return reference.tversky_loss(logits, target, classes=classes, class_weight=class_weight, **options, **all_reduce)
     present_only = options.pop("present_only")
     present = classes == "present" or (present_only and classes != "all")
@@ -315,7 +316,8 @@ def as_smooth(smooth: object) -> tuple[float, float]:
     pair = smooth if isinstance(smooth, (tuple, list)) else (smooth, smooth)
     if len(pair) != 2:
         raise ValueError(f"smooth must be a number or a pair of them, got {arguments.shown(smooth)}")
-    return tuple(arguments.as_number("smooth", value, 0) for value in pair)
+    numerator, denominator = (arguments.as_number("smooth", value, 0) for value in pair)
+    return numerator, denominator
 
 
 class TverskyLoss(LossModule, function=tversky_loss):

@@ -106,7 +106,7 @@ class MemoryEfficientSoftDiceLoss(nn.Module):
         if plain:
             return self._plain(x, y, loss_mask, activation, group)
         target = (y.float() if y.dtype == torch.bool and masked else y) if dense else _labels(y)
-        if masked:
+        if loss_mask is not None:
             target = torch.where((loss_mask if dense else loss_mask[:, 0]) != 0, target, -1 if dense else _IGNORED)
         with float32_loss(x), index_error_as(RuntimeError):
             loss = dice_loss(

@@ -168,7 +168,8 @@ def weigh(fg: Tensor, bg: Tensor, total: Tensor, lowest_fg_first: bool = False) 
 
 def squared_bounds(result: Bins, fg: Tensor, bg: Tensor) -> Tensor:
     """What binning changes of weights at most, as a sum of squares over the pixels of a bin that share it evenly."""
-    return sum(bound**2 / torch.where(n > 0, n, 1.0) for bound, n in ((result.fg_bound, fg), (result.bg_bound, bg)))
+    of_fg, of_bg = (bound**2 / torch.where(n > 0, n, 1.0) for bound, n in ((result.fg_bound, fg), (result.bg_bound, bg)))
+    return of_fg + of_bg
 
 
 def weigh_segment(fg: Tensor, bg: Tensor, total: Tensor, softmax: bool) -> Bins:
@@ -196,8 +197,8 @@ def window(fg: Tensor, bg: Tensor, table: Table, softmax: bool, sampled: bool) -
     width = high - low
     if sampled:
         before = fg[1:].cumsum(0) - fg[1:]
-        tail = ((fg[1:] > 0) & (before < TAIL_PIXELS) & softmax).nonzero()
-        tail = max(least, 1 + int(tail[-1])) if len(tail) else least
+        last = ((fg[1:] > 0) & (before < TAIL_PIXELS) & softmax).nonzero()
+        tail = max(least, 1 + int(last[-1])) if len(last) else least
         low = low - TAIL_REACH * (edge[tail - 1] - low)
     if softmax and fg[0] > 0:
         low = low - width / 8
@@ -244,8 +245,9 @@ def place(fg: Tensor, bg: Tensor, table: Table, errors: int, sampled: bool, bins
     of_gradient = slope**2 * squared_bounds(result, f, b)
     of_loss = (f * result.fg**2 + b * result.bg**2) * (first * at.diff()) ** 2
     of_gradient, of_loss = (torch.where(f + b > 0, square.clamp(min=0), 0.0) for square in (of_gradient, of_loss))
-    gradient, worth = None, 1.0
-    if of_gradient.max() > 0:
+    gradient, worth = torch.zeros_like(of_gradient), 1.0
+    has_gradient = bool(of_gradient.max() > 0)
+    if has_gradient:
         for step in range(WORTH_STEPS + 1):
             square = of_gradient / of_gradient.max() * worth
             gradient = torch.maximum(square ** (1 / 3), (square / (f + b).clamp(min=1)).sqrt())
@@ -254,7 +256,7 @@ def place(fg: Tensor, bg: Tensor, table: Table, errors: int, sampled: bool, bins
         gradient = gradient / gradient.sum()
     loss = of_loss ** (1 / 3)
     loss = loss / loss.sum() if loss.sum() > 0 else torch.full_like(loss, 1 / layout.CELLS)
-    share = loss if gradient is None else (1 - LOSS_SHARE) * gradient + LOSS_SHARE * loss
+    share = (1 - LOSS_SHARE) * gradient + LOSS_SHARE * loss if has_gradient else loss
     before = torch.arange(1, layout.CELLS + 1, device=fg.device) + share.cumsum(0) * (bins - 1 - layout.CELLS)
     before = torch.cat([before.new_zeros(1), (before + 0.5).floor().clamp(max=bins - 1)])
     before[-1] = bins - 1
@@ -308,7 +310,8 @@ def segment(
         found = table.bin_of(coordinate)
         if not softmax:  # bin 0 holds errors of exactly 0 alone
             found = torch.where(inside, found.clamp(min=1), 0)
-        return found, *(all_reduce(found[kind].bincount(minlength=table.bins), "sum") for kind in (foreground, ~foreground))
+        fg, bg = (all_reduce(found[kind].bincount(minlength=table.bins), "sum") for kind in (foreground, ~foreground))
+        return found, fg, bg
 
     table = Table.coarse(error.device)
     _, fg, bg = count(table)

@@ -146,10 +146,11 @@ def _segments(errors: Tensor, foreground: Tensor, valid: Tensor, per_image: bool
     """[N, C, P] as segments: the same, or [1, C, N * P]."""
     if per_image:
         return errors, foreground, valid
-    return tuple(
+    errors, foreground, valid = (
         t.transpose(0, 1).reshape(1, t.size(1), -1) if t.numel() else t.reshape(1, t.size(1), 0)
         for t in (errors, foreground, valid)
     )
+    return errors, foreground, valid
 
 
 def _values(
