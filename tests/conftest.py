@@ -36,9 +36,15 @@ def pytest_report_header() -> str:
     return f"tests/peers: {'left out, for want of ' + ', '.join(MISSING) if MISSING else 'collected'}"
 
 
-#: What takes compilers, the emulator, networks or browsers; with the kernels that are emulated or interpreted, more than nine
-#: tenths of the time of all tests: `make test-all`.
-SLOW = {"test_counts", "test_triton", "test_emulator", "test_cuda", "test_compound_gpu"}
+#: The reference is held to itself in float64 by the tests of the others.
+SLOW_BACKENDS = ("emulated", "triton", "reference")
+#: What takes compilers, the emulator, networks, processes or browsers. With the kernels that are emulated or interpreted, that
+#: is nine tenths of the time of all tests: `make test-all`.
+SLOW = {
+    "test_counts", "test_triton", "test_emulator", "test_cuda", "test_compound_gpu", "test_devices",
+    "test_study", "test_digitise", "test_claims", "test_instrument_page",
+    "test_benchmarks", "test_distributed", "test_patching",
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):
@@ -52,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
             backend, f"{item.module.__name__}.{item.originalname}", point, hasattr(item.obj, "hypothesis")
         )
         (kept if run else left_out).append(item)
-        if backend in ("emulated", "triton") or item.path.stem in SLOW:
+        if backend in SLOW_BACKENDS or item.path.stem in SLOW or "inductor" in point.values():
             item.add_marker(pytest.mark.slow)
     config.hook.pytest_deselected(items=left_out)
     items[:] = sorted(kept, key=lambda item: item.path.stem not in ("test_counts", "test_cuda", "test_triton"))

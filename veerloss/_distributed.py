@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def join(process_group: object, logits: object, check: Callable[[], tuple[torch.Size, int | None, object]]) -> Ranks:
-    """The ranks of the argument ``process_group`` of a loss; ``check`` as for :class:`Ranks`."""
+    """The ranks of the argument ``process_group`` of a loss; ``check`` as for ``Ranks``."""
     if torch.compiler.is_compiling():
         raise RuntimeError("process_group cannot be used inside torch.compile: the loss waits for other processes")
     if not isinstance(process_group, dist.ProcessGroup):

@@ -87,9 +87,9 @@ def compound_loss(
         target: class indices [N, \*], uint8, int8, int16, int32 or int64. With "sigmoid" 0 or 1 in any type, [N, \*] or
             [N, 1, \*].
         cross_entropy: weight, >= 0, of cross-entropy; with "sigmoid" binary cross-entropy.
-        focal: weight of :func:`softmax_focal_loss`, or :func:`sigmoid_focal_loss`.
-        lovasz: weight of :func:`lovasz_softmax_loss`, or :func:`lovasz_hinge_loss`.
-        dice, tversky, jaccard: weight of :func:`dice_loss`, :func:`tversky_loss` or :func:`jaccard_loss`.
+        focal: weight of ``softmax_focal_loss``, or ``sigmoid_focal_loss``.
+        lovasz: weight of ``lovasz_softmax_loss``, or ``lovasz_hinge_loss``.
+        dice, tversky, jaccard: weight of ``dice_loss``, ``tversky_loss`` or ``jaccard_loss``.
         activation: "softmax" over classes, or "sigmoid" for a binary mask.
         gamma: focusing exponent of focal, >= 0.
         alpha: factor of focal or cross-entropy: a number or a tensor [C]; as everywhere, the mean of focal divides by the
@@ -105,10 +105,10 @@ def compound_loss(
         per_image: the Lovász and the region term of each image, then their mean, instead of one of all pixels of the batch.
         ignore_index: target value that takes no part in any term.
         return_parts: return (loss, parts): the terms by name, before their weights, detached, at no extra pass.
-        process_group: the loss of the batches of all its ranks, as if concatenated, as for :func:`lovasz_softmax_loss`:
+        process_group: the loss of the batches of all its ranks, as if concatenated, as for ``lovasz_softmax_loss``:
             Lovász and region terms with the bits of one process, the sum of focal or cross-entropy rounded in float64.
         upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
-            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+            ``torch.nn.functional.interpolate`` makes of ``logits``, of the size of ``target``. None: they have it already.
         align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native" or "reference", which adds up the references of the terms; so, with the kernels that there
             are, does "auto" where no kernel has them in one pass: on a GPU of "sigmoid", or with label smoothing. An explicit
@@ -328,4 +328,4 @@ def _focal_part(logits, target, found, name, mask, group, common) -> Tensor:
 
 
 class CompoundLoss(LossModule, function=compound_loss):
-    """Module of :func:`compound_loss`, with the same arguments; tensors among them are buffers."""
+    """Module of ``compound_loss``, with the same arguments; tensors among them are buffers."""

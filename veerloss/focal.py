@@ -38,7 +38,7 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     r"""Binary focal loss of every logit: multilabel, one-vs-rest, or dense detection.
 
-    .. math:: \alpha_t\, \mathrm{bce}(x, t)\, (1 - p_t)^\gamma, \quad 1 - p_t = p (1 - t) + (1 - p) t, \quad p = \sigma(x)
+    $$\alpha_t\, \mathrm{bce}(x, t)\, (1 - p_t)^\gamma, \quad 1 - p_t = p (1 - t) + (1 - p) t, \quad p = \sigma(x)$$
 
     (Lin et al., ICCV 2017, arXiv 1708.02002, eq. 5; for soft targets the formula of torchvision.) Finite, with a finite
     gradient, for every finite logit and every gamma >= 0. An infinite logit gives NaN.
@@ -57,7 +57,7 @@ def sigmoid_focal_loss(
         normalizer: divisor of "mean" instead of the number of valid elements, such as the number of positives: a number > 0 or
             a tensor of one element.
         upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
-            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+            ``torch.nn.functional.interpolate`` makes of ``logits``, of the size of ``target``. None: they have it already.
         align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
@@ -160,11 +160,11 @@ def softmax_focal_loss(
 ) -> Tensor:
     r"""Multiclass focal loss of every pixel.
 
-    .. math:: -\sum_c t_c\, \alpha_c (1 - p_c)^\gamma \log p_c, \quad p = \mathrm{softmax}(x)
+    $$-\sum_c t_c\, \alpha_c (1 - p_c)^\gamma \log p_c, \quad p = \mathrm{softmax}(x)$$
 
     (Lin et al., ICCV 2017, arXiv 1708.02002, with the softmax of all classes; t is 1 for the target's class and 0 for the
     others, or the target itself.) gamma = 0 is
-    :func:`torch.nn.functional.cross_entropy` with ``alpha`` as its weight, but for what "mean" divides by. 1 - p is the sum of
+    ``torch.nn.functional.cross_entropy`` with ``alpha`` as its weight, but for what "mean" divides by. 1 - p is the sum of
     the other probabilities, so that confident pixels keep their digits.
 
     Args:
@@ -180,7 +180,7 @@ def softmax_focal_loss(
         reduction: "none" (the shape [N, \*]), "mean" over the valid pixels (not weighted by alpha or weight), or "sum".
         normalizer: divisor of "mean" instead of the number of valid pixels: a number > 0 or a tensor of one element.
         upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
-            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+            ``torch.nn.functional.interpolate`` makes of ``logits``, of the size of ``target``. None: they have it already.
         align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
@@ -334,8 +334,8 @@ def _elements(
 
 
 class SigmoidFocalLoss(LossModule, function=sigmoid_focal_loss):
-    """Module of :func:`sigmoid_focal_loss`, with the same arguments; tensors among them are buffers."""
+    """Module of ``sigmoid_focal_loss``, with the same arguments; tensors among them are buffers."""
 
 
 class SoftmaxFocalLoss(LossModule, function=softmax_focal_loss):
-    """Module of :func:`softmax_focal_loss`, with the same arguments; tensors among them are buffers."""
+    """Module of ``softmax_focal_loss``, with the same arguments; tensors among them are buffers."""

@@ -95,7 +95,7 @@ def lovasz_softmax_loss(
             gradients over ranks where the sum is right: multiply the loss by the number of ranks. Method "histogram" only,
             not with ``per_image`` (there, the mean of the ranks' losses is the loss of all), and not inside torch.compile.
         upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
-            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+            ``torch.nn.functional.interpolate`` makes of ``logits``, of the size of ``target``. None: they have it already.
         align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
@@ -216,9 +216,9 @@ def lovasz_hinge_loss(
             sum of \|weight used - exact weight\| over a segment's pixels of error > 0, where the weights add up to 1; it comes
             from the counts alone. 0 for "exact".
         process_group: the loss of the batches of all its ranks, as if concatenated, by two sums of counts; as for
-            :func:`lovasz_softmax_loss`. Needs ``per_image=False`` and ``per_class=False``.
+            ``lovasz_softmax_loss``. Needs ``per_image=False`` and ``per_class=False``.
         upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
-            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+            ``torch.nn.functional.interpolate`` makes of ``logits``, of the size of ``target``. None: they have it already.
         align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native", "triton" or "reference". An explicit name never falls back.
 
@@ -283,7 +283,7 @@ def lovasz_hinge_loss(
 
 
 def _hinge_of_channels(logits, target, *, per_image, reduction, return_certificate, process_group, upsample, **options):
-    """:func:`lovasz_hinge_loss` with ``per_class``: each channel of the batch, or of an image, is an image of its own."""
+    """``lovasz_hinge_loss`` with ``per_class``: each channel of the batch, or of an image, is an image of its own."""
     arguments.check_logits(logits, 2, "[N, C, *] with per_class=True")
     arguments.check_target(target, logits)
     if target.shape != logits.shape:
@@ -409,8 +409,8 @@ def _without_channel(t: Tensor, other: Tensor) -> torch.Size:
 
 
 class LovaszSoftmaxLoss(LossModule, function=lovasz_softmax_loss):
-    """Module of :func:`lovasz_softmax_loss`, with the same arguments; tensors among them are buffers."""
+    """Module of ``lovasz_softmax_loss``, with the same arguments; tensors among them are buffers."""
 
 
 class LovaszHingeLoss(LossModule, function=lovasz_hinge_loss):
-    """Module of :func:`lovasz_hinge_loss`, with the same arguments."""
+    """Module of ``lovasz_hinge_loss``, with the same arguments."""

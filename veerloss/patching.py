@@ -19,8 +19,8 @@ logger = logging.getLogger("veerloss")
 
 
 class Patch(list):
-    """The names that :func:`patch` replaced, "module.name". As a context manager it restores them at the end, or leaves that to
-    the last of those, of any thread, that patched the same peer; and to :func:`unpatch`, if one is no context manager."""
+    """The names that ``patch`` replaced, "module.name". As a context manager it restores them at the end, or leaves that to
+    the last of those, of any thread, that patched the same peer; and to ``unpatch``, if one is no context manager."""
 
     def __init__(self, names: list[str], peer: _Peer) -> None:
         super().__init__(names)
@@ -90,7 +90,7 @@ _lock = threading.RLock()
 
 
 def peers() -> list[str]:
-    """Those that :func:`patch` knows."""
+    """Those that ``patch`` knows."""
     return [module.name for module in pkgutil.iter_modules(compat.__path__) if not module.name.startswith("_")]
 
 
@@ -101,7 +101,7 @@ def patch(peer: str, *, at: str | None = None) -> Patch:
 
     They are replaced in every module of the peer that holds them, and in the registry from which it builds losses by name.
     Modules of the peer that are imported later get the new ones too. What other code has imported before, ``from peer import
-    loss``, and objects that it has made, stay as they are: patch first. Patching twice is patching once: one :func:`unpatch`
+    loss``, and objects that it has made, stay as they are: patch first. Patching twice is patching once: one ``unpatch``
     undoes it.
 
     Args:
@@ -142,7 +142,7 @@ def patch(peer: str, *, at: str | None = None) -> Patch:
 
 
 def unpatch(peer: str, *, at: str | None = None) -> list[str]:
-    """Undoes :func:`patch`. Returns the names that it restored.
+    """Undoes ``patch``. Returns the names that it restored.
 
     Raises:
         ValueError: an unknown peer.

@@ -59,7 +59,7 @@ def tversky_loss(
 ) -> Tensor:
     r"""Tversky loss: 1 - TI, the index of a class over its pixels.
 
-    .. math:: TI = \frac{I + s}{I + \alpha (S - I) + \beta (T - I) + s}, \quad I = \sum p t,\ S = \sum p,\ T = \sum t
+    $$TI = \frac{I + s}{I + \alpha (S - I) + \beta (T - I) + s}, \quad I = \sum p t,\ S = \sum p,\ T = \sum t$$
 
     (Salehi, Erdogmus, Gholipour, MLMI 2017, arXiv 1706.05721, eq. 4.) alpha = beta = 1/2 is Dice, 1 soft Jaccard. The three
     sums of a class are integers of fixed point: the same bits for any number of threads and ranks.
@@ -94,7 +94,7 @@ def tversky_loss(
             by the number of ranks. Not with ``per_image`` (there, the mean of the ranks' losses is the loss of all), and not
             inside torch.compile.
         upsample: "bilinear" ([N, C, h, w]), "trilinear" ([N, C, d, h, w]) or "nearest": the loss of the logits that
-            :func:`torch.nn.functional.interpolate` makes of ``logits``, of the size of ``target``. None: they have it already.
+            ``torch.nn.functional.interpolate`` makes of ``logits``, of the size of ``target``. None: they have it already.
         align_corners: of "bilinear" and "trilinear", as for interpolate.
         backend: "auto", "native" or "reference". An explicit name never falls back.
 
@@ -146,10 +146,10 @@ def dice_loss(
 ) -> Tensor:
     r"""Dice loss: 1 - the soft Dice coefficient of a class over its pixels.
 
-    .. math:: 1 - \frac{2 I + s}{S + T + s}, \quad I = \sum p t,\ S = \sum p,\ T = \sum t
+    $$1 - \frac{2 I + s}{S + T + s}, \quad I = \sum p t,\ S = \sum p,\ T = \sum t$$
 
     (Milletari, Navab, Ahmadi, 3DV 2016, with ``squared``; Drozdzal et al., DLMIA 2016, without.) Arguments, result and errors
-    are those of :func:`tversky_loss`, without its weights.
+    are those of ``tversky_loss``, without its weights.
 
     Example:
         >>> import torch
@@ -189,10 +189,10 @@ def jaccard_loss(
 ) -> Tensor:
     r"""Soft Jaccard loss: 1 - the soft intersection over union of a class over its pixels.
 
-    .. math:: 1 - \frac{I + s}{S + T - I + s}, \quad I = \sum p t,\ S = \sum p,\ T = \sum t
+    $$1 - \frac{I + s}{S + T - I + s}, \quad I = \sum p t,\ S = \sum p,\ T = \sum t$$
 
     (Rahman and Wang, ISVC 2016.) Not the Jaccard index of the thresholded prediction, whose convex surrogate is
-    :func:`lovasz_softmax_loss`. Arguments, result and errors are those of :func:`tversky_loss`, without its weights.
+    ``lovasz_softmax_loss``. Arguments, result and errors are those of ``tversky_loss``, without its weights.
 
     Example:
         >>> import torch
@@ -321,12 +321,12 @@ def as_smooth(smooth: object) -> tuple[float, float]:
 
 
 class TverskyLoss(LossModule, function=tversky_loss):
-    """Module of :func:`tversky_loss`, with the same arguments; tensors among them are buffers."""
+    """Module of ``tversky_loss``, with the same arguments; tensors among them are buffers."""
 
 
 class DiceLoss(LossModule, function=dice_loss):
-    """Module of :func:`dice_loss`, with the same arguments; tensors among them are buffers."""
+    """Module of ``dice_loss``, with the same arguments; tensors among them are buffers."""
 
 
 class JaccardLoss(LossModule, function=jaccard_loss):
-    """Module of :func:`jaccard_loss`, with the same arguments; tensors among them are buffers."""
+    """Module of ``jaccard_loss``, with the same arguments; tensors among them are buffers."""

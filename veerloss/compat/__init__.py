@@ -1,8 +1,8 @@
 """Drop-in modules: ``veerloss.compat.<peer>`` has the names, signatures, positional order and defaults of a peer's losses, over
-the functions of veerloss. None imports its peer. :func:`veerloss.patch` puts them in the place of the peer's own.
+the functions of veerloss. None imports its peer. ``veerloss.patch`` puts them in the place of the peer's own.
 
 Each module tells in its docstring where its values differ from the peer's and why, and which arguments take a slower path than
-a kernel; and says for :func:`veerloss.patch`:
+a kernel; and says for ``veerloss.patch``:
 
     PEER          the name under which the peer is imported
     DISTRIBUTION  its name on PyPI, or None for a file that projects copy

@@ -61,7 +61,7 @@ def tversky_loss(
         alpha: weight of false positives, >= 0.
         beta: weight of false negatives, >= 0.
 
-    The other arguments, and the errors, are those of :func:`dice_loss`.
+    The other arguments, and the errors, are those of ``dice_loss``.
     """
     eps = _checked(pred, target, eps)
     return _macro(pred, target, alpha, beta, eps, None, ignore_index).to(loss_dtype(pred))
@@ -126,7 +126,7 @@ def _weighted_micro(pred: Tensor, target: Tensor, eps: float, weight: Tensor, ig
 
 
 class DiceLoss(nn.Module):
-    """Module of :func:`dice_loss`."""
+    """Module of ``dice_loss``."""
 
     def __init__(
         self, average: str = "micro", eps: float = 1e-8, weight: Tensor | None = None, ignore_index: int | None = -100
@@ -142,7 +142,7 @@ class DiceLoss(nn.Module):
 
 
 class TverskyLoss(nn.Module):
-    """Module of :func:`tversky_loss`."""
+    """Module of ``tversky_loss``."""
 
     def __init__(self, alpha: float, beta: float, eps: float = 1e-8, ignore_index: int | None = -100) -> None:
         super().__init__()

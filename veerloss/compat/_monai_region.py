@@ -242,7 +242,7 @@ class DiceLoss(_RegionLoss):
 
 
 class TverskyLoss(_RegionLoss):
-    """Tversky loss of each class of each image; the other arguments are those of :class:`DiceLoss`.
+    """Tversky loss of each class of each image; the other arguments are those of ``DiceLoss``.
 
     Args:
         alpha: weight of false positives.
@@ -275,7 +275,7 @@ class TverskyLoss(_RegionLoss):
         self.beta = beta
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """As :meth:`DiceLoss.forward`."""
+        """As ``DiceLoss.forward``."""
         alpha, beta = float(self.alpha), float(self.beta)
         if not torch.jit.is_scripting():
             return self._reduced(self._losses(input, target, alpha, beta, (self.smooth_nr, self.smooth_dr), False))
@@ -287,7 +287,7 @@ class TverskyLoss(_RegionLoss):
 class GeneralizedDiceLoss(_RegionLoss):
     """Dice loss of sums over classes, each weighted by its number of voxels (Sudre et al., DLMIA 2017), in plain PyTorch.
 
-    The other arguments are those of :class:`DiceLoss`.
+    The other arguments are those of ``DiceLoss``.
 
     Args:
         w_type: "square", the weight of a class is 1 / T^2; "simple", 1 / T; "uniform", 1. A class without a voxel has the
@@ -315,7 +315,7 @@ class GeneralizedDiceLoss(_RegionLoss):
         self.w_type = checked(w_type, ("square", "simple", "uniform"), "w_type")
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """As :meth:`DiceLoss.forward`."""
+        """As ``DiceLoss.forward``."""
         if not torch.jit.is_scripting():
             self._checked_target(input, target)
             self._check_labels(input, target)

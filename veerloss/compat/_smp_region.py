@@ -148,13 +148,13 @@ class DiceLoss(_RegionLoss):
 
 
 class JaccardLoss(_RegionLoss):
-    """Soft Jaccard loss, I / (I + (S - I) + (T - I)); else as :class:`DiceLoss`."""
+    """Soft Jaccard loss, I / (I + (S - I) + (T - I)); else as ``DiceLoss``."""
 
     _weights = (1.0, 1.0)
 
 
 class TverskyLoss(DiceLoss):
-    """Tversky loss, I / (I + alpha (S - I) + beta (T - I)); else as :class:`DiceLoss`.
+    """Tversky loss, I / (I + alpha (S - I) + beta (T - I)); else as ``DiceLoss``.
 
     Args:
         alpha: weight of false positives.

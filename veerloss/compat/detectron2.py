@@ -12,7 +12,7 @@ becomes, without the two copies of the logits and the one-hot::
     loss = veerloss.compat.detectron2.sigmoid_focal_loss(logits, gt_classes, alpha=a, gamma=g, normalizer=normalizer)
 
 with the same value, float32 too. The only function here; nothing in detectron2 has this signature, so that there is nothing to
-patch. What is one line elsewhere, fvcore's function on a one-hot, is in :mod:`veerloss.compat.fvcore`.
+patch. What is one line elsewhere, fvcore's function on a one-hot, is in ``veerloss.compat.fvcore``.
 """
 
 from __future__ import annotations

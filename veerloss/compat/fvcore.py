@@ -10,7 +10,7 @@ Values are fvcore's, and so is the type of the loss: float32 for logits of every
 - sigmoid_focal_loss_star leaves its arguments as they are; gamma must be > 0.
 
 Slower, in plain PyTorch: sigmoid_focal_loss_star, targets that require a gradient, and a function compiled by
-``torch.jit.script``. For class-index targets see :mod:`veerloss.compat.detectron2`.
+``torch.jit.script``. For class-index targets see ``veerloss.compat.detectron2``.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def sigmoid_focal_loss_star(
 ) -> Tensor:
     """FL* of each logit, -log(sigmoid(gamma x (2 t - 1))) / gamma (arXiv 1708.02002, appendix B with beta = 0), float32.
 
-    Args as for :func:`sigmoid_focal_loss`; ``gamma`` > 0.
+    Args as for ``sigmoid_focal_loss``; ``gamma`` > 0.
     """
     if not torch.jit.is_scripting():
         check_reduction(reduction)
@@ -87,12 +87,12 @@ def sigmoid_focal_loss_star(
 def sigmoid_focal_loss_jit(
     inputs: Tensor, targets: Tensor, alpha: float = -1, gamma: float = 2, reduction: str = "none"
 ) -> Tensor:
-    """:func:`sigmoid_focal_loss`."""
+    """``sigmoid_focal_loss``."""
     return sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction)
 
 
 def sigmoid_focal_loss_star_jit(
     inputs: Tensor, targets: Tensor, alpha: float = -1, gamma: float = 1, reduction: str = "none"
 ) -> Tensor:
-    """:func:`sigmoid_focal_loss_star`."""
+    """``sigmoid_focal_loss_star``."""
     return sigmoid_focal_loss_star(inputs, targets, alpha, gamma, reduction)

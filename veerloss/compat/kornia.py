@@ -175,7 +175,7 @@ def _plain_focal_loss(
 
 
 class FocalLoss(nn.Module):
-    """Module of :func:`focal_loss`."""
+    """Module of ``focal_loss``."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ def binary_focal_loss_with_logits(
         ignore_index: target value whose loss is 0; None for none.
 
     Raises:
-        As :func:`focal_loss`.
+        As ``focal_loss``.
     """
     if not torch.jit.is_scripting():
         _check(pred, target, reduction)
@@ -283,7 +283,7 @@ def _plain_binary_focal_loss(
 
 
 class BinaryFocalLossWithLogits(nn.Module):
-    """Module of :func:`binary_focal_loss_with_logits`; ``alpha`` has no default, as in kornia."""
+    """Module of ``binary_focal_loss_with_logits``; ``alpha`` has no default, as in kornia."""
 
     def __init__(
         self,
@@ -363,7 +363,7 @@ def _plain_lovasz(errors: Tensor, foreground: Tensor) -> Tensor:
 
 
 class LovaszSoftmaxLoss(nn.Module):
-    """Module of :func:`lovasz_softmax_loss`."""
+    """Module of ``lovasz_softmax_loss``."""
 
     def __init__(self, weight: Tensor | None = None) -> None:
         super().__init__()
@@ -401,7 +401,7 @@ def _lovasz_hinge_loss(pred, target):
 
 
 class LovaszHingeLoss(nn.Module):
-    """Module of :func:`lovasz_hinge_loss`."""
+    """Module of ``lovasz_hinge_loss``."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -133,7 +133,7 @@ def lovasz_softmax(
 
 
 def lovasz_softmax_flat(probas: Tensor, labels: Tensor, classes: str | Sequence[int] = "present") -> Tensor:
-    """Multiclass Lovász-Softmax loss of probabilities [P, C] and labels [P]; ``classes`` as in :func:`lovasz_softmax`."""
+    """Multiclass Lovász-Softmax loss of probabilities [P, C] and labels [P]; ``classes`` as in ``lovasz_softmax``."""
     return _softmax(probas, labels, classes, False, None)
 
 
@@ -191,7 +191,7 @@ def lovasz_grad(gt_sorted: Tensor) -> Tensor:
         gt_sorted: [P], 1 for foreground and 0 for background, in descending order of the errors.
 
     Returns:
-        [P], the type of ``gt_sorted``, float32 for integers and bool; from integer counts (see :mod:`veerloss`).
+        [P], the type of ``gt_sorted``, float32 for integers and bool; from integer counts (see ``veerloss``).
     """
     from ..reference.lovasz import lovasz_weights
 

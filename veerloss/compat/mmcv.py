@@ -87,7 +87,7 @@ def softmax_focal_loss(
         reduction: "none" ([N]), "mean" (the sum divided by N) or "sum".
 
     Raises:
-        As :func:`sigmoid_focal_loss`.
+        As ``sigmoid_focal_loss``.
     """
     _check(input, target, weight, reduction)
     factor = alpha if weight is None else alpha * weight.to(opmath_dtype(input))
@@ -98,7 +98,7 @@ def softmax_focal_loss(
 
 
 class SigmoidFocalLoss(nn.Module):
-    """Module of :func:`sigmoid_focal_loss`."""
+    """Module of ``sigmoid_focal_loss``."""
 
     function = staticmethod(sigmoid_focal_loss)
 
@@ -117,7 +117,7 @@ class SigmoidFocalLoss(nn.Module):
 
 
 class SoftmaxFocalLoss(SigmoidFocalLoss):
-    """Module of :func:`softmax_focal_loss`."""
+    """Module of ``softmax_focal_loss``."""
 
     function = staticmethod(softmax_focal_loss)
 

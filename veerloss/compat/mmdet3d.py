@@ -1,11 +1,11 @@
 """``mmdet3d.models.losses.LovaszLoss``: images, voxels [N, C, \\*] and points [P, C].
 
-Values are mmdetection3d's, which are Berman's: :mod:`veerloss.compat.lovasz_losses` tells where ours differ. Besides:
+Values are mmdetection3d's, which are Berman's: ``veerloss.compat.lovasz_losses`` tells where ours differ. Besides:
 
 - the defaults work: there, ``LovaszLoss()`` fails on its own reduction "mean", which without ``per_image`` has nothing to do;
 - one valid pixel, nothing valid and no class present work; 3-D logits are [N, C, P].
 
-FocalLoss is that of :mod:`veerloss.compat.mmdet`, as there: its ``register()`` is for ``dict(type="mmdet.FocalLoss", ...)``.
+FocalLoss is that of ``veerloss.compat.mmdet``, as there: its ``register()`` is for ``dict(type="mmdet.FocalLoss", ...)``.
 
 Slower: ``per_image`` with reduction "none" takes one call of the kernel for each image.
 """
@@ -41,7 +41,7 @@ class LovaszLoss(_mm.LovaszLoss):
         reduction_override: str | None = None,
         ignore_index: int | None = 255,
     ) -> Tensor:
-        """As of :class:`veerloss.compat.mmseg.LovaszLoss`, without its ``weight``."""
+        """As of ``veerloss.compat.mmseg.LovaszLoss``, without its ``weight``."""
         return super().forward(cls_score, label, None, avg_factor, reduction_override, ignore_index)
 
 

@@ -1,6 +1,6 @@
 """``mmseg.models.losses``: LovaszLoss and FocalLoss.
 
-LovaszLoss is that of :mod:`veerloss.compat.mmdet3d`, which tells what differs.
+LovaszLoss is that of ``veerloss.compat.mmdet3d``, which tells what differs.
 
 FocalLoss has mmseg's values, of the CPU: "mean" divides by all elements, ignored ones included, or by ``avg_factor``. Different
 on purpose:

@@ -35,7 +35,7 @@ PyTorch: the latter outside of that, or under torch.compile; targets per channel
 ``soft_label`` (float ones are read once more for it) unless ``squared_pred``; [B, C] without ``batch``; targets that require a
 gradient; a negative alpha, beta or smoothing; all of GeneralizedDiceLoss; a module compiled by ``torch.jit.script``.
 
-The two terms of DiceCELoss are one pass of :func:`veerloss.compound_loss` with ``softmax``, ``to_onehot_y`` and reduction
+The two terms of DiceCELoss are one pass of ``veerloss.compound_loss`` with ``softmax``, ``to_onehot_y`` and reduction
 "mean", without ``weight`` and ``squared_pred``; and for one channel with ``sigmoid`` and a target of 0 and 1 (of a float type:
 on a CPU). Those of DiceFocalLoss are one with ``sigmoid`` and contiguous targets per channel of 0 and 1, reduction "mean",
 background included, no ``weight``, no ``squared_pred``, and no ``batch`` but for one channel. (MONAI's focal term is of
@@ -371,7 +371,7 @@ class _Compound(_Loss):
 
 
 class DiceCELoss(_Compound):
-    """:class:`DiceLoss`, whose arguments are not explained again, and cross-entropy of the logits.
+    """``DiceLoss``, whose arguments are not explained again, and cross-entropy of the logits.
 
     Args:
         reduction: "mean" or "sum".
@@ -454,7 +454,7 @@ class DiceCELoss(_Compound):
 
 
 class DiceFocalLoss(_Compound):
-    """:class:`DiceLoss` and :class:`FocalLoss` of the sigmoid, whose arguments are not explained again.
+    """``DiceLoss`` and ``FocalLoss`` of the sigmoid, whose arguments are not explained again.
 
     Args:
         lambda_dice, lambda_focal: factors, >= 0.

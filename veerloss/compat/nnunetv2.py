@@ -13,7 +13,7 @@ purpose:
 - ignored voxels may hold NaN; sums are exact; of half-precision logits the loss is float32;
 - the dicts that are passed stay as they are.
 
-DC_and_CE_loss is one pass of :func:`veerloss.compound_loss` where ``ce_kwargs`` has no more than "weight" and
+DC_and_CE_loss is one pass of ``veerloss.compound_loss`` where ``ce_kwargs`` has no more than "weight" and
 "label_smoothing", and so is DC_and_BCE_loss for hard targets, no ``bce_kwargs``, background included, where each image and
 region has a Dice coefficient of its own (no ``batch_dice``, or one region, or one image) and the logits are contiguous.
 Otherwise, and where ``dice_class`` or ``dc`` is not from here, each term is a pass of its own. The Dice losses are one call of
@@ -138,7 +138,7 @@ class MemoryEfficientSoftDiceLoss(nn.Module):
 
 
 class SoftDiceLoss(MemoryEfficientSoftDiceLoss):
-    """:class:`MemoryEfficientSoftDiceLoss`, whose arguments are not explained again.
+    """``MemoryEfficientSoftDiceLoss``, whose arguments are not explained again.
 
     Args:
         clip_tp: the least I.
@@ -188,10 +188,10 @@ class DC_and_CE_loss(nn.Module):
 
     Args:
         soft_dice_kwargs: of ``dice_class``.
-        ce_kwargs: of :class:`RobustCrossEntropyLoss`.
+        ce_kwargs: of ``RobustCrossEntropyLoss``.
         weight_ce, weight_dice: factors.
         ignore_label: label that takes no part.
-        dice_class: :class:`SoftDiceLoss`, :class:`MemoryEfficientSoftDiceLoss`, or one of the same arguments.
+        dice_class: ``SoftDiceLoss``, ``MemoryEfficientSoftDiceLoss``, or one of the same arguments.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class DC_and_BCE_loss(nn.Module):
         weight_ce, weight_dice: factors.
         use_ignore_label: the last channel of the target is 1 where a voxel takes no part. The cross-entropy is then divided by
             the voxels that do, not by their logits.
-        dice_class: as of :class:`DC_and_CE_loss`.
+        dice_class: as of ``DC_and_CE_loss``.
     """
 
     def __init__(
@@ -359,7 +359,7 @@ def _of_ranks(loss: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _summed(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Of all ranks; as :func:`_of_ranks`."""
+    """Of all ranks; as ``_of_ranks``."""
     total = value.detach().clone()
     dist.all_reduce(total, group=group)
     return total + dist.get_world_size(group) * (value - value.detach())

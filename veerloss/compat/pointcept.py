@@ -1,6 +1,6 @@
 """``pointcept.models.losses.LovaszLoss``: logits of points [P, C], labels [P].
 
-Values are Pointcept's, which are Berman's over the classes present: :mod:`veerloss.compat.lovasz_losses` tells where ours
+Values are Pointcept's, which are Berman's over the classes present: ``veerloss.compat.lovasz_losses`` tells where ours
 differ. Besides:
 
 - where none of ``class_seen`` is present the loss is a 0 that has a gradient, not the int 0; ``class_seen`` holds with

@@ -1,9 +1,9 @@
 """``pytorch_toolbelt.losses``: LovaszLoss, BinaryLovaszLoss, BinaryFocalLoss, CrossEntropyFocalLoss, and the functions that
 the last two call.
 
-The Lovász losses have toolbelt's values, which are Berman's: :mod:`veerloss.compat.lovasz_losses` tells where ours differ. What
+The Lovász losses have toolbelt's values, which are Berman's: ``veerloss.compat.lovasz_losses`` tells where ours differ. What
 LovaszLoss calls logits are probabilities, there as here: it applies no softmax. (One that does is
-:func:`veerloss.lovasz_softmax_loss`.)
+``veerloss.lovasz_softmax_loss``.)
 
 Values of the focal losses are toolbelt's, and so is the type of the loss, float32; "mean" counts ignored elements. Different
 on purpose:
@@ -19,7 +19,7 @@ on purpose:
 One call of the kernel: BinaryFocalLoss and focal_loss_with_logits, of class indices too. Slower, in plain PyTorch:
 ``normalized``, ``reduced_threshold``, ``activation="softmax"``, targets that require a gradient; and CrossEntropyFocalLoss as a
 whole: it weights the cross-entropy of sigmoids by the softmax, for which there is no kernel. For a softmax focal loss see
-:func:`veerloss.softmax_focal_loss`.
+``veerloss.softmax_focal_loss``.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def softmax_focal_loss_with_logits(
 
 
 def sigmoid_focal_loss(*input, **kwargs) -> Tensor:
-    """Deprecated in toolbelt: :func:`focal_loss_with_logits`."""
+    """Deprecated in toolbelt: ``focal_loss_with_logits``."""
     _deprecated("sigmoid_focal_loss", "focal_loss_with_logits")
     return focal_loss_with_logits(*input, **kwargs)
 
@@ -252,13 +252,13 @@ def sigmoid_focal_loss(*input, **kwargs) -> Tensor:
 def reduced_focal_loss(
     output: Tensor, target: Tensor, threshold: float = 0.5, gamma: float = 2.0, reduction: str = "mean"
 ) -> Tensor:
-    """Deprecated in toolbelt: :func:`focal_loss_with_logits` with a reduced_threshold."""
+    """Deprecated in toolbelt: ``focal_loss_with_logits`` with a reduced_threshold."""
     _deprecated("reduced_focal_loss", "focal_loss_with_logits")
     return focal_loss_with_logits(output, target, alpha=None, gamma=gamma, reduction=reduction, reduced_threshold=threshold)
 
 
 class BinaryFocalLoss(nn.Module):
-    """Module of :func:`focal_loss_with_logits`; its target may hold class indices [N, \\*] for logits [N, C, \\*] too."""
+    """Module of ``focal_loss_with_logits``; its target may hold class indices [N, \\*] for logits [N, C, \\*] too."""
 
     def __init__(
         self,
@@ -320,7 +320,7 @@ class BinaryFocalLoss(nn.Module):
 
 
 class CrossEntropyFocalLoss(nn.Module):
-    """Module of :func:`softmax_focal_loss_with_logits`."""
+    """Module of ``softmax_focal_loss_with_logits``."""
 
     def __init__(
         self,
@@ -348,7 +348,7 @@ class CrossEntropyFocalLoss(nn.Module):
 
 
 def FocalLoss(*input, **kwargs) -> CrossEntropyFocalLoss:
-    """Deprecated in toolbelt: :class:`CrossEntropyFocalLoss`."""
+    """Deprecated in toolbelt: ``CrossEntropyFocalLoss``."""
     _deprecated("FocalLoss", "CrossEntropyFocalLoss")
     return CrossEntropyFocalLoss(*input, **kwargs)
 

@@ -29,7 +29,7 @@ the intersection of soft targets is the sum of min(p, t). Different on purpose:
 - a target of "binary" or "multilabel" outside [0, 1] is an error;
 - ``compute_score``, which SMP's classes have for their subclasses, is not here: there are no probabilities to give it.
 
-:func:`veerloss.patch` before the code that imports these three: an object of SMP's own class, held from before, cannot be made
+``veerloss.patch`` before the code that imports these three: an object of SMP's own class, held from before, cannot be made
 while it is patched (its ``__init__`` finds itself by name, and finds ours: TypeError).
 
 One call of the kernel: "multiclass", and targets of 0 and 1 in the other modes. Those of a float type are read to find out
@@ -262,7 +262,7 @@ def focal_loss_with_logits(
     reduced_threshold: float | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Focal loss of each logit; arguments as for :class:`FocalLoss`, but "batchwise_mean" is the sum over dimension 0."""
+    """Focal loss of each logit; arguments as for ``FocalLoss``, but "batchwise_mean" is the sum over dimension 0."""
     _check_reduction(reduction)
     check_same_shape(output, target, "target output")
     if not normalized and reduced_threshold is None and not target.requires_grad and is_hard(target):

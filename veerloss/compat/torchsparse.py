@@ -5,7 +5,7 @@ Values are theirs, which are Berman's and PyTorch's. Different on purpose:
 - ``ignore_index`` takes no part in either term. There the Lovász term ignores nothing: to it such points are background of
   every class;
 - everything ignored: 0, not NaN;
-- :mod:`veerloss.compat.lovasz_losses` tells where Lovász losses differ.
+- ``veerloss.compat.lovasz_losses`` tells where Lovász losses differ.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ The functions of this name in MaskFormer and Grounding DINO, which transformers 
 
 Slower, in plain PyTorch: targets that require a gradient.
 
-SegFormer upsamples its logits to the size of the labels for cross-entropy alone. With :func:`veerloss.patch` that is
+SegFormer upsamples its logits to the size of the labels for cross-entropy alone. With ``veerloss.patch`` that is
 ``softmax_focal_loss(logits, labels, gamma=0, upsample="bilinear")``: the same value but for rounding, and 0, not NaN, where all
 labels are ignored. Evaluation, and a single label, are as they were.
 """

@@ -21,7 +21,7 @@ def sigmoid_focal_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Binary focal loss of each logit; arguments as in :func:`veerloss.sigmoid_focal_loss`."""
+    """Binary focal loss of each logit; arguments as in ``veerloss.sigmoid_focal_loss``."""
     x = logits.to(opmath_dtype(logits))
     if target.dim() == logits.dim():
         target = widened(target)
@@ -57,7 +57,7 @@ def softmax_focal_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """Multiclass focal loss of each pixel; arguments as in :func:`veerloss.softmax_focal_loss`."""
+    """Multiclass focal loss of each pixel; arguments as in ``veerloss.softmax_focal_loss``."""
     class_dim = 1 if logits.dim() > 1 else 0
     x = logits.to(opmath_dtype(logits))
     probabilities = target.dim() == logits.dim()

@@ -87,7 +87,7 @@ def lovasz_softmax_loss(
     method: str = "exact",
     all_reduce: AllReduce = _alone,
 ) -> tuple[Tensor, Tensor]:
-    """Lovász-Softmax and its certificate; arguments as in :func:`veerloss.lovasz_softmax_loss`."""
+    """Lovász-Softmax and its certificate; arguments as in ``veerloss.lovasz_softmax_loss``."""
     n, c = logits.shape[:2]
     x = logits.to(opmath_dtype(logits)).reshape(n, c, -1 if logits.numel() else 0)
     labels = target.long().reshape(n, 1, x.size(2))
@@ -121,7 +121,7 @@ def lovasz_hinge_loss(
     method: str = "exact",
     all_reduce: AllReduce = _alone,
 ) -> tuple[Tensor, Tensor]:
-    """Binary Lovász hinge and its certificate; arguments as in :func:`veerloss.lovasz_hinge_loss`."""
+    """Binary Lovász hinge and its certificate; arguments as in ``veerloss.lovasz_hinge_loss``."""
     n = logits.size(0)
     x = logits.to(opmath_dtype(logits)).reshape(n, 1, -1 if logits.numel() else 0)
     labels = widened(target).reshape(n, 1, x.size(2))

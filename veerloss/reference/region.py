@@ -64,7 +64,7 @@ def tversky_loss(
     reduction: str = "mean",
     all_reduce: AllReduce = _alone,
 ) -> Tensor:
-    """Region losses; arguments as in :func:`veerloss.tversky_loss`, ``smooth`` beside I. Sums are float64."""
+    """Region losses; arguments as in ``veerloss.tversky_loss``, ``smooth`` beside I. Sums are float64."""
     n, c = logits.shape[:2]
     x = logits.to(opmath_dtype(logits)).reshape(n, c, -1 if logits.numel() else 0)
     dense = target.dim() == logits.dim()
