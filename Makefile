@@ -183,6 +183,7 @@ wheel: $(VENV)/extra-dist
 	  --wheel-dir dist build/wheel/veerloss-*.whl
 	$(BIN)/abi3audit --strict dist/veerloss-*.whl
 	$(BIN)/twine check --strict dist/veerloss-*.whl
+	$(BIN)/python tests/check_wheel.py dist/veerloss-*.whl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info veerloss/_C*

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from . import accuracy, memory, report, scaling, throughput
+from . import accuracy, memory, report, scaling, step, throughput
 
-PARTS = {"throughput": throughput, "scaling": scaling, "accuracy": accuracy, "memory": memory}
+PARTS = {"throughput": throughput, "step": step, "scaling": scaling, "accuracy": accuracy, "memory": memory}
 RESULTS = Path(__file__).parent / "results" / "cpu"
 
 

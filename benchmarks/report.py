@@ -224,6 +224,7 @@ TIME_COLUMNS = {
     "floor, ms": "{floor_ms:.2f}",
     "share of floor": "{floor_share:.0%}",
 }
+STEP_COLUMNS = {key: TIME_COLUMNS[key] for key in ("ms", "ratio to ours")}
 ERROR_TEXT = """## Gradient error against float64 (relative, L2)
 
 The last column is the share of entries that come out as exactly 0 and should not."""
@@ -240,6 +241,7 @@ def markdown(results: dict) -> str:
     copies = [row["copy_gb_s"] for row in results.get("throughput", ()) if "copy_gb_s" in row] or [0.0]
     for part, columns, text in (
         ("throughput", TIME_COLUMNS, TIME_TEXT.format(least=min(copies), most=max(copies))),
+        ("step", STEP_COLUMNS, "## A training step of the demo's network, milliseconds"),
         ("scaling", {"ns": "{ns:.1f}"}, "## Lovász-Softmax against the number of pixels, nanoseconds for a logit"),
         ("accuracy", ERROR_COLUMNS, ERROR_TEXT),
         ("memory", MEMORY_COLUMNS, "## Extra peak memory beyond the gradient, in multiples of the logits"),

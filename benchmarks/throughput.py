@@ -44,8 +44,8 @@ def workloads(quick: bool) -> list[Inputs]:
         Inputs("compound", c5),
         # What some users have: small images, the points of a cloud, the anchors of a detector.
         *(Inputs(task, (2, 4, side // 8, side // 8)) for task in ("lovasz_softmax", "softmax_focal", "dice", "compound")),
-        Inputs("lovasz_softmax", (side * 390, 20)),
-        Inputs("sigmoid_focal", (8, 91, side * 150)),
+        Inputs("lovasz_softmax", (side * side if quick else 200_000, 20)),
+        Inputs("sigmoid_focal", (8, 91, side * side if quick else 76_725)),
     ]
 
 
