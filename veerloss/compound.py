@@ -89,7 +89,9 @@ def compound_loss(
         cross_entropy: weight, >= 0, of cross-entropy; with "sigmoid" binary cross-entropy.
         focal: weight of ``softmax_focal_loss``, or ``sigmoid_focal_loss``.
         lovasz: weight of ``lovasz_softmax_loss``, or ``lovasz_hinge_loss``.
-        dice, tversky, jaccard: weight of ``dice_loss``, ``tversky_loss`` or ``jaccard_loss``.
+        dice: weight of ``dice_loss``; of the three region losses one at most has a weight.
+        tversky: weight of ``tversky_loss``.
+        jaccard: weight of ``jaccard_loss``.
         activation: "softmax" over classes, or "sigmoid" for a binary mask.
         gamma: focusing exponent of focal, >= 0.
         alpha: factor of focal or cross-entropy: a number or a tensor [C]; as everywhere, the mean of focal divides by the
@@ -100,8 +102,11 @@ def compound_loss(
         method: "exact", "histogram" or "auto", of the Lovász term.
         region_classes: "all", "present" or class ids: those that the region term is a mean of. ``range(1, C)`` leaves
             background out.
-        tversky_alpha, tversky_beta: weights of false positives and false negatives.
-        smooth, form, exponent: of the region term.
+        tversky_alpha: weight of false positives.
+        tversky_beta: weight of false negatives.
+        smooth: of the region term, as for ``tversky_loss``.
+        form: likewise.
+        exponent: likewise.
         per_image: the Lovász and the region term of each image, then their mean, instead of one of all pixels of the batch.
         ignore_index: target value that takes no part in any term.
         return_parts: return (loss, parts): the terms by name, before their weights, detached, at no extra pass.
