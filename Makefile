@@ -20,7 +20,7 @@ help:
 	@echo 'make study   five losses carried through to the recovered curve, into benchmarks/results (about an hour; QUICK=1: 3 minutes)'
 	@echo 'make test    build, and run the tests but the slow ones; make test-all runs these too: every GPU kernel emulated,'
 	@echo '             compiled and counted, and the Triton interpreter'
-	@echo 'make bench   speed, memory and accuracy against the peers, into benchmarks/results (about 6 minutes; QUICK=1: one)'
+	@echo 'make bench   speed, memory and accuracy against the peers, into benchmarks/results (about 12 minutes; QUICK=1: one)'
 	@echo 'make bench-compare BASE=commit  the same losses of two commits, in turns'
 	@echo 'make figures the tables and the picture of README and docs from benchmarks/results'
 	@echo 'make accuracy  the Lovász methods against float64, case by case and size by size (about 6 minutes)'
