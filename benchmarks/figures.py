@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 PICTURE = ROOT / "docs" / "speed-and-accuracy.png"
 BLOCK = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 #: By the results that they are made of.
-SOURCES = ("cpu", "low-resolution", "low-resolution-models")
+SOURCES = ("cpu", "accuracy", "low-resolution", "low-resolution-models")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

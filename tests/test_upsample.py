@@ -1,4 +1,7 @@
-"""Logits of lower resolution than the target: against F.interpolate and the reference in float64."""
+"""Logits of lower resolution than the target: against F.interpolate and the reference in float64.
+
+One option of all losses, and so in one file, by what may be wrong with it: sizes, types, options, PyTorch's view, bad input.
+"""
 
 import functools
 

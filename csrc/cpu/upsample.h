@@ -7,6 +7,8 @@
 //
 // A thread has whole bands of rows, which depend on the shape alone. What a band adds to rows of low resolution that are the
 // next band's too is kept apart, and added at the end in the order of bands: the same bits for any number of threads.
+//
+// In one file, of which no part is of use without the others: the map, rows at full width, logits, their gradient.
 #pragma once
 
 #include <algorithm>
